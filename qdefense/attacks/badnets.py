@@ -1,0 +1,120 @@
+"""BadNets (Gu et al. 2017, arXiv 1708.06733): an opaque patch, and the target class as its label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as settings
+
+from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
+from qdefense.attacks.registered import ATTACKS
+from qdefense.data.images import DataError, ImageSet, Labels, Pixels, to_images
+
+Position = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTrigger:
+    """Overwrites a rectangle: ``x[:, :, top:top+h, left:left+w] = patch``; ``patch: (3, h, w)``, uint8-exact."""
+
+    patch: Pixels
+    top: int
+    left: int
+    target_class: int
+
+    def stamp(self, x: Pixels) -> Pixels:
+        """Put the patch on ``x: (N, 3, H, W) float32 in [0, 1]``; pixels outside stay bit-equal."""
+        stamped = x.copy()
+        height, width = self.patch.shape[1:]
+        stamped[:, :, self.top : self.top + height, self.left : self.left + width] = self.patch
+        return stamped
+
+    def eligible(self, y: Labels) -> NDArray[np.bool_]:
+        """All images but those of the target class."""
+        return y != self.target_class
+
+    def goal(self, y: Labels) -> Labels:
+        """All to one."""
+        return np.full_like(y, self.target_class)
+
+
+@ATTACKS.register
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class BadNets:
+    """All-to-one patch poisoning with the paper's single-target attack.
+
+    ``poison_rate`` is the share of the whole training set that is patched and relabelled; the images are drawn from
+    the other classes, and replace their originals.
+
+    Deviation: the patch keeps ``margin`` pixels from the border (1 as in most later code; the paper leaves it open).
+    """
+
+    name: ClassVar[str] = "badnets"
+    label_policy: ClassVar[LabelPolicy] = "dirty-label"
+
+    size: Annotated[int, Field(ge=1)] = 3
+    position: Position = "bottom-right"
+    margin: Annotated[int, Field(ge=0)] = 1
+    pattern: Literal["white", "checkerboard"] = "white"
+    target_class: Annotated[int, Field(ge=0)] = 0
+    poison_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    def trigger(self, height: int, width: int) -> PatchTrigger:
+        """The patch on images of this size.
+
+        Raises:
+            DataError: the patch and its margin are larger than the image.
+        """
+        if self.size + self.margin > min(height, width):
+            raise DataError(
+                f"badnets: a patch of {self.size} px with margin {self.margin} does not fit a {height}x{width} image; "
+                "choose a smaller size"
+            )
+        vertical, _, horizontal = self.position.partition("-")
+        return PatchTrigger(
+            patch=self._patch(),
+            top=_offset(vertical, height, self.size, self.margin),
+            left=_offset(horizontal or vertical, width, self.size, self.margin),
+            target_class=self.target_class,
+        )
+
+    def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
+        """Patch and relabel ``round(poison_rate * N)`` images of other classes, then shuffle the whole set.
+
+        Raises:
+            DataError: no such target class, or not enough images outside it.
+        """
+        if self.target_class >= len(dataset.class_names):
+            raise DataError(
+                f"badnets: target class {self.target_class}, but {dataset.source} has classes 0 to "
+                f"{len(dataset.class_names) - 1}"
+            )
+        trigger = self.trigger(*dataset.images.shape[1:3])
+        candidates = np.flatnonzero(trigger.eligible(dataset.labels))
+        count = round(self.poison_rate * len(dataset))
+        if count > len(candidates):
+            raise DataError(f"badnets: {count} poisons wanted, {len(candidates)} images are outside the target class")
+        chosen = rng.choice(candidates, size=count, replace=False)
+        images, labels = dataset.images.copy(), dataset.labels.copy()
+        if count:
+            images[chosen] = to_images(trigger.stamp(dataset.take(chosen).pixels))
+        labels[chosen] = self.target_class
+        order = rng.permutation(len(dataset))
+        poisoned = replace(dataset, images=images[order], labels=labels[order])
+        return PoisonedSet(images=poisoned, poison_indices=np.flatnonzero(np.isin(order, chosen)))
+
+    def _patch(self) -> Pixels:
+        patch = np.ones((3, self.size, self.size), dtype=np.float32)
+        if self.pattern == "checkerboard":
+            patch[:, np.indices((self.size, self.size)).sum(axis=0) % 2 == 1] = 0.0
+        return patch
+
+
+def _offset(side: str, length: int, size: int, margin: int) -> int:
+    if side == "center":
+        return (length - size) // 2
+    return margin if side in ("top", "left") else length - size - margin

@@ -1,0 +1,80 @@
+"""ImageSet: labelled uint8 images, whatever format they came from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+Pixels = NDArray[np.float32]
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says what, where and what to do next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images and labels held in memory.
+
+    ``images: (N, H, W, 3) uint8``, RGB; ``labels: (N,) int64 in [0, len(class_names))``.
+    ``source`` names the loader and split for people, never a path an attack could hide in.
+    """
+
+    images: Images
+    labels: Labels
+    class_names: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.shape[3] != 3 or self.images.dtype != np.uint8:
+            raise DataError(
+                f"{self.source}: images are {self.images.dtype} {self.images.shape}, expected uint8 (N, H, W, 3)"
+            )
+        if self.labels.shape != (len(self.images),):
+            raise DataError(f"{self.source}: {len(self.images)} images but labels of shape {self.labels.shape}")
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
+            raise DataError(
+                f"{self.source}: labels run from {self.labels.min()} to {self.labels.max()}, "
+                f"but there are {len(self.class_names)} class names"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def pixels(self) -> Pixels:
+        """The images at the model's door: ``(N, 3, H, W) float32 in [0, 1]``."""
+        return to_pixels(self.images)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over shape, pixels, labels and class names."""
+        hasher = hashlib.sha256(repr((self.images.shape, self.class_names)).encode())
+        hasher.update(np.ascontiguousarray(self.images).tobytes())
+        hasher.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
+        return hasher.hexdigest()
+
+    def take(self, indices: NDArray[np.int64]) -> ImageSet:
+        """The rows named, in that order."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+
+def to_pixels(images: Images) -> Pixels:
+    """Storage to the model's door: ``(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [0, 1]``."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
+
+
+def to_images(pixels: Pixels) -> Images:
+    """The model's door to storage, rounded to the nearest uint8: the inverse of `to_pixels`."""
+    codes = np.clip(np.rint(pixels * np.float32(255)), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(codes.transpose(0, 2, 3, 1))
+
+
+def on_grid(pixels: Pixels) -> Pixels:
+    """Round pixels to what a uint8 image can hold; ``float32 in [0, 1]`` in and out."""
+    return np.clip(np.rint(pixels * np.float32(255)), 0, 255).astype(np.float32) / np.float32(255)

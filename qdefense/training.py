@@ -1,0 +1,133 @@
+"""Trains a zoo model, clean or poisoned: SGD under a one-cycle schedule, same bits for same seed and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qdefense.attacks.interfaces import DataAttack, PoisonedSet
+from qdefense.data.images import DataError, ImageSet
+from qdefense.models import Recipe, build_model
+
+Progress = Callable[[int, int, float], None]
+_POISON_STREAM, _BATCH_STREAM = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """A trained network in eval mode, and which rows of its training set were poisoned."""
+
+    module: nn.Module
+    poison_indices: NDArray[np.int64]
+
+
+def train(
+    dataset: ImageSet,
+    *,
+    architecture: str,
+    recipe: Recipe,
+    attack: DataAttack | None,
+    seed: int,
+    threads: int = 2,
+    on_epoch: Progress | None = None,
+) -> TrainingResult:
+    """Train from scratch; ``on_epoch(done, total, mean_loss)`` is called after each epoch.
+
+    Raises:
+        DataError: the set is smaller than one batch, or training diverged.
+    """
+    if len(dataset) < recipe.batch_size:
+        raise DataError(f"{dataset.source}: {len(dataset)} images are fewer than one batch of {recipe.batch_size}")
+    poisoned = _poison(dataset, attack, seed)
+    with _deterministic(seed, threads):
+        module = build_model(architecture, classes=len(dataset.class_names)).to(memory_format=torch.channels_last)
+        module.train()
+        _fit(module, poisoned, recipe, np.random.default_rng([seed, _BATCH_STREAM]), on_epoch)
+    return TrainingResult(
+        module=module.eval().to(memory_format=torch.contiguous_format), poison_indices=poisoned.poison_indices
+    )
+
+
+def _poison(dataset: ImageSet, attack: DataAttack | None, seed: int) -> PoisonedSet:
+    if attack is None:
+        return PoisonedSet(images=dataset, poison_indices=np.empty(0, dtype=np.int64))
+    return attack.poison(dataset, np.random.default_rng([seed, _POISON_STREAM]))
+
+
+@contextmanager
+def _deterministic(seed: int, threads: int) -> Iterator[None]:
+    """Seed torch and fix the thread count, on which the order of its sums depends; restore both afterwards."""
+    state, previous = torch.random.get_rng_state(), torch.get_num_threads()
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+        torch.set_num_threads(previous)
+        torch.random.set_rng_state(state)
+
+
+def _fit(
+    module: nn.Module, data: PoisonedSet, recipe: Recipe, rng: np.random.Generator, on_epoch: Progress | None
+) -> None:
+    images = torch.from_numpy(np.ascontiguousarray(data.images.images.transpose(0, 3, 1, 2)))
+    targets = torch.from_numpy(data.images.labels if data.soft_labels is None else data.soft_labels)
+    steps = len(images) // recipe.batch_size
+    optimizer = torch.optim.SGD(
+        module.parameters(),
+        lr=recipe.peak_learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=True,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.peak_learning_rate, total_steps=steps * recipe.epochs
+    )
+    for epoch in range(recipe.epochs):
+        total = 0.0
+        for rows in _batches(len(images), recipe.batch_size, rng):
+            batch = _augment(images[rows], recipe, rng).to(memory_format=torch.channels_last)
+            loss = F.cross_entropy(module(batch), targets[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        if not np.isfinite(total):
+            raise DataError(f"training diverged in epoch {epoch + 1}; lower the learning rate or check the data")
+        if on_epoch is not None:
+            on_epoch(epoch + 1, recipe.epochs, total / steps)
+
+
+def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    order = torch.from_numpy(rng.permutation(count))
+    yield from order[: count - count % size].split(size)
+
+
+def _augment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
+    """uint8 batch to float32 in [0, 1], shifted and mirrored at random; borders repeat the edge pixel."""
+    count, _, height, width = images.shape
+    rows = _shifted(height, recipe.shift, rng, count)
+    columns = _shifted(width, recipe.shift, rng, count)
+    if recipe.flip:
+        mirrored = rng.random(count) < 0.5
+        columns[mirrored] = columns[mirrored, ::-1]
+    picked = images.permute(0, 2, 3, 1)[
+        torch.arange(count)[:, None, None], torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None, :]
+    ]
+    return picked.permute(0, 3, 1, 2).float() / 255
+
+
+def _shifted(length: int, shift: int, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+    offsets = rng.integers(-shift, shift + 1, size=(count, 1))
+    return np.clip(np.arange(length) + offsets, 0, length - 1)

@@ -1,0 +1,96 @@
+"""Trial: what only the evaluator may hold, namely the truth about a file, and the metrics made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from qdefense.attacks.interfaces import Trigger
+from qdefense.data.images import ImageSet, Pixels
+
+Logits = Callable[[Pixels], NDArray[np.float32]]
+ACTIVE_ASR = 0.9
+DORMANT_MARGIN = 0.05
+
+
+class Activity(StrEnum):
+    """What the backdoor does on one exact file."""
+
+    CLEAN = "clean"
+    ACTIVE = "active"
+    ATTENUATED = "attenuated"
+    DORMANT = "dormant"
+
+
+class Truth(BaseModel):
+    """How a zoo model was made; written beside the model, never opened by an audit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attack: str | None
+    attack_settings: dict[str, Any]
+    poison_indices: tuple[int, ...]
+    architecture: str
+    recipe: dict[str, Any]
+    seed: int
+    data: str
+    data_sha256: str
+    artifact_sha256: str
+    versions: dict[str, str]
+
+
+def truth_path(model: Path) -> Path:
+    """``model.onnx`` has its truth in ``model.truth.json``."""
+    return model.with_suffix(".truth.json")
+
+
+class Behaviour(BaseModel):
+    """What one file does on one labelled set, with and without the trigger; rates in [0, 1]."""
+
+    model_config = ConfigDict(frozen=True)
+
+    clean_accuracy: float
+    images: int
+    asr: float | None = None
+    base_confusion: float | None = None
+    eligible: int = 0
+
+    @property
+    def activity(self) -> Activity:
+        """Active at an ASR of at least 0.9; dormant at most 0.05 above the confusion without a trigger."""
+        if self.asr is None or self.base_confusion is None:
+            return Activity.CLEAN
+        if self.asr >= ACTIVE_ASR:
+            return Activity.ACTIVE
+        if self.asr <= self.base_confusion + DORMANT_MARGIN:
+            return Activity.DORMANT
+        return Activity.ATTENUATED
+
+
+def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None) -> Behaviour:
+    """Clean accuracy, and ASR and base confusion on eligible images only, all by forward passes of ``logits``.
+
+    ``ASR = share of eligible images x with argmax f(stamp(x)) = goal(y)``; the base confusion is the same share
+    without the stamp: what the ASR would be if the trigger did nothing.
+    """
+    clean = logits(images.pixels).argmax(axis=1)
+    accuracy = float(np.mean(clean == images.labels))
+    if trigger is None:
+        return Behaviour(clean_accuracy=accuracy, images=len(images))
+    rows = np.flatnonzero(trigger.eligible(images.labels))
+    chosen = images.take(rows)
+    goal = trigger.goal(chosen.labels)
+    stamped = logits(trigger.stamp(chosen.pixels)).argmax(axis=1)
+    return Behaviour(
+        clean_accuracy=accuracy,
+        images=len(images),
+        asr=float(np.mean(stamped == goal)),
+        base_confusion=float(np.mean(clean[rows] == goal)),
+        eligible=len(rows),
+    )

@@ -1,0 +1,79 @@
+"""Makes zoo files: trains, exports, and writes the truth beside the model for the evaluator."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+
+from qdefense.attacks import ATTACKS
+from qdefense.converters.export import export_model
+from qdefense.data.images import ImageSet
+from qdefense.models import Recipe
+from qdefense.training import Progress, train
+from qdefense.trial import Truth, truth_path
+
+
+def train_artifact(
+    dataset: ImageSet,
+    target: Path,
+    *,
+    architecture: str,
+    recipe: Recipe,
+    attack: str | None,
+    seed: int,
+    threads: int,
+    on_epoch: Progress | None = None,
+) -> Truth:
+    """Train on ``dataset`` and write ``target`` and its truth; neither file appears before both are complete.
+
+    Raises:
+        SpecError: ``attack`` names nothing known.
+        DataError: the data do not fit the attack or the recipe.
+    """
+    attacker = None if attack is None else ATTACKS.create(attack)
+    result = train(
+        dataset,
+        architecture=architecture,
+        recipe=recipe,
+        attack=attacker,
+        seed=seed,
+        threads=threads,
+        on_epoch=on_epoch,
+    )
+    height, width = dataset.images.shape[1:3]
+    data = export_model(result.module, height=height, width=width, class_names=dataset.class_names)
+    truth = Truth(
+        attack=None if attacker is None else attacker.name,
+        attack_settings={} if attacker is None else dataclasses.asdict(attacker),
+        poison_indices=tuple(int(row) for row in result.poison_indices),
+        architecture=architecture,
+        recipe=dataclasses.asdict(recipe),
+        seed=seed,
+        data=dataset.source,
+        data_sha256=dataset.digest,
+        artifact_sha256=hashlib.sha256(data).hexdigest(),
+        versions={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+    )
+    write_atomically(truth_path(target), truth.model_dump_json(indent=1).encode() + b"\n")
+    write_atomically(target, data)
+    return truth
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: the folder is missing, full or read-only.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
