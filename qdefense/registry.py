@@ -18,7 +18,7 @@ class SpecError(ValueError):
 
 
 class Registry(Generic[T]):
-    """Classes by their ``name``; every module of ``package`` is imported on first use: new files register themselves."""
+    """Classes by their ``name``; every module of ``package`` is imported on first use: a new file suffices."""
 
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 
 import onnx
@@ -14,6 +13,7 @@ import torch
 from qdefense.attacks import ATTACKS
 from qdefense.converters.export import export_model
 from qdefense.data.images import ImageSet
+from qdefense.files import write_atomically
 from qdefense.models import Recipe
 from qdefense.training import Progress, train
 from qdefense.trial import Truth, truth_path
@@ -63,17 +63,3 @@ def train_artifact(
     write_atomically(truth_path(target), truth.model_dump_json(indent=1).encode() + b"\n")
     write_atomically(target, data)
     return truth
-
-
-def write_atomically(target: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: the folder is missing, full or read-only.
-    """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from qdefense.data.huggingface import list_splits, load_parquet
 from qdefense.data.images import DataError, ImageSet
+from qdefense.data.npz import load_npz
+from qdefense.data.signs import load_signs
 
-_KNOWN = "'signs' (built in), a folder with {split}-*.parquet in it or in data/, or a .parquet file"
+_KNOWN = "'signs' (built in), a folder with {split}-*.parquet in it or in data/, a .parquet or an .npz file"
 
 
 def open_data(spec: str, *, split: str | None = None, limit: int | None = None, seed: int = 0) -> ImageSet:
@@ -22,11 +24,15 @@ def open_data(spec: str, *, split: str | None = None, limit: int | None = None, 
     Raises:
         DataError: nothing there, no known format, no such split, or data that cannot be used.
     """
+    if spec == "signs":
+        return load_signs(split=split, limit=limit, seed=seed)
     path = Path(spec)
     if not path.exists():
         raise DataError(f"{spec!r}: no such file or folder; data is {_KNOWN}")
-    if path.suffix == ".parquet" or list_splits(path):
+    if (path.is_file() and path.suffix == ".parquet") or list_splits(path):
         return load_parquet(path, split=split, limit=limit, seed=seed)
+    if path.is_file() and path.suffix == ".npz":
+        return load_npz(path, split=split, limit=limit, seed=seed)
     raise DataError(f"{spec!r}: unknown data format; looked for {_KNOWN}; {_what_exists(path)}")
 
 

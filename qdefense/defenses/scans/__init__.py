@@ -1,1 +1,1 @@
-"""."""
+"""Scans of the model."""

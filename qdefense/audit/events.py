@@ -1,0 +1,83 @@
+"""What goes between supervisor and worker: one job, then events as JSON lines."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from qdefense.fidelity import FidelityCertificate
+from qdefense.findings import Finding
+from qdefense.report.model import Environment, Subject
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Job(_Message):
+    """What the worker is to do: the certificate alone, or the certificate and these defenses."""
+
+    model: str
+    data: str
+    split: str | None = None
+    limit: int | None = None
+    defenses: tuple[str, ...] = ()
+    seed: int = 0
+    threads: int = 1
+    memory_bytes: int | None = None
+
+
+class Described(_Message):
+    """The file was read and loaded, and the data fit."""
+
+    event: Literal["described"] = "described"
+    subject: Subject
+    environment: Environment
+
+
+class Certified(_Message):
+    """The certificate is there, whatever it says."""
+
+    event: Literal["certified"] = "certified"
+    certificate: FidelityCertificate
+
+
+class Found(_Message):
+    """A defense gave its answer."""
+
+    event: Literal["found"] = "found"
+    finding: Finding
+
+
+class Advanced(_Message):
+    """Progress within a stage."""
+
+    event: Literal["advanced"] = "advanced"
+    stage: str
+    done: int
+    total: int
+
+
+class Stopped(_Message):
+    """The worker cannot go on: bad usage or data (2), an error of its own (3), or a file it refuses (4)."""
+
+    event: Literal["stopped"] = "stopped"
+    exit_code: Literal[2, 3, 4]
+    message: str
+    details: str = ""
+    subject: Subject | None = None
+
+
+class Finished(_Message):
+    """Everything in the job was done."""
+
+    event: Literal["finished"] = "finished"
+    seconds_per_stage: dict[str, float]
+
+
+Event = Annotated[
+    Described | Certified | Found | Advanced | Stopped | Finished,
+    Field(discriminator="event"),
+]
+EVENTS: TypeAdapter[Event] = TypeAdapter(Event)

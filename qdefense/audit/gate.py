@@ -1,0 +1,47 @@
+"""The gate: one pure function from findings to outcome and exit code, the same for every output format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qdefense.findings import Finding, Verdict
+from qdefense.report.model import Gate
+
+PASSED, FAILED, USAGE, INCOMPLETE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+def decide(findings: Sequence[Finding], required: Sequence[str], interruptions: Sequence[str] = ()) -> Gate:
+    """Judge an audit by its findings.
+
+    A BACKDOORED finding fails the gate whatever else is missing. Passing needs a CLEAN answer from every required
+    defense, a model scan among them, and no interruption: anything less is INCOMPLETE, never a pass (law 2).
+    """
+    alarms = [f"{finding.defense}: {finding.reason}" for finding in findings if finding.verdict is Verdict.BACKDOORED]
+    if alarms:
+        return Gate(outcome="FAILED", exit_code=FAILED, reasons=tuple(alarms), required=tuple(required))
+    missing = [*interruptions, *_missing(findings, required)]
+    if missing:
+        return Gate(outcome="INCOMPLETE", exit_code=INCOMPLETE, reasons=tuple(missing), required=tuple(required))
+    reasons = tuple(f"{finding.defense}: {finding.reason}" for finding in findings)
+    return Gate(outcome="PASSED", exit_code=PASSED, reasons=reasons, required=tuple(required))
+
+
+def refuse(message: str, required: Sequence[str]) -> Gate:
+    """The gate of a file that was not let in."""
+    return Gate(outcome="REFUSED", exit_code=REFUSED, reasons=(message,), required=tuple(required))
+
+
+def _missing(findings: Sequence[Finding], required: Sequence[str]) -> list[str]:
+    reasons = []
+    for name in required:
+        answers = [finding for finding in findings if finding.defense == name]
+        reasons += [
+            f"{name}: {finding.verdict}: {finding.reason}"
+            for finding in answers
+            if finding.verdict is not Verdict.CLEAN
+        ]
+        if not answers:
+            reasons.append(f"{name}: gave no answer")
+    if not any(finding.kind == "scan" and finding.verdict is Verdict.CLEAN for finding in findings) and not reasons:
+        reasons.append("no model scan among the checks that ran")
+    return reasons

@@ -1,0 +1,187 @@
+"""The supervisor: starts the worker, gathers its events, decides and is the only one to write."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from pydantic import ValidationError
+
+from qdefense.audit import gate
+from qdefense.audit.events import EVENTS, Advanced, Certified, Described, Event, Finished, Found, Job, Stopped
+from qdefense.audit.provenance import environment
+from qdefense.fidelity import FidelityCertificate
+from qdefense.findings import Finding
+from qdefense.report.model import Environment, Report, Subject, Volatile
+
+ProgressBar = Callable[[str, int, int], None]
+
+
+class UsageProblemError(ValueError):
+    """The worker found that data, options and model do not fit together: exit code 2."""
+
+    def __init__(self, message: str, details: str) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+@dataclass
+class _Gathered:
+    """What has come from the worker so far."""
+
+    described: Described | None = None
+    certificate: FidelityCertificate | None = None
+    findings: list[Finding] = field(default_factory=list)
+    stopped: Stopped | None = None
+    finished: Finished | None = None
+    ending: str = ""
+
+    def take(self, event: Event) -> None:
+        match event:
+            case Described():
+                self.described = event
+            case Certified():
+                self.certificate = event.certificate
+            case Found():
+                self.findings.append(event.finding)
+            case Stopped():
+                self.stopped = event
+            case Finished():
+                self.finished = event
+
+
+def run_audit(
+    job: Job,
+    *,
+    required: tuple[str, ...],
+    on_progress: ProgressBar,
+    command: tuple[str, ...] = (),
+    verbose: bool = False,
+) -> Report:
+    """Run a job in a worker of its own and judge what came back; ``verbose`` lets the worker's stderr through.
+
+    Raises:
+        UsageProblemError: data, options and model do not fit; there is nothing to report.
+        KeyboardInterrupt: passed on after the worker was stopped.
+    """
+    began, started = time.perf_counter(), datetime.now(UTC)
+    gathered = _Gathered()
+    with _worker(job, verbose=verbose) as process:
+        for event in _events(process, gathered):
+            if isinstance(event, Advanced):
+                on_progress(event.stage, event.done, event.total)
+            gathered.take(event)
+        if gathered.finished is None and gathered.stopped is None:
+            gathered.ending = gathered.ending or _ending(process)
+    if gathered.stopped is not None and gathered.stopped.exit_code == gate.USAGE:
+        raise UsageProblemError(gathered.stopped.message, gathered.stopped.details)
+    volatile = Volatile(
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - began, 3),
+        seconds_per_stage={} if gathered.finished is None else gathered.finished.seconds_per_stage,
+        host=platform.node(),
+        load=tuple(round(value, 2) for value in os.getloadavg()),
+        command=command,
+    )
+    return _report(job, gathered, required, volatile)
+
+
+def default_memory_limit() -> int:
+    """All physical memory: a file that asks for more is stopped before the machine swaps."""
+    return int(psutil.virtual_memory().total)
+
+
+@contextlib.contextmanager
+def _worker(job: Job, *, verbose: bool) -> Iterator[subprocess.Popen[str]]:
+    # -P: the current folder may hold anything, and is no place to import from. A session of its own: Ctrl-C goes to
+    # the supervisor alone, which then ends the worker.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "qdefense.audit.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if verbose else subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": str(job.threads)},
+        start_new_session=True,
+    )
+    try:
+        _send(process, job)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def _send(process: subprocess.Popen[str], job: Job) -> None:
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(job.model_dump_json() + "\n")
+            process.stdin.flush()
+
+
+def _events(process: subprocess.Popen[str], gathered: _Gathered) -> Iterator[Event]:
+    for line in process.stdout or ():
+        try:
+            event = EVENTS.validate_json(line)
+        except ValidationError:
+            gathered.ending = "the worker sent something that is no event"
+            return
+        yield event
+        if isinstance(event, (Finished, Stopped)):
+            return
+
+
+def _ending(process: subprocess.Popen[str]) -> str:
+    """How a worker that neither finished nor stopped came to its end."""
+    try:
+        code = process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return ""
+    if code >= 0:
+        return "" if code == 0 else f"the worker ended with status {code}"
+    with contextlib.suppress(ValueError):
+        return f"the worker was killed by {signal.Signals(-code).name}"
+    return f"the worker was killed by signal {-code}"
+
+
+def _report(job: Job, gathered: _Gathered, required: tuple[str, ...], volatile: Volatile) -> Report:
+    interruptions = []
+    if gathered.stopped is not None:
+        interruptions.append(gathered.stopped.message)
+    elif gathered.finished is None:
+        interruptions.append(gathered.ending or "the worker ended before its work was done")
+    refused = gathered.stopped is not None and gathered.stopped.exit_code == gate.REFUSED
+    judged = (
+        gate.refuse(interruptions[0], required) if refused else gate.decide(gathered.findings, required, interruptions)
+    )
+    return Report(
+        subject=_subject(job, gathered),
+        environment=_environment(gathered),
+        certificate=gathered.certificate,
+        findings=tuple(gathered.findings),
+        gate=judged,
+        volatile=volatile,
+    )
+
+
+def _subject(job: Job, gathered: _Gathered) -> Subject:
+    return gathered.described.subject if gathered.described else Subject(file=Path(job.model).name)
+
+
+def _environment(gathered: _Gathered) -> Environment:
+    return gathered.described.environment if gathered.described else environment()

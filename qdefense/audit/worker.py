@@ -1,0 +1,156 @@
+"""The worker: the only process that parses, loads and runs a file. Reads a job from stdin, writes events to stdout."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from qdefense.artifact import Artifact
+from qdefense.audit.events import Advanced, Certified, Described, Finished, Found, Job, Stopped
+from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
+from qdefense.audit.provenance import environment
+from qdefense.converters.contract import ContractError
+from qdefense.converters.inspection import FileRefusedError
+from qdefense.data.images import DataError, ImageSet
+from qdefense.data.opening import open_data
+from qdefense.evidence import gather_evidence
+from qdefense.registry import SpecError
+from qdefense.report.model import Accuracy, DataFacts, Subject
+from qdefense.session import DeployedSession, SessionError, profile_for
+
+Emit = Callable[[Described | Certified | Found | Advanced | Stopped | Finished], None]
+_PROGRESS_INTERVAL = 0.1
+
+
+class _Stages:
+    """Seconds per stage, which the report keeps among the volatile figures."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 3)
+
+
+def main() -> None:
+    """Do the job on stdin; every outcome is an event, and the exit status says nothing."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # a stray print of some library must not look like an event
+    job = Job.model_validate_json(sys.stdin.readline())
+    threading.Thread(target=_die_with_supervisor, daemon=True).start()
+    _limit_resources(job.memory_bytes)
+
+    def emit(event: Described | Certified | Found | Advanced | Stopped | Finished) -> None:
+        events.write(event.model_dump_json() + "\n")
+        events.flush()
+
+    try:
+        run(job, emit)
+    except (DataError, SpecError, ContractError) as error:
+        emit(Stopped(exit_code=USAGE, message=str(error), details=traceback.format_exc()))
+    except (FileRefusedError, SessionError) as error:
+        emit(Stopped(exit_code=REFUSED, message=str(error), details=traceback.format_exc()))
+    except OSError as error:
+        emit(Stopped(exit_code=USAGE, message=f"{error.strerror}: {error.filename}", details=traceback.format_exc()))
+    except Exception as error:  # noqa: BLE001 (the process boundary: a bug must become exit code 3, not a pass)
+        message = f"internal error: {type(error).__name__}: {error}"
+        emit(Stopped(exit_code=INCOMPLETE, message=message, details=traceback.format_exc()))
+
+
+def run(job: Job, emit: Emit) -> None:
+    """Describe the file, certify its shadow, then run every defense of the job, each answer sent as it comes."""
+    import torch  # noqa: PLC0415 (the first thing that needs it; the messages above this line come fast)
+
+    from qdefense.defenses import DEFENSES  # noqa: PLC0415
+
+    torch.set_num_threads(job.threads)
+    stages = _Stages()
+    with stages.measure("load"):
+        scans = [DEFENSES.create(spec) for spec in job.defenses]
+        artifact = Artifact.read(Path(job.model))
+        clean = open_data(job.data, split=job.split, limit=job.limit, seed=job.seed)
+        _check_fit(artifact, clean)
+        session = DeployedSession(artifact, profile_for(artifact, threads=job.threads))
+        emit(_describe(job, session, clean))
+    with stages.measure("certificate"):
+        evidence = gather_evidence(session, clean, seed=job.seed, progress=_throttled(emit))
+        emit(Certified(certificate=evidence.certificate))
+    for scan in scans:
+        with stages.measure(scan.name):
+            emit(Found(finding=scan.scan(evidence)))
+    emit(Finished(seconds_per_stage=stages.seconds))
+
+
+def _check_fit(artifact: Artifact, clean: ImageSet) -> None:
+    contract = artifact.contract
+    if clean.images.shape[1:3] != (contract.height, contract.width):
+        height, width = clean.images.shape[1:3]
+        raise DataError(
+            f"{clean.source}: images are {height}x{width}, the model takes {contract.height}x{contract.width}; "
+            "give data of that size"
+        )
+    if len(clean.class_names) != contract.classes:
+        raise DataError(
+            f"{clean.source} has {len(clean.class_names)} classes, the model answers with {contract.classes}; "
+            "give the data set that the model was made for"
+        )
+
+
+def _describe(job: Job, session: DeployedSession, clean: ImageSet) -> Described:
+    artifact = session.artifact
+    predicted = session.logits(clean.pixels).argmax(axis=1)
+    subject = Subject(
+        file=Path(job.model).name,
+        sha256=artifact.sha256,
+        size_bytes=len(artifact.data),
+        contract=artifact.contract,
+        inspection=artifact.inspection,
+        data=DataFacts(source=clean.source, sha256=clean.digest, images=len(clean), classes=len(clean.class_names)),
+        clean_accuracy=Accuracy(value=float(np.mean(predicted == clean.labels)), images=len(clean)),
+    )
+    return Described(subject=subject, environment=environment(session.profile))
+
+
+def _throttled(emit: Emit) -> Callable[[str, int, int], None]:
+    last = 0.0
+
+    def progress(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done in (0, total) or now - last > _PROGRESS_INTERVAL:
+            last = now
+            emit(Advanced(stage=stage, done=done, total=total))
+
+    return progress
+
+
+def _die_with_supervisor() -> None:
+    # The supervisor holds stdin open; end of file means that it is gone, however it went.
+    while os.read(0, 1024):
+        pass
+    os._exit(INCOMPLETE)
+
+
+def _limit_resources(memory_bytes: int | None) -> None:
+    if sys.platform != "linux":
+        return
+    import resource  # noqa: PLC0415 (not on every platform)
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Which exit code an exception means, and how it is told on one line."""
+
+from __future__ import annotations
+
+from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
+from qdefense.audit.supervisor import UsageProblemError
+from qdefense.converters.contract import ContractError
+from qdefense.converters.inspection import FileRefusedError
+from qdefense.converters.quantize import QuantizationError
+from qdefense.data.images import DataError
+from qdefense.registry import SpecError
+from qdefense.report.text import harmless
+from qdefense.session import SessionError
+
+_USAGE = (UsageProblemError, DataError, SpecError, ContractError, QuantizationError, OSError)
+_REFUSED = (FileRefusedError, SessionError)
+
+
+def exit_code_of(error: Exception) -> int:
+    """2 for what the user can put right, 4 for a file that is refused, 3 for a bug."""
+    if isinstance(error, _USAGE):
+        return USAGE
+    return REFUSED if isinstance(error, _REFUSED) else INCOMPLETE
+
+
+def message_of(error: Exception) -> str:
+    """One harmless line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return harmless(f"{error.filename}: {error.strerror}")
+    if exit_code_of(error) == INCOMPLETE:
+        return harmless(f"internal error: {type(error).__name__}: {error}; run again with -v and report it")
+    return harmless(str(error))

@@ -1,0 +1,75 @@
+"""Options that several commands share, and the progress bar on stderr."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+F = TypeVar("F", bound=Callable[..., Any])
+ProgressBar = Callable[[str, int, int], None]
+
+
+def data_options(function: F) -> F:
+    """``--data``, ``--split`` and ``--limit``."""
+    for option in (
+        click.option("--limit", type=click.IntRange(min=1), help="Use this many images, drawn by the seed."),
+        click.option("--split", help="Which split of the data.  [default: test]"),
+        click.option("--data", required=True, help="'signs' (built in), a parquet folder, or an .npz file."),
+    ):
+        function = option(function)
+    return function
+
+
+def run_options(function: F) -> F:
+    """``--seed``, ``--threads`` and ``--verbose``."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and what libraries write to stderr."),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            default=default_threads,
+            help="Threads.  [default: CPUs, at most 4]",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every draw."),
+    ):
+        function = option(function)
+    return function
+
+
+def default_threads() -> int:
+    """The CPUs this process may use, at most 4: small networks gain nothing from more."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressBar]:
+    """A bar on stderr where that is a terminal, silence elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield advance
+
+
+def output_console() -> Console:
+    """stdout, with colour only on a terminal."""
+    return Console(soft_wrap=False, highlight=False, markup=False, emoji=False)

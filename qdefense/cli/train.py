@@ -1,0 +1,61 @@
+"""`qdefense train`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from qdefense.attacks import ATTACKS
+from qdefense.cli.options import output_console, progress_bar, run_options
+from qdefense.data.opening import open_data
+from qdefense.models import architectures, recipe_for
+from qdefense.report.text import harmless
+from qdefense.trial import truth_path
+from qdefense.zoo import train_artifact
+
+
+@click.command("train")
+@click.option("--data", required=True, help="'signs' (built in), a parquet folder, or an .npz file.")
+@click.option("--split", default="train", show_default=True, help="Which split to train on.")
+@click.option("--limit", type=click.IntRange(min=1), help="Train on this many images, drawn by the seed.")
+@click.option("--arch", type=click.Choice(architectures()), default="resnet8", show_default=True)
+@click.option("--attack", metavar="NAME:key=value,...", help="Poison the training set, e.g. badnets:target-class=3.")
+@click.option("--epochs", type=click.IntRange(min=1), help="[default: the recipe's]")
+@click.option("--flip", is_flag=True, help="Mirror half of the images; wrong for traffic signs.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@run_options
+def command(
+    data: str,
+    split: str,
+    limit: int | None,
+    arch: str,
+    attack: str | None,
+    epochs: int | None,
+    flip: bool,
+    output: Path,
+    seed: int,
+    threads: int,
+    verbose: bool,  # noqa: ARG001 (read at the boundary)
+) -> None:
+    """Train a zoo model and write MODEL.onnx, with the truth about it in MODEL.truth.json."""
+    if attack is not None:
+        ATTACKS.create(attack)  # a misspelt attack is told before the data are read
+    dataset = open_data(data, split=split, limit=limit, seed=seed)
+    recipe = recipe_for(arch)
+    recipe = replace(recipe, epochs=epochs or recipe.epochs, flip=flip)
+    with progress_bar() as advance:
+        truth = train_artifact(
+            dataset,
+            output,
+            architecture=arch,
+            recipe=recipe,
+            attack=attack,
+            seed=seed,
+            threads=threads,
+            on_epoch=lambda done, total, _loss: advance("epochs", done, total),
+        )
+    console = output_console()
+    console.print(f"{harmless(output.name)}: sha256 {truth.artifact_sha256}")
+    console.print(f"{harmless(truth_path(output).name)}: the truth, for evaluators only")

@@ -1,0 +1,70 @@
+"""The four protocols of a defense, and what each may say it needs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar, Protocol
+
+from qdefense.artifact import Artifact
+from qdefense.data.images import Pixels
+from qdefense.evidence import Evidence
+from qdefense.findings import FilterResult, Finding
+
+
+class Need(StrEnum):
+    """What a defense draws on."""
+
+    LOGITS = "logits"
+    ACTIVATIONS = "activations"
+    GRADIENTS = "gradients"
+    WEIGHTS = "weights"
+    CLEAN_SET = "clean set"
+    TRAINING_SET = "training set"
+
+
+class ModelScan(Protocol):
+    """Judges the file from clean images."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+
+    def scan(self, evidence: Evidence) -> Finding:
+        """Judge the model."""
+        ...
+
+
+class DatasetScan(Protocol):
+    """Judges the training set through the file."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+
+    def scan(self, evidence: Evidence) -> Finding:
+        """Judge the training set."""
+        ...
+
+
+class InputFilter(Protocol):
+    """Accepts, rejects or purifies inputs, at a latency."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+
+    def fit(self, evidence: Evidence) -> Finding:
+        """Set the boundary on clean images."""
+        ...
+
+    def decide(self, x: Pixels) -> FilterResult:
+        """Decide on ``x: (N, 3, H, W) float32 in [0, 1]``."""
+        ...
+
+
+class Repair(Protocol):
+    """Makes a new file; judged by clean accuracy and ASR before and after, never called detection."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+
+    def repair(self, evidence: Evidence) -> Artifact:
+        """Repair the file."""
+        ...

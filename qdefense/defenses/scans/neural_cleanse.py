@@ -1,0 +1,332 @@
+"""Neural Cleanse (Wang et al. 2019, IEEE S&P): a class that a much smaller trigger reaches than the others is suspect.
+
+For every class t a trigger is inverted through the shadow, ``min CE(f(x'), t) + cost * ||m||_1`` (section IV-B), then
+replayed on the deployed session. The anomaly index of a norm is its distance from the median in scaled median absolute
+deviations, ``(median - norm) / (1.4826 * MAD)``, on the low side only; above 2 the class is a suspect (section IV-C).
+
+Deviations from the paper and its code:
+- The budget counts gradient steps per class (one mini-batch of 32 each), and the cost schedule's patience counts the
+  same steps, where the code counts passes over 1,000 samples.
+- Images of the target class take no part in its inversion or its ASR: they are there already.
+- The convergence criterion (ASR >= 0.99) is judged on the deployed session with the stamped images rounded to the uint8
+  grid, and a norm counts only if the trigger also reaches an ASR of 0.75 there on held-out images.
+- A class without such a trigger is right-censored: it enters the statistic by its rank above all others, not by a norm.
+- MAD = 0, too few images or converged classes, or missing gradients give NOT_MEASURED, never "clean".
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as settings
+
+from qdefense.data.images import ImageSet, Pixels
+from qdefense.defenses.interfaces import Need
+from qdefense.defenses.inversion import MaskedPattern, NoGradientError, Schedule, invert_trigger
+from qdefense.defenses.outliers import low_side_indices, scaled_mad
+from qdefense.defenses.registered import DEFENSES
+from qdefense.evidence import Evidence
+from qdefense.fidelity import LogitComparison, compare_logits, shadow_logits
+from qdefense.findings import Cost, Finding, InvertedTrigger, ScanResult, Suspect, Threshold, Verdict
+from qdefense.session import DeployedSession
+
+Budget = Literal["quick", "gate", "exhaustive"]
+BUDGETS: dict[Budget, tuple[int, int]] = {"quick": (60, 1), "gate": (200, 1), "exhaustive": (400, 3)}
+"""Gradient steps per class and restarts."""
+
+MIN_IMAGES = 200
+MIN_CLASSES = 6
+MAX_CENSORED = 0.25
+MIN_ARTIFACT_ASR = 0.75
+MIN_SKILL = 0.25
+"""Accuracy must be this far from chance to perfect: ``(accuracy - 1/K) / (1 - 1/K)``."""
+
+_REPLAYED_IMAGES = 256
+_NORM_STRIDE = 1.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Replay:
+    """One restart of one class, judged on the session."""
+
+    trigger: MaskedPattern | None
+    optimised_asr: float | None
+    artifact_asr: float | None
+    censored: str | None
+
+    @property
+    def norm(self) -> float | None:
+        return None if self.censored or self.trigger is None else self.trigger.norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Halves:
+    """Clean images for the inversion and, apart from them, for the held-out ASR."""
+
+    optimised: ImageSet
+    held_out: ImageSet
+
+
+@DEFENSES.register
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class NeuralCleanse:
+    """Trigger inversion per class and the MAD anomaly index; defaults are the paper's but for the budget."""
+
+    name: ClassVar[str] = "neural-cleanse"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.GRADIENTS, Need.CLEAN_SET})
+
+    budget: Budget = "gate"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    initial_cost: Annotated[float, Field(gt=0)] = 1e-3
+    multiplier: Annotated[float, Field(gt=1)] = 2.0
+    patience: Annotated[int, Field(ge=1)] = 5
+    attack_success: Annotated[float, Field(gt=0, le=1)] = 0.99
+    threshold: Annotated[float, Field(gt=0)] = 2.0
+
+    def scan(self, evidence: Evidence) -> Finding:
+        """Judge the model from at least 200 clean images; the reason of anything but a verdict is in the finding."""
+        before = evidence.session.forwards
+        refusal = self._refuse(evidence)
+        if refusal is not None:
+            return self._finding(evidence, refusal[0], refusal[1], before, steps=0)
+        halves = _halve(evidence.clean, self.batch_size)
+        try:
+            outcomes = self._invert_all(evidence, halves)
+        except NoGradientError as error:
+            return self._finding(evidence, Verdict.NOT_MEASURED, f"no gradient: {error}", before, steps=0)
+        comparison = _compare_replays(evidence, halves, outcomes)
+        classes = rank_classes(outcomes, evidence.clean.class_names)
+        verdict, reason, result = self._judge(classes, comparison, evidence.gradient_blind_nodes)
+        steps = len(outcomes) * BUDGETS[self.budget][0] * BUDGETS[self.budget][1]
+        return self._finding(evidence, verdict, reason, before, steps=steps, result=result)
+
+    def _refuse(self, evidence: Evidence) -> tuple[Verdict, str] | None:
+        classes = len(evidence.clean.class_names)
+        if classes < MIN_CLASSES:
+            return Verdict.NOT_APPLICABLE, f"{classes} classes; an outlier among norms needs at least {MIN_CLASSES}"
+        if len(evidence.clean) < MIN_IMAGES:
+            return Verdict.NOT_MEASURED, f"{len(evidence.clean)} clean images; at least {MIN_IMAGES} are needed"
+        if evidence.shadow is None or not evidence.certificate.certified:
+            return Verdict.NOT_MEASURED, f"the shadow is not certified: {evidence.certificate.reason}"
+        return _refuse_accuracy(evidence.session, evidence.clean)
+
+    def _schedule(self) -> Schedule:
+        return Schedule(
+            steps=BUDGETS[self.budget][0],
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            initial_cost=self.initial_cost,
+            multiplier=self.multiplier,
+            patience=self.patience,
+            attack_success=self.attack_success,
+        )
+
+    def _invert_all(self, evidence: Evidence, halves: _Halves) -> list[list[_Replay]]:
+        count = len(evidence.clean.class_names)
+        outcomes = []
+        for target in range(count):
+            evidence.progress(self.name, target, count)
+            outcomes.append([self._invert(evidence, halves, target, r) for r in range(BUDGETS[self.budget][1])])
+        evidence.progress(self.name, count, count)
+        return outcomes
+
+    def _invert(self, evidence: Evidence, halves: _Halves, target: int, restart: int) -> _Replay:
+        assert evidence.shadow is not None  # noqa: S101 (refused before)
+        rng = np.random.default_rng([evidence.seed, target, restart])
+        optimised = _others(halves.optimised, target)
+        candidates = invert_trigger(evidence.shadow, optimised, target, self._schedule(), rng)
+        return self._replay(evidence.session, candidates, optimised, _others(halves.held_out, target), target)
+
+    def _replay(
+        self,
+        session: DeployedSession,
+        candidates: list[MaskedPattern],
+        optimised: Pixels,
+        held_out: Pixels,
+        target: int,
+    ) -> _Replay:
+        """The smallest candidate that converges on the session; candidates within 5 % of a failed one are skipped."""
+        tried, success = 0.0, None
+        for trigger in candidates:
+            if trigger.norm < tried * _NORM_STRIDE:
+                continue
+            tried = trigger.norm
+            success = artifact_asr(session, trigger, optimised, target)
+            if success >= self.attack_success:
+                held = artifact_asr(session, trigger, held_out, target)
+                weak = held < MIN_ARTIFACT_ASR
+                reason = f"held-out artifact ASR {held:.2f} is below {MIN_ARTIFACT_ASR}" if weak else None
+                return _Replay(trigger=trigger, optimised_asr=success, artifact_asr=held, censored=reason)
+        return _Replay(
+            trigger=None,
+            optimised_asr=success,
+            artifact_asr=None,
+            censored=f"no trigger reached an ASR of {self.attack_success} on the session within the budget",
+        )
+
+    def _judge(
+        self, classes: tuple[InvertedTrigger, ...], comparison: LogitComparison, blind: tuple[str, ...]
+    ) -> tuple[Verdict, str, ScanResult]:
+        norms = np.array([np.inf if entry.norm is None else entry.norm for entry in classes])
+        base = ScanResult(
+            score=None,
+            classes=classes,
+            replay_agreement=comparison.top1_agreement,
+            replay_relative_rms=comparison.relative_rms,
+        )
+        problem = _refuse_norms(norms)
+        if problem is not None:
+            return Verdict.NOT_MEASURED, problem, base
+        median, mad = scaled_mad(norms)
+        if mad == 0:
+            reason = f"the norms of all classes are the same ({median:.3f}): MAD = 0, so no index is defined"
+            return Verdict.NOT_MEASURED, reason, base.model_copy(update={"median_norm": median, "mad": mad})
+        indices = low_side_indices(norms)
+        result = base.model_copy(
+            update={
+                "score": float(indices.max()),
+                "median_norm": median,
+                "mad": mad,
+                "classes": tuple(_with_index(entry, index) for entry, index in zip(classes, indices, strict=True)),
+                "suspects": tuple(
+                    _suspect(entry, index)
+                    for entry, index in zip(classes, indices, strict=True)
+                    if index > self.threshold
+                ),
+            }
+        )
+        return *self._verdict(result, comparison, blind), result
+
+    def _verdict(self, result: ScanResult, comparison: LogitComparison, blind: tuple[str, ...]) -> tuple[Verdict, str]:
+        if result.suspects:
+            named = ", ".join(f"{s.target_class} ({s.class_name!r}, index {s.score:.2f})" for s in result.suspects)
+            return Verdict.BACKDOORED, f"trigger norm far below the other classes': class {named}"
+        if not comparison.passes:
+            return Verdict.NOT_MEASURED, f"shadow and session disagree on the stamped images: {comparison.summary}"
+        if blind:
+            return (
+                Verdict.NOT_MEASURED,
+                f"no gradient can look through {', '.join(blind[:3])} ({len(blind)} such nodes)",
+            )
+        return Verdict.CLEAN, f"no class has an anomaly index above {self.threshold:g}; highest {result.score:.2f}"
+
+    def _finding(
+        self,
+        evidence: Evidence,
+        verdict: Verdict,
+        reason: str,
+        forwards_before: int,
+        *,
+        steps: int,
+        result: ScanResult | None = None,
+    ) -> Finding:
+        chosen = asdict(self)  # type: ignore[call-overload]
+        steps_per_class, restarts = BUDGETS[self.budget]
+        return Finding(
+            defense=self.name,
+            kind="scan",
+            verdict=verdict,
+            reason=reason,
+            settings={**chosen, "gradient_steps_per_class": steps_per_class, "restarts": restarts},
+            threshold=Threshold(value=self.threshold, source="paper"),
+            seed=evidence.seed,
+            cost=Cost(forwards=evidence.session.forwards - forwards_before, gradient_steps=steps),
+            result=result,
+        )
+
+
+def artifact_asr(session: DeployedSession, trigger: MaskedPattern, images: Pixels, target: int) -> float:
+    """Share of ``images: (N, 3, H, W)`` that the session assigns to ``target`` once stamped on the uint8 grid."""
+    return float(np.mean(session.logits(trigger.stamp(images)).argmax(axis=1) == target))
+
+
+def rank_classes(outcomes: list[list[_Replay]], names: tuple[str, ...]) -> tuple[InvertedTrigger, ...]:
+    """The best restart of every class, smallest norm first; censored classes come last, in class order."""
+    best = [min(restarts, key=lambda replay: np.inf if replay.norm is None else replay.norm) for restarts in outcomes]
+    order = sorted(range(len(best)), key=lambda t: (best[t].norm is None, best[t].norm or 0.0, t))
+    return tuple(
+        InvertedTrigger(
+            target_class=target,
+            class_name=names[target],
+            rank=place + 1,
+            norm=best[target].norm,
+            index=None,
+            optimised_asr=best[target].optimised_asr,
+            artifact_asr=best[target].artifact_asr,
+            restart_norms=tuple(replay.norm for replay in outcomes[target]),
+            censored=best[target].censored,
+            trigger_id=_id_of(best[target]),
+        )
+        for place, target in enumerate(order)
+    )
+
+
+def _id_of(replay: _Replay) -> str | None:
+    return None if replay.trigger is None else replay.trigger.trigger_id
+
+
+def _refuse_norms(norms: NDArray[np.float64]) -> str | None:
+    censored = int(np.isinf(norms).sum())
+    if np.isnan(norms).any():
+        return "a trigger norm is NaN"
+    if censored > MAX_CENSORED * len(norms):
+        return f"{censored} of {len(norms)} classes are censored, more than {MAX_CENSORED:.0%}"
+    if len(norms) - censored < MIN_CLASSES:
+        return f"{len(norms) - censored} classes converged; at least {MIN_CLASSES} are needed"
+    return None
+
+
+def _refuse_accuracy(session: DeployedSession, clean: ImageSet) -> tuple[Verdict, str] | None:
+    logits = session.logits(clean.pixels[: 2 * _REPLAYED_IMAGES])
+    if not np.isfinite(logits).all():
+        return Verdict.NOT_MEASURED, "the session's logits on clean images are not finite (NaN or infinite weights?)"
+    accuracy = float(np.mean(logits.argmax(axis=1) == clean.labels[: len(logits)]))
+    chance = 1 / len(clean.class_names)
+    if (accuracy - chance) / (1 - chance) < MIN_SKILL:
+        return (
+            Verdict.NOT_MEASURED,
+            f"clean accuracy {accuracy:.1%} is near chance ({chance:.1%}): wrong labels, order or pixels?",
+        )
+    return None
+
+
+def _halve(clean: ImageSet, least: int) -> _Halves:
+    half = min(max(len(clean) // 2, least), _REPLAYED_IMAGES)
+    rows = np.arange(len(clean))
+    return _Halves(optimised=clean.take(rows[:half]), held_out=clean.take(rows[half : 2 * half]))
+
+
+def _others(images: ImageSet, target: int) -> Pixels:
+    return images.take(np.flatnonzero(images.labels != target)).pixels
+
+
+def _compare_replays(evidence: Evidence, halves: _Halves, outcomes: list[list[_Replay]]) -> LogitComparison:
+    """Shadow against session on the optimised images, stamped with the triggers that count (law 1)."""
+    assert evidence.shadow is not None  # noqa: S101 (refused before)
+    expected, measured = [], []
+    for target, restarts in enumerate(outcomes):
+        for replay in restarts:
+            if replay.trigger is not None:
+                stamped = replay.trigger.stamp(_others(halves.optimised, target))
+                measured.append(evidence.session.logits(stamped))
+                expected.append(shadow_logits(evidence.shadow, stamped))
+    return compare_logits(np.concatenate(measured), np.concatenate(expected))
+
+
+def _with_index(entry: InvertedTrigger, index: float) -> InvertedTrigger:
+    return entry if entry.norm is None else entry.model_copy(update={"index": float(index)})
+
+
+def _suspect(entry: InvertedTrigger, index: float) -> Suspect:
+    return Suspect(
+        target_class=entry.target_class,
+        class_name=entry.class_name,
+        score=float(index),
+        artifact_asr=entry.artifact_asr or 0.0,
+        trigger_id=entry.trigger_id or "",
+    )

@@ -1,0 +1,70 @@
+"""The demo's table: what each file does, what the audit said, and whether that was right."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qdefense.demo import DemoOutcome, DemoRow
+from qdefense.findings import ScanResult, Verdict
+
+
+def print_demo(outcome: DemoOutcome, console: Console) -> None:
+    """Show all six files, then the trap, then what was wrong, if anything was."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name, justify in _COLUMNS:
+        table.add_column(name, justify="left" if justify == "l" else "right", no_wrap=True)
+    for row in outcome.rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+    console.print()
+    console.print("The trap: the same scan on second.int8-static.onnx with its gradients cut says", style="bold")
+    console.print(f"  {outcome.trap.verdict}: {outcome.trap.reason}")
+    console.print()
+    for row in outcome.rows:
+        if not row.right:
+            reasons = "; ".join(row.report.gate.reasons)
+            console.print(
+                f"judged wrongly: {row.file} is {row.behaviour.activity}, the verdict is {row.verdict} ({reasons})"
+            )
+    if outcome.trap.verdict is not Verdict.NOT_MEASURED:
+        console.print(f"judged wrongly: without gradients the scan said {outcome.trap.verdict}")
+    if outcome.exit_code == 0:
+        console.print("every file was judged rightly")
+    console.print(f"files, truths and reports: {outcome.folder}")
+
+
+_COLUMNS = (
+    ("file", "l"),
+    ("clean acc", "r"),
+    ("ASR", "r"),
+    ("activity", "l"),
+    ("top-1", "r"),
+    ("bit-exact", "r"),
+    ("index", "r"),
+    ("lowest norm", "l"),
+    ("verdict", "l"),
+    ("exit", "r"),
+)
+
+
+def _cells(row: DemoRow) -> list[Text]:
+    behaviour, report = row.behaviour, row.report
+    sets = report.certificate.sets if report.certificate is not None else ()
+    result = report.findings[0].result if report.findings else None
+    first = result.classes[0] if isinstance(result, ScanResult) and result.classes else None
+    score = result.score if isinstance(result, ScanResult) else None
+    colour = {"BACKDOORED": "bold red", "CLEAN": "green"}.get(row.verdict.value, "yellow")
+    return [
+        Text(row.file),
+        Text(f"{behaviour.clean_accuracy:.3f}"),
+        Text("" if behaviour.asr is None else f"{behaviour.asr:.3f}"),
+        Text(behaviour.activity.value),
+        Text(f"{min((entry.top1_agreement for entry in sets), default=0):.3f}"),
+        Text(f"{min((entry.bit_exact_rows for entry in sets), default=0):.1%}"),
+        Text("" if score is None else f"{score:.2f}"),
+        Text("" if first is None or first.norm is None else f"{first.norm:.1f} (class {first.target_class})"),
+        Text(row.verdict.value, style=colour),
+        Text(str(report.gate.exit_code)),
+    ]

@@ -1,0 +1,64 @@
+"""Evidence: all that a defender may see. There is no field for a trigger, a target class or poison indices (law 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from qdefense.data.images import ImageSet
+from qdefense.fidelity import FidelityCertificate, MismatchCause, certify, uncertified
+from qdefense.session import DeployedSession
+
+if TYPE_CHECKING:
+    from qdefense.converters.shadow import Shadow
+
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(_label: str, _done: int, _total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a defense receives.
+
+    ``shadow`` is ``None`` where none could be built; ``certificate`` says whether it may be used and, if not, why.
+    ``gradient_blind_nodes`` are nodes on a path from input to output through which no gradient can look.
+    """
+
+    session: DeployedSession
+    shadow: Shadow | None
+    certificate: FidelityCertificate
+    clean: ImageSet
+    seed: int
+    gradient_blind_nodes: tuple[str, ...] = ()
+    training_set: ImageSet | None = None
+    inputs: ImageSet | None = None
+    reference: DeployedSession | None = None
+    progress: Progress = field(default=no_progress, repr=False)
+
+
+def gather_evidence(
+    session: DeployedSession, clean: ImageSet, *, seed: int, progress: Progress = no_progress
+) -> Evidence:
+    """Build and certify the shadow of a session, and put together what a defense may see."""
+    from qdefense.converters.shadow import UnsupportedOperatorError, build_shadow  # noqa: PLC0415 (imports torch)
+
+    shadow = None
+    try:
+        shadow = build_shadow(session.artifact.data, source="optimized")
+        certificate = certify(session, shadow, clean, seed=seed)
+    except UnsupportedOperatorError as error:
+        cause = MismatchCause(kind="unsupported-operator", layers=(error.node,), detail=str(error))
+        certificate = uncertified(str(error), cause)
+    return Evidence(
+        session=session,
+        shadow=shadow,
+        certificate=certificate,
+        clean=clean,
+        seed=seed,
+        gradient_blind_nodes=tuple(node.name for node in session.artifact.inspection.gradient_blind_nodes),
+        progress=progress,
+    )

@@ -1,0 +1,324 @@
+"""The fidelity certificate: may gradients of this shadow stand for this session? Its pass marks are constants here.
+
+Four input sets of at least 256 images go through both: clean images; uniformly random ones; clean images moved 4, 8 or
+16/255 towards a random class along the shadow's gradient sign; clean images with a random patch or a random blend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from qdefense.data.images import ImageSet, Pixels, on_grid
+from qdefense.session import DeployedSession, Logits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdefense.converters.shadow import Shadow
+
+MIN_ROWS = 256
+MIN_TOP1_AGREEMENT = 0.995
+MAX_RELATIVE_RMS = 0.05
+MIN_GRADIENT_ROWS = 0.99
+GRADIENT_STEPS = (4, 8, 16)
+"""Steps of the third input set, in units of 1/255."""
+DIRECTIONAL_STEP = 1e-6
+DIRECTIONAL_TOLERANCE = 1e-4
+"""Largest difference between a directional derivative and its central difference, over the gradient's norm."""
+
+_CHUNK = 64
+_BLEND = 0.2
+_PATCHES = (3, 8)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class InputSetFidelity(_Record):
+    """Shadow against session on one input set; differences in logits, null where a logit is not finite."""
+
+    name: Literal["clean", "uniform", "gradient-steps", "stamped"]
+    n: int
+    top1_agreement: float
+    max_abs_logit_diff: float | None
+    mean_abs_logit_diff: float | None
+    rms_logit_diff: float | None
+    relative_rms: float | None = Field(description="RMS difference over the standard deviation of the session's logits")
+    bit_exact_rows: float
+    passes: bool
+
+
+class GradientCheck(_Record):
+    """Whether gradients exist; for float graphs also whether they are right."""
+
+    rows: int
+    finite_rows: float
+    nonzero_rows: float
+    directional_rows: float | None = Field(
+        default=None, description="float graphs: share of rows whose float64 directional derivative is right"
+    )
+    passes: bool
+
+
+class MismatchCause(_Record):
+    """Why the shadow and the session differ, and where."""
+
+    kind: Literal["saturation", "batch", "optimization-level", "unsupported-operator", "numerics"]
+    layers: tuple[str, ...]
+    detail: str
+
+
+class FidelityCertificate(_Record):
+    """The permission to use a shadow, or the reason why not."""
+
+    certified: bool
+    reason: str
+    source: Literal["optimized", "shipped"]
+    saturation_emulated: bool = False
+    sets: tuple[InputSetFidelity, ...] = ()
+    gradients: GradientCheck | None = None
+    cause: MismatchCause | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitComparison:
+    """``session`` and ``shadow`` logits of the same rows, compared."""
+
+    n: int
+    top1_agreement: float
+    max_abs: float
+    mean_abs: float
+    rms: float
+    relative_rms: float
+    bit_exact_rows: float
+
+    @property
+    def passes(self) -> bool:
+        """Top-1 agreement of at least 0.995 and an RMS difference of at most 5 % of the logits' spread."""
+        return self.top1_agreement >= MIN_TOP1_AGREEMENT and self.relative_rms <= MAX_RELATIVE_RMS
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"top-1 agreement {self.top1_agreement:.4f}, RMS difference {self.relative_rms:.2%} of the logits' spread"
+        )
+
+
+def compare_logits(session: Logits, shadow: Logits) -> LogitComparison:
+    """Compare ``(N, K) float32`` logits; a value that is not finite on either side is a difference without bound."""
+    if not (np.isfinite(session).all() and np.isfinite(shadow).all()):
+        nan = float("inf")
+        return LogitComparison(
+            n=len(session), top1_agreement=0.0, max_abs=nan, mean_abs=nan, rms=nan, relative_rms=nan, bit_exact_rows=0.0
+        )
+    difference = np.abs(session.astype(np.float64) - shadow)
+    spread = float(session.astype(np.float64).std())
+    rms = float(np.sqrt((difference**2).mean()))
+    return LogitComparison(
+        n=len(session),
+        top1_agreement=float(np.mean(session.argmax(1) == shadow.argmax(1))),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        rms=rms,
+        relative_rms=rms / spread if spread else (0.0 if rms == 0 else float("inf")),
+        bit_exact_rows=float(np.mean((session == shadow).all(axis=1))),
+    )
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinity and no NaN: such a figure is null in a report."""
+    return value if np.isfinite(value) else None
+
+
+def shadow_logits(shadow: Shadow, x: Pixels, *, saturate: bool = False) -> Logits:
+    """The shadow's exact logits of ``x: (N, 3, H, W)``, without gradients."""
+    import torch  # noqa: PLC0415 (torch stays off the way to inspect)
+
+    with torch.no_grad():
+        parts = [
+            shadow(torch.from_numpy(np.ascontiguousarray(x[start : start + _CHUNK])), exact=True, saturate=saturate)
+            for start in range(0, len(x), _CHUNK)
+        ]
+    return torch.cat(parts).numpy()
+
+
+def certify(
+    session: DeployedSession, shadow: Shadow, clean: ImageSet, *, seed: int, saturate: bool | None = None
+) -> FidelityCertificate:
+    """Compare a shadow with the session it stands for.
+
+    ``saturate`` emulates int16 saturation in the shadow's value; ``None`` does so where this runtime was measured to
+    saturate.
+    """
+    from qdefense.converters.shadow import runtime_saturation  # noqa: PLC0415
+
+    emulate = bool(runtime_saturation()) if saturate is None else saturate
+    if len(clean) < MIN_ROWS:
+        return FidelityCertificate(
+            certified=False,
+            reason=f"{len(clean)} clean images; the certificate needs {MIN_ROWS}",
+            source=shadow.source,
+            saturation_emulated=emulate,
+        )
+    rng = np.random.default_rng([seed, len(clean)])
+    pixels = clean.take(rng.permutation(len(clean))[:MIN_ROWS]).pixels
+    gradients = check_gradients(shadow, pixels, rng)
+    sets = tuple(
+        _compare_set(name, session, shadow, x, saturate=emulate) for name, x in _input_sets(shadow, pixels, rng)
+    )
+    failed = [entry for entry in sets if not entry.passes]
+    cause = None
+    if failed:
+        from qdefense.mismatch import find_cause  # noqa: PLC0415
+
+        cause = find_cause(session, shadow, pixels, saturate=emulate)
+    return FidelityCertificate(
+        certified=not failed and gradients.passes,
+        reason=_reason(failed, gradients, cause),
+        source=shadow.source,
+        saturation_emulated=emulate,
+        sets=sets,
+        gradients=gradients,
+        cause=cause,
+    )
+
+
+def _reason(failed: list[InputSetFidelity], gradients: GradientCheck, cause: MismatchCause | None) -> str:
+    if failed:
+        worst = min(failed, key=lambda entry: entry.top1_agreement)
+        why = "" if cause is None else f"; cause: {cause.kind}, {cause.detail}"
+        rms = "not finite" if worst.relative_rms is None else f"{worst.relative_rms:.2%} of the logits' spread"
+        return f"{worst.name} images: top-1 agreement {worst.top1_agreement:.4f}, RMS difference {rms}{why}"
+    if not gradients.passes:
+        return f"gradients: {gradients.nonzero_rows:.1%} of rows non-zero, {gradients.finite_rows:.1%} finite" + (
+            "" if gradients.directional_rows is None else f", {gradients.directional_rows:.1%} right in float64"
+        )
+    return "all four input sets and the gradient checks pass"
+
+
+def _compare_set(
+    name: Literal["clean", "uniform", "gradient-steps", "stamped"],
+    session: DeployedSession,
+    shadow: Shadow,
+    x: Pixels,
+    *,
+    saturate: bool,
+) -> InputSetFidelity:
+    found = compare_logits(session.logits(x), shadow_logits(shadow, x, saturate=saturate))
+    return InputSetFidelity(
+        name=name,
+        n=found.n,
+        top1_agreement=found.top1_agreement,
+        max_abs_logit_diff=finite_or_none(found.max_abs),
+        mean_abs_logit_diff=finite_or_none(found.mean_abs),
+        rms_logit_diff=finite_or_none(found.rms),
+        relative_rms=finite_or_none(found.relative_rms),
+        bit_exact_rows=found.bit_exact_rows,
+        passes=found.passes,
+    )
+
+
+_SetName = Literal["clean", "uniform", "gradient-steps", "stamped"]
+
+
+def _input_sets(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> list[tuple[_SetName, Pixels]]:
+    return [
+        ("clean", pixels),
+        ("uniform", on_grid(rng.random(pixels.shape, dtype=np.float32))),
+        ("gradient-steps", _step_towards_random_classes(shadow, pixels, rng)),
+        ("stamped", _stamp_at_random(pixels, rng)),
+    ]
+
+
+def _step_towards_random_classes(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    gradient = input_gradients(shadow, pixels, _random_targets(shadow, pixels, rng))
+    sizes = np.resize(np.array(GRADIENT_STEPS, dtype=np.float32) / 255, len(pixels)).reshape(-1, 1, 1, 1)
+    return on_grid(np.clip(pixels + sizes * np.sign(np.nan_to_num(gradient)), 0, 1))
+
+
+def _random_targets(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> NDArray[np.int64]:
+    classes = shadow_logits(shadow, pixels[:1]).shape[1]
+    return rng.integers(0, classes, size=len(pixels))
+
+
+def _stamp_at_random(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    stamped = pixels.copy()
+    half, height, width = len(pixels) // 2, *pixels.shape[2:]
+    for row in range(half):
+        size = int(rng.integers(*_PATCHES, endpoint=True))
+        top, left = int(rng.integers(0, height - size + 1)), int(rng.integers(0, width - size + 1))
+        stamped[row, :, top : top + size, left : left + size] = rng.random((3, 1, 1)).round()
+    blended = rng.random(pixels[half:].shape, dtype=np.float32)
+    stamped[half:] = (1 - _BLEND) * stamped[half:] + _BLEND * blended
+    return on_grid(stamped)
+
+
+def input_gradients(
+    shadow: Shadow, pixels: Pixels, targets: NDArray[np.int64], *, double: bool = False
+) -> NDArray[np.float64]:
+    """Gradient of each row's target log-probability in its input, ``(N, 3, H, W)``; zeros where there is none."""
+    import torch  # noqa: PLC0415
+
+    parts: list[NDArray[np.float64]] = []
+    for start in range(0, len(pixels), _CHUNK):
+        x = torch.from_numpy(np.ascontiguousarray(pixels[start : start + _CHUNK]))
+        x = (x.double() if double else x).requires_grad_()
+        chosen = torch.from_numpy(targets[start : start + _CHUNK])[:, None]
+        loss = _log_probability(shadow(x), chosen).sum()
+        gradient = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
+        parts.append(np.zeros(x.shape) if gradient is None else gradient.double().numpy())
+    return np.concatenate(parts)
+
+
+def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
+    return cast("Tensor", logits.log_softmax(1).gather(1, targets)[:, 0])
+
+
+def check_gradients(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> GradientCheck:
+    """Finite and non-zero on at least 99 % of clean rows; float graphs also right along random directions."""
+    targets = _random_targets(shadow, pixels, rng)
+    gradient = input_gradients(shadow, pixels, targets).reshape(len(pixels), -1)
+    finite = float(np.isfinite(gradient).all(axis=1).mean())
+    nonzero = float((np.nan_to_num(gradient) != 0).any(axis=1).mean())
+    directional = None if shadow.is_quantized else _directional_share(shadow, pixels, targets, rng)
+    return GradientCheck(
+        rows=len(pixels),
+        finite_rows=finite,
+        nonzero_rows=nonzero,
+        directional_rows=directional,
+        passes=min(finite, nonzero, 1.0 if directional is None else directional) >= MIN_GRADIENT_ROWS,
+    )
+
+
+def _directional_share(shadow: Shadow, pixels: Pixels, targets: NDArray[np.int64], rng: np.random.Generator) -> float:
+    """Share of rows with ``|(f(x + hv) - f(x - hv)) / 2h - g.v| <= 1e-4 |g|`` in float64, ``v`` a random direction."""
+    import torch  # noqa: PLC0415
+
+    twin = shadow.to_double()
+    direction = rng.standard_normal(pixels.shape)
+    direction /= np.sqrt((direction**2).sum(axis=(1, 2, 3), keepdims=True))
+    gradient = input_gradients(twin, pixels, targets, double=True)
+    chosen = torch.from_numpy(targets)[:, None]
+
+    def value(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        with torch.no_grad():
+            return _log_probability(twin(torch.from_numpy(x)), chosen).numpy()
+
+    exact = pixels.astype(np.float64)
+    step = DIRECTIONAL_STEP * direction
+    difference = (value(exact + step) - value(exact - step)) / (2 * DIRECTIONAL_STEP)
+    slope = (gradient * direction).sum(axis=(1, 2, 3))
+    norm = np.sqrt((gradient**2).sum(axis=(1, 2, 3)))
+    return float(np.mean(np.abs(difference - slope) <= DIRECTIONAL_TOLERANCE * norm))
+
+
+def uncertified(reason: str, cause: MismatchCause | None = None) -> FidelityCertificate:
+    """The certificate of a file that no shadow could be built for."""
+    return FidelityCertificate(certified=False, reason=reason, source="optimized", cause=cause)

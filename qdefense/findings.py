@@ -1,0 +1,121 @@
+"""Finding: one defense's answer, in the form that the report stores."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Verdict(StrEnum):
+    """What a defense says of a file; only CLEAN can lead to exit code 0."""
+
+    CLEAN = "CLEAN"
+    BACKDOORED = "BACKDOORED"
+    NOT_APPLICABLE = "NOT_APPLICABLE"
+    NOT_MEASURED = "NOT_MEASURED"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Threshold(_Record):
+    """Where the line is, and who drew it; without calibration the false-alarm rate is unknown."""
+
+    value: float
+    source: Literal["paper", "calibrated"]
+    n: int | None = Field(default=None, description="clean models it was calibrated on")
+    false_alarm_rate: float | None = None
+
+
+class Cost(_Record):
+    """Work done: rows through the deployed session, and gradient steps through the shadow."""
+
+    forwards: int = 0
+    gradient_steps: int = 0
+
+
+class Suspect(_Record):
+    """A class that the scan takes for a backdoor's target."""
+
+    target_class: int
+    class_name: str
+    score: float
+    artifact_asr: float = Field(description="held-out ASR of the inverted trigger on the deployed session")
+    trigger_id: str
+
+
+class InvertedTrigger(_Record):
+    """The best trigger found for one class, replayed on the deployed session."""
+
+    target_class: int
+    class_name: str
+    rank: int = Field(description="1 is the smallest norm; censored classes rank after every converged one")
+    norm: float | None = Field(description="L1 norm of the mask in pixels; null when the class is censored")
+    index: float | None = Field(description="anomaly index on the low side; null when censored or undefined")
+    optimised_asr: float | None = Field(description="ASR on the session, on the images it was optimised on")
+    artifact_asr: float | None = Field(description="ASR on the session, on held-out images")
+    restart_norms: tuple[float | None, ...] = Field(description="norm of each restart; null where it is censored")
+    censored: str | None = Field(default=None, description="why the class has no norm")
+    trigger_id: str | None = None
+
+
+class ScanResult(_Record):
+    """Of a `ModelScan`: ``score`` is higher for a more suspicious model and present whatever the verdict."""
+
+    kind: Literal["scan"] = "scan"
+    score: float | None
+    suspects: tuple[Suspect, ...] = ()
+    classes: tuple[InvertedTrigger, ...] = ()
+    median_norm: float | None = None
+    mad: float | None = Field(default=None, description="median absolute deviation times 1.4826")
+    replay_agreement: float | None = Field(
+        default=None, description="top-1 agreement of shadow and session on the stamped optimised images"
+    )
+    replay_relative_rms: float | None = Field(
+        default=None, description="RMS logit difference there, over the standard deviation of the logits"
+    )
+
+
+class DatasetResult(_Record):
+    """Of a `DatasetScan`: one score per training sample, and the rows flagged."""
+
+    kind: Literal["dataset"] = "dataset"
+    sample_scores: tuple[float, ...]
+    flagged: tuple[int, ...]
+
+
+class FilterResult(_Record):
+    """Of an `InputFilter`: a decision and a score per input."""
+
+    kind: Literal["filter"] = "filter"
+    decisions: tuple[Literal["accept", "reject", "purify"], ...]
+    scores: tuple[float, ...]
+
+
+class RepairResult(_Record):
+    """Of a `Repair`: the new file, and what it did to the figures."""
+
+    kind: Literal["repair"] = "repair"
+    new_digest: str
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+Result = Annotated[ScanResult | DatasetResult | FilterResult | RepairResult, Field(discriminator="kind")]
+
+
+class Finding(_Record):
+    """One defense's answer about one file."""
+
+    defense: str
+    kind: Literal["scan", "dataset", "filter", "repair"]
+    verdict: Verdict
+    reason: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    threshold: Threshold | None = None
+    seed: int
+    cost: Cost = Cost()
+    result: Result | None = None
