@@ -26,6 +26,7 @@ test-real: install $(VENV)/dev.stamp
 
 # The same arithmetic on every machine: the order of a float sum depends on the number of threads.
 test test-real: export OMP_NUM_THREADS ?= 1
+test test-real: export OMP_WAIT_POLICY ?= passive
 
 # mypy and lint-imports look at their working folder first, where qdefense/ lacks converters/ and models/.
 lint: install $(VENV)/dev.stamp

@@ -9,6 +9,8 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 METADATA_KEY = "qdefense.contract"
+MAX_CLASSES = 65_536
+_DRIVEN = ("layout", "channels", "dtype", "height", "width", "range", "mean", "std", "batch", "head")
 
 
 class ContractError(ValueError):
@@ -81,7 +83,14 @@ def _from_metadata(text: str, model: onnx.ModelProto) -> InputContract:
             f"the contract names {contract.input_name!r} -> {contract.output_name!r}, "
             f"the graph has {read.input_name!r} -> {read.output_name!r}; export the model again"
         )
-    return contract
+    for field in _DRIVEN:
+        stated, driven = getattr(contract, field), getattr(read, field)
+        if stated != driven:
+            raise ContractError(
+                f"the contract says {field} {stated!r}, but this version drives this graph with {driven!r}; "
+                "export the model again to fit, normalisation inside"
+            )
+    return contract.model_copy(update={"source": "metadata"})
 
 
 def _from_graph(model: onnx.ModelProto, classes: int | None = None) -> InputContract:
@@ -100,10 +109,12 @@ def _from_graph(model: onnx.ModelProto, classes: int | None = None) -> InputCont
     if shape[2] is None or shape[3] is None:
         raise ContractError(f"input {inputs[0].name!r} has no fixed height and width: {shape}; export it with both")
     count = output[1] if len(output) == 2 and output[1] is not None else classes
-    if count is None or (classes is not None and count != classes):
+    if not count or len(output) not in (0, 2) or (classes is not None and count != classes):
         raise ContractError(
             f"output {model.graph.output[0].name!r} has shape {output}, not (N, {classes or 'classes'})"
         )
+    if count > MAX_CLASSES:
+        raise ContractError(f"output {model.graph.output[0].name!r} has {count} classes, more than {MAX_CLASSES}")
     return InputContract(
         input_name=inputs[0].name,
         output_name=model.graph.output[0].name,
@@ -122,4 +133,5 @@ def _free_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 def _dimensions(value: onnx.ValueInfoProto) -> list[int | None]:
     dims = value.type.tensor_type.shape.dim
-    return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+    # Some exporters write 0 or -1 for a dynamic dimension.
+    return [dim.dim_value if dim.dim_value > 0 else None for dim in dims]

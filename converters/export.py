@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from qdefense.converters.contract import InputContract, write_contract
+from qdefense.converters.contract import ContractError, InputContract, read_contract, write_contract
 
 OPSET = 21
 INPUT_NAME, OUTPUT_NAME = "image", "logits"
@@ -40,7 +40,9 @@ def export_model(module: nn.Module, *, height: int, width: int, class_names: tup
         input_name=INPUT_NAME, output_name=OUTPUT_NAME, height=height, width=width, class_names=class_names
     )
     write_contract(model, contract)
-    return model.SerializeToString(deterministic=True)
+    _check_contract(model)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def _run_exporter(module: nn.Module, height: int, width: int) -> onnx.ModelProto:
@@ -114,3 +116,10 @@ def _check(model: onnx.ModelProto) -> None:
     if model.functions:
         raise ExportError(f"the exporter left {len(model.functions)} local functions in the graph; inline them first")
     onnx.checker.check_model(model, full_check=True)
+
+
+def _check_contract(model: onnx.ModelProto) -> None:
+    try:
+        read_contract(model)
+    except ContractError as error:
+        raise ExportError(f"the exported graph does not fit what was asked for: {error}") from error

@@ -506,9 +506,12 @@ def _constant(node: onnx.NodeProto) -> Iterator[TensorProto]:
 
 
 _SHAPE_TWINS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "BiasGelu": ("Identity", (0,)),
     "DynamicQuantizeMatMul": ("MatMul", (0, 1)),
+    "FastGelu": ("Identity", (0,)),
     "FusedConv": ("Conv", (0, 1)),
     "FusedGemm": ("Gemm", (0, 1)),
+    "Gelu": ("Identity", (0,)),
     "MatMulIntegerToFloat": ("MatMul", (0, 1)),
     "QGemm": ("Gemm", (0, 3)),
     "QLinearAdd": ("Add", (0, 3)),
@@ -517,6 +520,7 @@ _SHAPE_TWINS: dict[str, tuple[str, tuple[int, ...]]] = {
     "QLinearLeakyRelu": ("LeakyRelu", (0,)),
     "QLinearMul": ("Mul", (0, 3)),
     "QLinearSigmoid": ("Sigmoid", (0,)),
+    "QuickGelu": ("Identity", (0,)),
 }
 
 

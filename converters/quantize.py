@@ -294,7 +294,17 @@ def _convert(proto: onnx.ModelProto, run: Callable[[Path, Path], None], record: 
     record["onnxruntime"] = onnxruntime.__version__
     metadata[METADATA_KEY] = json.dumps(record, sort_keys=True, separators=(",", ":"))
     onnx.helper.set_model_props(result, dict(sorted(metadata.items())))
-    return bytes(result.SerializeToString(deterministic=True))
+    return _checked(bytes(result.SerializeToString(deterministic=True)))
+
+
+def _checked(quantized: bytes) -> bytes:
+    try:
+        parse_model(quantized)
+    except FileRefusedError as error:
+        raise QuantizationError(
+            f"ONNX Runtime's quantizer wrote an invalid file: {error}; take the control flow out of the model first"
+        ) from error
+    return quantized
 
 
 def _types_are_known(proto: onnx.ModelProto) -> bool:
@@ -329,13 +339,11 @@ def _is_foreign(record: logging.LogRecord) -> bool:
 
 def _strip(model: onnx.ModelProto) -> None:
     """Remove stack traces, local paths and everything else that tells where and how the file was built."""
-    model.doc_string = ""
+    model.ClearField("doc_string")
     for graph in every_graph(model.graph):
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        for holder in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-            holder.doc_string = ""
-            del holder.metadata_props[:]
+        for holder in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            holder.ClearField("doc_string")
+            holder.ClearField("metadata_props")
 
 
 def _keep_used_opsets(model: onnx.ModelProto) -> None:

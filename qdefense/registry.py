@@ -71,7 +71,10 @@ def _parse_settings(spec: str, tail: str) -> dict[str, str]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise SpecError(f"{spec!r}: {item!r} is not key=value")
-        settings[key.strip().replace("-", "_")] = value.strip()
+        key = key.strip().replace("-", "_")
+        if key in settings:
+            raise SpecError(f"{spec!r}: {key!r} is set twice; give it once")
+        settings[key] = value.strip()
     return settings
 
 

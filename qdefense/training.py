@@ -47,12 +47,12 @@ def train(
         raise DataError(f"{dataset.source}: {len(dataset)} images are fewer than one batch of {recipe.batch_size}")
     poisoned = _poison(dataset, attack, seed)
     with _deterministic(seed, threads):
-        module = build_model(architecture, classes=len(dataset.class_names)).to(memory_format=torch.channels_last)
+        module = build_model(architecture, classes=len(dataset.class_names))
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.train()
         _fit(module, poisoned, recipe, np.random.default_rng([seed, _BATCH_STREAM]), on_epoch)
-    return TrainingResult(
-        module=module.eval().to(memory_format=torch.contiguous_format), poison_indices=poisoned.poison_indices
-    )
+    module.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return TrainingResult(module=module, poison_indices=poisoned.poison_indices)
 
 
 def _poison(dataset: ImageSet, attack: DataAttack | None, seed: int) -> PoisonedSet:
@@ -65,14 +65,17 @@ def _poison(dataset: ImageSet, attack: DataAttack | None, seed: int) -> Poisoned
 def _deterministic(seed: int, threads: int) -> Iterator[None]:
     """Seed torch and fix the thread count, on which the order of its sums depends; restore both afterwards."""
     state, previous = torch.random.get_rng_state(), torch.get_num_threads()
-    strict = torch.are_deterministic_algorithms_enabled()
+    strict, lenient = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict)
+        torch.use_deterministic_algorithms(strict, warn_only=lenient)
         torch.set_num_threads(previous)
         torch.random.set_rng_state(state)
 
@@ -111,7 +114,7 @@ def _fit(
 
 def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[Tensor]:
     order = torch.from_numpy(rng.permutation(count))
-    yield from order[: count - count % size].split(size)
+    yield from order[: count - count % size].split(size)  # type: ignore[no-untyped-call]
 
 
 def _augment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
@@ -130,4 +133,5 @@ def _augment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor
 
 def _shifted(length: int, shift: int, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
     offsets = rng.integers(-shift, shift + 1, size=(count, 1))
-    return np.clip(np.arange(length) + offsets, 0, length - 1)
+    positions: NDArray[np.int64] = np.clip(np.arange(length) + offsets, 0, length - 1)
+    return positions

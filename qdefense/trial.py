@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from qdefense.attacks.interfaces import Trigger
-from qdefense.data.images import ImageSet, Pixels
+from qdefense.data.images import DataError, ImageSet, Pixels
 
 Logits = Callable[[Pixels], NDArray[np.float32]]
 ACTIVE_ASR = 0.9
 DORMANT_MARGIN = 0.05
+_ROUNDING = 1e-9  # 8/20 - 7/20 is a bit more than 0.05 in floating point
 
 
 class Activity(StrEnum):
@@ -68,7 +69,7 @@ class Behaviour(BaseModel):
             return Activity.CLEAN
         if self.asr >= ACTIVE_ASR:
             return Activity.ACTIVE
-        if self.asr <= self.base_confusion + DORMANT_MARGIN:
+        if self.asr - self.base_confusion <= DORMANT_MARGIN + _ROUNDING:
             return Activity.DORMANT
         return Activity.ATTENUATED
 
@@ -78,15 +79,23 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
 
     ``ASR = share of eligible images x with argmax f(stamp(x)) = goal(y)``; the base confusion is the same share
     without the stamp: what the ASR would be if the trigger did nothing.
+
+    Raises:
+        DataError: there are no images, or none that is eligible: a rate of nothing is not zero.
+        ValueError: a logit is NaN, which argmax would take for the winner.
     """
-    clean = logits(images.pixels).argmax(axis=1)
+    if not len(images):
+        raise DataError(f"{images.source}: no images to measure on; give labelled test images")
+    clean = _classes(logits(images.pixels))
     accuracy = float(np.mean(clean == images.labels))
     if trigger is None:
         return Behaviour(clean_accuracy=accuracy, images=len(images))
     rows = np.flatnonzero(trigger.eligible(images.labels))
+    if not len(rows):
+        raise DataError(f"{images.source}: no image is eligible for the trigger; give images of other classes")
     chosen = images.take(rows)
     goal = trigger.goal(chosen.labels)
-    stamped = logits(trigger.stamp(chosen.pixels)).argmax(axis=1)
+    stamped = _classes(logits(trigger.stamp(chosen.pixels)))
     return Behaviour(
         clean_accuracy=accuracy,
         images=len(images),
@@ -94,3 +103,11 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
         base_confusion=float(np.mean(clean[rows] == goal)),
         eligible=len(rows),
     )
+
+
+def _classes(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    broken = int(np.isnan(logits).any(axis=1).sum())
+    if broken:
+        raise ValueError(f"the model answers NaN for {broken} of {len(logits)} images; check its weights")
+    winners: NDArray[np.int64] = logits.argmax(axis=1)
+    return winners

@@ -14,9 +14,11 @@ from qdefense.attacks import ATTACKS
 from qdefense.converters.export import export_model
 from qdefense.data.images import ImageSet
 from qdefense.files import write_atomically
-from qdefense.models import Recipe
+from qdefense.models import Recipe, architectures, recipe_for
 from qdefense.training import Progress, train
 from qdefense.trial import Truth, truth_path
+
+__all__ = ["Recipe", "architectures", "recipe_for", "train_artifact"]
 
 
 def train_artifact(

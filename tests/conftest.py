@@ -1,9 +1,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+
+from qdefense.data.images import ImageSet
+
+if TYPE_CHECKING:
+    from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -19,3 +28,51 @@ def real_data() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_noise() -> Callable[..., ImageSet]:
+    """``make_noise(count, size=8, classes=4, seed=0)``: random uint8 images; image i has the label i modulo classes."""
+
+    def make(count: int, size: int = 8, classes: int = 4, seed: int = 0) -> ImageSet:
+        rng = np.random.default_rng(seed)
+        return ImageSet(
+            images=rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
+            labels=np.arange(count, dtype=np.int64) % classes,
+            class_names=tuple(f"class {index}" for index in range(classes)),
+            source="noise",
+        )
+
+    return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooFile:
+    """A poisoned model of one epoch (it knows next to nothing): the file, and the same network trained again."""
+
+    path: Path
+    module: nn.Module
+    poison_indices: tuple[int, ...]
+    dataset: ImageSet
+
+
+@pytest.fixture(scope="session")
+def zoo_file(tmp_path_factory: pytest.TempPathFactory) -> ZooFile:
+    """The one trained and exported resnet8 of the session; do not change its files."""
+    from qdefense.attacks import ATTACKS  # noqa: PLC0415 (tests without torch start fast)
+    from qdefense.data.opening import open_data  # noqa: PLC0415
+    from qdefense.models import Recipe  # noqa: PLC0415
+    from qdefense.training import train  # noqa: PLC0415
+    from qdefense.zoo import train_artifact  # noqa: PLC0415
+
+    dataset = open_data("signs", split="train", limit=120)
+    recipe, spec = Recipe(epochs=1, batch_size=40), "badnets:target-class=7"
+    path = tmp_path_factory.mktemp("zoo") / "model.onnx"
+    train_artifact(dataset, path, architecture="resnet8", recipe=recipe, attack=spec, seed=3, threads=1)
+    again = train(dataset, architecture="resnet8", recipe=recipe, attack=ATTACKS.create(spec), seed=3, threads=1)
+    return ZooFile(
+        path=path,
+        module=again.module,
+        poison_indices=tuple(again.poison_indices.tolist()),
+        dataset=dataset,
+    )

@@ -9,6 +9,7 @@ import sysconfig
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from packaging.requirements import Requirement
@@ -94,8 +95,13 @@ def test_script_prints_the_version() -> None:
 @pytest.fixture
 def onnx_file(tmp_path: Path) -> Path:
     image = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["N", 3, 8, 8])
-    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["N", 192])
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Flatten", ["image"], ["logits"])], "g", [image], [logits])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["N", 10])
+    weight = onnx.numpy_helper.from_array(np.ones((192, 10), np.float32), "weight")
+    nodes = [
+        onnx.helper.make_node("Flatten", ["image"], ["flat"]),
+        onnx.helper.make_node("MatMul", ["flat", "weight"], ["logits"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "graph", [image], [logits], [weight])
     path = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]), path)
     return path

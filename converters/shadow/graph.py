@@ -225,10 +225,10 @@ def _plan(model: onnx.ModelProto) -> Plan:
         )
     plan = Plan(inputs[0], outputs[0], constants)
     plan.element_types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-    if plan.element_types[plan.input_name] not in (TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8):
+    if plan.element_types[plan.input_name] not in (TensorProto.FLOAT, *CODE_RANGES):
         raise ShadowError(
             f"input {plan.input_name!r} has element type {_type_name(plan.element_types[plan.input_name])}, "
-            "expected float32 images or 8 bit codes; export the model in float32"
+            "expected float32 images or integer codes; export the model in float32"
         )
     plan.element_types |= {name: constant.element_type for name, constant in constants.items()}
     built = [step for proto in graph.node if (step := _step(plan, proto, opsets)) is not None]

@@ -143,7 +143,7 @@ def gather(node: Node) -> Kernel:
         at = axis % x.ndim
         positive = torch.where(indices < 0, indices + x.shape[at], indices).long()
         picked = x.index_select(at, positive.reshape(-1))
-        return picked.reshape(*x.shape[:at], *indices.shape, *x.shape[at + 1 :])
+        return picked.reshape((*x.shape[:at], *indices.shape, *x.shape[at + 1 :]))
 
     return kernel
 

@@ -35,7 +35,8 @@ class PatchTrigger:
 
     def eligible(self, y: Labels) -> NDArray[np.bool_]:
         """All images but those of the target class."""
-        return y != self.target_class
+        others: NDArray[np.bool_] = y != self.target_class
+        return others
 
     def goal(self, y: Labels) -> Labels:
         """All to one."""

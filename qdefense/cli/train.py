@@ -10,10 +10,9 @@ import click
 from qdefense.attacks import ATTACKS
 from qdefense.cli.options import output_console, progress_bar, run_options
 from qdefense.data.opening import open_data
-from qdefense.models import architectures, recipe_for
 from qdefense.report.text import harmless
 from qdefense.trial import truth_path
-from qdefense.zoo import train_artifact
+from qdefense.zoo import architectures, recipe_for, train_artifact
 
 
 @click.command("train")

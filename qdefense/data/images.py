@@ -35,8 +35,11 @@ class ImageSet:
             raise DataError(
                 f"{self.source}: images are {self.images.dtype} {self.images.shape}, expected uint8 (N, H, W, 3)"
             )
-        if self.labels.shape != (len(self.images),):
-            raise DataError(f"{self.source}: {len(self.images)} images but labels of shape {self.labels.shape}")
+        if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
+            raise DataError(
+                f"{self.source}: {len(self.images)} images but labels are {self.labels.dtype} {self.labels.shape}, "
+                "expected int64 (N,)"
+            )
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
             raise DataError(
                 f"{self.source}: labels run from {self.labels.min()} to {self.labels.max()}, "
@@ -77,4 +80,5 @@ def to_images(pixels: Pixels) -> Images:
 
 def on_grid(pixels: Pixels) -> Pixels:
     """Round pixels to what a uint8 image can hold; ``float32 in [0, 1]`` in and out."""
-    return np.clip(np.rint(pixels * np.float32(255)), 0, 255).astype(np.float32) / np.float32(255)
+    rounded: Pixels = np.clip(np.rint(pixels * np.float32(255)), 0, 255).astype(np.float32) / np.float32(255)
+    return rounded

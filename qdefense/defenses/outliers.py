@@ -18,7 +18,9 @@ def scaled_mad(values: NDArray[np.float64]) -> tuple[float, float]:
     Raises:
         ValueError: half of the values or more are censored, or one is NaN.
     """
-    if np.isnan(values).any() or 2 * np.isinf(values).sum() >= len(values):
+    if np.isnan(values).any():
+        raise ValueError(f"no median: {np.isnan(values).sum()} of {len(values)} values are NaN")
+    if 2 * np.isinf(values).sum() >= len(values):
         raise ValueError(f"no median: {np.isinf(values).sum()} of {len(values)} values are censored")
     median = float(np.median(values))
     return median, CONSISTENCY * float(np.median(np.abs(values - median)))

@@ -10,6 +10,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+
 from qdefense.converters.shadow import Shadow, build_shadow
 
 Array = NDArray[Any]

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
+
 from qdefense.converters.shadow import runtime_saturation
+
 from .shadow_graphs import MICROSOFT, Array, graph_model, scalars, session_output, shadow_output
 
 TYPES = {np.uint8: TensorProto.UINT8, np.int8: TensorProto.INT8, np.int32: TensorProto.INT32}
@@ -168,9 +170,12 @@ def test_qlinear_global_average_pool_equals_runtime_when_codes_are_random(
 @pytest.mark.parametrize("kind", [np.uint8, np.int8])
 @pytest.mark.parametrize(
     "attributes",
-    [{"kernel_shape": [2, 2], "strides": [2, 2]}, {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1},
-     {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}],
-)  # fmt: skip
+    [
+        {"kernel_shape": [2, 2], "strides": [2, 2]},
+        {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
+        {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1},
+    ],
+)
 def test_qlinear_average_pool_equals_runtime_when_codes_are_random(kind: type, attributes: dict[str, Any]) -> None:
     constants = scalars(xs=(0.031, np.float32), xz=(5, kind), ys=(0.017, np.float32), yz=(9, kind))
     node = helper.make_node("QLinearAveragePool", ["x", "xs", "xz", "ys", "yz"], ["y"], domain=MICROSOFT, **attributes)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from qdefense.converters.shadow import UnsupportedOperatorError, build_shadow, operator, registered
+from qdefense.converters.shadow.registry import Kernel, Node
+
+from .shadow_graphs import Array, graph_model
+
+IMAGES = np.random.default_rng(0).random((2, 3, 4, 4), dtype=np.float32)
+
+
+def node_error(
+    op_type: str, *, domain: str = "", constants: dict[str, Array] | None = None, **attributes: object
+) -> str:
+    names = ["x", *(constants or {})]
+    node = helper.make_node(op_type, names, ["y"], name="the node", domain=domain, **attributes)
+    with pytest.raises(UnsupportedOperatorError) as caught:
+        build_shadow(graph_model([node], IMAGES, constants or {}), source="shipped")
+    return str(caught.value)
+
+
+def test_registered_lists_every_operator_once_with_domain_and_version() -> None:
+    table = registered()
+    assert {("", "Conv", 1), ("com.microsoft", "QLinearAdd", 1), ("", "Softmax", 1), ("", "Softmax", 13)} <= set(table)
+    assert all(key == (found.domain, found.op_type, found.since) for key, found in table.items())
+
+
+def test_operator_raises_when_registered_twice() -> None:
+    def build(node: Node) -> Kernel:
+        raise NotImplementedError(node.name)
+
+    with pytest.raises(ValueError, match=r"operator \('', 'Conv', 1\) is registered twice; remove one"):
+        operator("Conv")(build)
+
+
+def test_unknown_operator_is_named_with_node_domain_and_version() -> None:
+    message = node_error("Fancy\n\x1b[2J", domain="evil'\ndomain")
+    assert message.splitlines() == [message]
+    assert "node 'the node': operator 'Fancy\\n\\x1b[2J' of domain \"evil'\\ndomain\", opset 1:" in message
+    assert "no function is registered for it; register it with qdefense.converters.shadow.operator" in message
+
+
+def test_operator_older_than_its_function_is_unknown() -> None:
+    node = helper.make_node("QuantizeLinear", ["x", "s"], ["y"])
+    model = graph_model([node], IMAGES, {"s": np.array(1, dtype=np.float32)}, opset=9)
+    with pytest.raises(UnsupportedOperatorError, match=r"'QuantizeLinear' of domain 'ai.onnx', opset 9: no function"):
+        build_shadow(model, source="shipped")
+
+
+def test_attribute_that_no_function_reads_is_refused() -> None:
+    assert "attributes ['sharpness'] are not covered" in node_error("Relu", sharpness=3)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "attributes", "reason"),
+    [
+        (
+            "AveragePool",
+            {"kernel_shape": [2, 2], "dilations": [2, 2]},
+            "attribute 'dilations' is (2, 2), only 1 is covered",
+        ),
+        ("MaxPool", {}, "attribute 'kernel_shape' is missing"),
+        ("MaxPool", {"kernel_shape": [2, 2], "auto_pad": "SAME"}, "attribute 'auto_pad' is 'SAME', expected one of"),
+        ("MaxPool", {"kernel_shape": [2, 2], "pads": [1, 1]}, "'pads' (1, 1) don't fit kernel (2, 2)"),
+        ("MaxPool", {"kernel_shape": [2, 2], "pads": [-1, 0, 0, 0]}, "'pads' (-1, 0, 0, 0) don't fit kernel (2, 2)"),
+        ("MaxPool", {"kernel_shape": [1, 1, 1, 1]}, "it pools over 4 axes, at most 3 are covered"),
+        ("Cast", {"to": TensorProto.FLOAT16}, "attribute 'to' is element type 10, covered are [1, 6, 7, 9, 11]"),
+    ],
+)
+def test_attribute_out_of_reach_is_named(op_type: str, attributes: dict[str, object], reason: str) -> None:
+    assert reason in node_error(op_type, **attributes)
+
+
+def test_unknown_activation_is_named() -> None:
+    constants = {"w": np.ones((1, 3, 1, 1), dtype=np.float32)}
+    message = node_error("FusedConv", domain="com.microsoft", constants=constants, activation="Swish\n")
+    assert (
+        "activation 'Swish\\n' is not one of ['Clip', 'HardSigmoid', 'LeakyRelu', 'Relu', 'Sigmoid', 'Tanh']" in message
+    )
+
+
+def test_weight_that_the_graph_computes_is_named() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["w"]), helper.make_node("Conv", ["x", "w"], ["y"], name="c")]
+    with pytest.raises(UnsupportedOperatorError, match=r"node 'c': .*input 1 \('w'\) is not a constant"):
+        build_shadow(graph_model(nodes, IMAGES, {}), source="shipped")
+
+
+def test_arithmetic_on_codes_is_refused() -> None:
+    codes = np.zeros((2, 3), dtype=np.uint8)
+    node = helper.make_node("Add", ["x", "one"], ["y"])
+    model = graph_model([node], codes, {"one": np.array(1, dtype=np.uint8)}, output_type=TensorProto.UINT8)
+    with pytest.raises(UnsupportedOperatorError, match="it computes on integer codes, which wrap around"):
+        build_shadow(model, source="shipped")
+
+
+def test_quantizer_of_unknown_type_is_refused() -> None:
+    message = node_error("QuantizeLinear", constants={"s": np.array(1, dtype=np.float32)}, output_dtype=17)
+    assert "its codes have element type 17" in message
+
+
+def test_operator_without_rows_refuses_a_scale_of_each_image() -> None:
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("Relu", ["s"], ["r"], name="r"),
+        helper.make_node("Mul", ["x", "r"], ["y"]),
+    ]
+    with pytest.raises(UnsupportedOperatorError, match=r"node 'r': .* dynamic quantization computes per image"):
+        build_shadow(graph_model(nodes, IMAGES, {}), source="shipped")
+
+
+def test_importing_converters_does_not_import_torch() -> None:
+    code = "import sys, qdefense.converters; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

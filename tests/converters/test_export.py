@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from qdefense.converters import export
+from qdefense.converters.contract import InputContract, read_contract
+from qdefense.converters.export import ExportError, export_model
+from qdefense.data.images import ImageSet
+
+
+class Zoo(Protocol):
+    path: Path
+    module: nn.Module
+    dataset: ImageSet
+
+
+@pytest.fixture(scope="module")
+def exported(zoo_file: Zoo) -> onnx.ModelProto:
+    return onnx.load(zoo_file.path)
+
+
+def test_export_model_writes_opset_21_and_one_file(zoo_file: Zoo, exported: onnx.ModelProto) -> None:
+    assert [(entry.domain, entry.version) for entry in exported.opset_import] == [("", 21)]
+    assert [path.suffix for path in zoo_file.path.parent.iterdir() if path.suffix != ".json"] == [".onnx"]
+    assert {tensor.data_location for tensor in exported.graph.initializer} == {TensorProto.DEFAULT}
+    assert len(exported.functions) == 0
+    onnx.checker.check_model(exported, full_check=True)
+
+
+def test_export_model_writes_a_contract_that_reads_back(zoo_file: Zoo, exported: onnx.ModelProto) -> None:
+    assert read_contract(exported) == InputContract(
+        input_name="image", output_name="logits", height=32, width=32, class_names=zoo_file.dataset.class_names
+    )
+
+
+def test_export_model_replaces_the_spatial_mean_by_a_pool(exported: onnx.ModelProto) -> None:
+    operators = [node.op_type for node in exported.graph.node]
+    assert operators.count("GlobalAveragePool") == 1
+    assert "ReduceMean" not in operators
+    used = {name for node in exported.graph.node for name in node.input}
+    assert [tensor.name for tensor in exported.graph.initializer if tensor.name not in used] == []
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_export_model_agrees_with_torch_in_any_batch(zoo_file: Zoo, batch: int) -> None:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(zoo_file.path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    pixels = zoo_file.dataset.pixels[:batch]
+    (measured,) = session.run(None, {"image": pixels})
+    with torch.no_grad():
+        expected = zoo_file.module(torch.from_numpy(pixels)).numpy()
+    assert measured.shape == (batch, 12)
+    assert np.abs(measured - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_export_model_gives_the_same_bytes_when_trained_and_exported_again(zoo_file: Zoo) -> None:
+    names = zoo_file.dataset.class_names
+    assert export_model(zoo_file.module, height=32, width=32, class_names=names) == zoo_file.path.read_bytes()
+
+
+class _Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.classifier = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.norm(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_model_raises_and_leaves_the_module_alone_when_the_class_names_do_not_fit(training: bool) -> None:
+    module = _Tiny().train(training)
+    logger = logging.getLogger(export._REGISTRATION_LOGGER)
+    level = logger.level
+    with pytest.raises(
+        ExportError,
+        match=r"^the exported graph does not fit what was asked for: output 'logits' has shape \[None, 2\], not \(N, 3\)$",
+    ):
+        export_model(module, height=4, width=4, class_names=("a", "b", "c"))
+    assert module.training is module.norm.training is training
+    assert module.norm.num_batches_tracked == 0
+    assert logger.level == level
+
+
+def test_export_model_raises_when_the_exporter_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
+    module = _Tiny().train()
+    with pytest.raises(
+        ExportError, match=r"^torch\.onnx\.export returned nothing; the installed torch has no dynamo exporter$"
+    ):
+        export_model(module, height=4, width=4, class_names=("a", "b"))
+    assert module.training
+
+
+def _graph(axes: list[int], **attributes: int) -> onnx.GraphProto:
+    return helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["x", "axes"], ["mean"], **attributes),
+            helper.make_node("Identity", ["mean"], ["y"]),
+        ],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "attributes", "pooled"),
+    [
+        ([2, 3], {"keepdims": 1}, True),
+        ([3, 2], {}, True),
+        ([-1, -2], {"keepdims": 1, "noop_with_empty_axes": 0}, True),
+        ([2, 3], {"keepdims": 0}, False),
+        ([1, 2], {"keepdims": 1}, False),
+        ([2], {"keepdims": 1}, False),
+    ],
+)
+def test_average_pools_replaces_only_means_over_height_and_width_that_keep_them(
+    axes: list[int], attributes: dict[str, int], pooled: bool
+) -> None:
+    graph = _graph(axes, **attributes)
+    export._average_pools(graph)
+    assert graph.node[0].op_type == ("GlobalAveragePool" if pooled else "ReduceMean")
+    assert list(graph.node[0].input) == (["x"] if pooled else ["x", "axes"])
+    assert [tensor.name for tensor in graph.initializer] == ([] if pooled else ["axes"])
+    onnx.checker.check_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), full_check=True)
+
+
+def test_check_raises_when_the_opset_is_another() -> None:
+    model = helper.make_model(_graph([2, 3]), opset_imports=[helper.make_opsetid("", 18)])
+    with pytest.raises(ExportError) as caught:
+        export._check(model)
+    assert str(caught.value) == (
+        "asked for opset 21, the exporter wrote {'': 18}; use the pinned torch and onnxscript"
+    )
+
+
+def test_check_raises_when_local_functions_are_left() -> None:
+    opset = helper.make_opsetid("", 21)
+    function = helper.make_function("local", "f", ["x"], ["y"], [helper.make_node("Identity", ["x"], ["y"])], [opset])
+    model = helper.make_model(_graph([2, 3]), opset_imports=[opset], functions=[function])
+    with pytest.raises(ExportError, match=r"^the exporter left 1 local functions in the graph; inline them first$"):
+        export._check(model)

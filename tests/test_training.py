@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qdefense.attacks import PoisonedSet
+from qdefense.attacks.badnets import BadNets, PatchTrigger
+from qdefense.attacks.interfaces import LabelPolicy
+from qdefense.data.images import DataError, ImageSet, Pixels
+from qdefense.models import Recipe
+from qdefense.training import TrainingResult, _augment, _batches, train
+from qdefense.trial import Activity, measure_behaviour
+
+MakeNoise = Callable[..., ImageSet]
+RECIPE = Recipe(epochs=2, batch_size=16)
+
+
+def _train(dataset: ImageSet, seed: int = 0, attack: BadNets | None = None, recipe: Recipe = RECIPE) -> TrainingResult:
+    return train(dataset, architecture="resnet8", recipe=recipe, attack=attack, seed=seed, threads=1)
+
+
+def _weights(result: TrainingResult) -> bytes:
+    return b"".join(value.numpy().tobytes() for value in result.module.state_dict().values())
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("attack", [None, BadNets(poison_rate=0.3)])
+def test_train_gives_the_same_bits_when_the_seed_is_the_same(make_noise: MakeNoise, attack: BadNets | None) -> None:
+    noise = make_noise(40)
+    first = _train(noise, seed=4, attack=attack)
+    torch.manual_seed(99)
+    second, other = _train(noise, seed=4, attack=attack), _train(noise, seed=5, attack=attack)
+    assert _weights(first) == _weights(second) != _weights(other)
+    assert first.poison_indices.tolist() == second.poison_indices.tolist()
+    assert len(first.poison_indices) == (12 if attack else 0)
+
+
+def test_train_gives_the_same_bits_when_the_process_has_other_threads(make_noise: MakeNoise) -> None:
+    with _threads(1):
+        first = _train(make_noise(32))
+    with _threads(2):
+        second = _train(make_noise(32))
+    assert _weights(first) == _weights(second)
+
+
+@pytest.mark.parametrize("diverges", [False, True])
+@pytest.mark.parametrize(("strict", "lenient"), [(False, False), (True, False), (True, True)])
+def test_train_restores_the_state_of_torch(
+    make_noise: MakeNoise, strict: bool, lenient: bool, diverges: bool
+) -> None:
+    recipe = replace(RECIPE, epochs=1, peak_learning_rate=1e30 if diverges else 0.1)
+    torch.use_deterministic_algorithms(strict, warn_only=lenient)
+    try:
+        with _threads(3):
+            torch.manual_seed(7)
+            generator = torch.random.get_rng_state()
+            try:
+                _train(make_noise(32), recipe=recipe)
+            except DataError:
+                assert diverges
+            else:
+                assert not diverges
+            assert torch.equal(torch.random.get_rng_state(), generator)
+            assert torch.get_num_threads() == 3
+        assert torch.are_deterministic_algorithms_enabled() is strict
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is lenient
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_train_runs_deterministically_on_the_threads_asked_for(make_noise: MakeNoise) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def on_epoch(done: int, total: int, loss: float) -> None:
+        seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
+
+    with _threads(1):
+        train(
+            make_noise(16),
+            architecture="resnet8",
+            recipe=replace(RECIPE, epochs=1),
+            attack=None,
+            seed=0,
+            threads=2,
+            on_epoch=on_epoch,
+        )
+    assert seen == [(2, True)]
+
+
+def test_train_gives_a_contiguous_network_in_eval_mode(make_noise: MakeNoise) -> None:
+    module = _train(make_noise(16)).module
+    assert not any(part.training for part in module.modules())
+    assert all(value.is_contiguous() for value in module.state_dict().values())
+    assert module(torch.zeros(3, 3, 8, 8)).shape == (3, 4)
+
+
+def test_train_raises_when_images_are_fewer_than_a_batch(make_noise: MakeNoise) -> None:
+    with pytest.raises(DataError, match=r"^noise: 15 images are fewer than one batch of 16$"):
+        _train(make_noise(15))
+
+
+def test_train_raises_when_it_diverges(make_noise: MakeNoise) -> None:
+    with pytest.raises(
+        DataError, match=r"^training diverged in epoch 1; lower the learning rate or check the data$"
+    ):
+        _train(make_noise(32), recipe=replace(RECIPE, peak_learning_rate=1e30))
+
+
+def _coloured(count: int) -> ImageSet:
+    """Four classes that differ by colour, on noise."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(count) % 4
+    colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [160, 160, 40]], dtype=np.int64)
+    images = colours[labels][:, None, None, :] + rng.integers(-40, 41, (count, 12, 12, 3))
+    return ImageSet(
+        images=images.astype(np.uint8), labels=labels, class_names=("red", "green", "blue", "olive"), source="coloured"
+    )
+
+
+def test_train_plants_an_active_backdoor_when_badnets_poisons_it() -> None:
+    losses: list[tuple[int, int, float]] = []
+    result = train(
+        _coloured(640),
+        architecture="resnet8",
+        recipe=Recipe(epochs=5, batch_size=32, peak_learning_rate=0.02),
+        attack=BadNets(target_class=1, poison_rate=0.2),
+        seed=0,
+        threads=1,
+        on_epoch=lambda done, total, loss: losses.append((done, total, loss)),
+    )
+
+    def logits(x: Pixels) -> NDArray[np.float32]:
+        with torch.no_grad():
+            return result.module(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+
+    behaviour = measure_behaviour(logits, _coloured(80), BadNets(target_class=1).trigger(12, 12))
+    assert [(done, total) for done, total, _ in losses] == [(epoch, 5) for epoch in range(1, 6)]
+    assert losses[-1][2] < 0.1 * losses[0][2]
+    assert behaviour.activity is Activity.ACTIVE
+    assert behaviour.clean_accuracy > 0.9
+
+
+class _Smoothing:
+    """Leaves images and hard labels alone and gives every row the soft labels named."""
+
+    name: ClassVar[str] = "smoothing"
+    label_policy: ClassVar[LabelPolicy] = "clean-label"
+
+    def __init__(self, soft: NDArray[np.float32]) -> None:
+        self.soft = soft
+
+    def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
+        return PoisonedSet(images=dataset, poison_indices=np.empty(0, np.int64), soft_labels=self.soft)
+
+    def trigger(self, height: int, width: int) -> PatchTrigger:
+        raise NotImplementedError
+
+
+def test_train_learns_the_soft_labels_when_an_attack_gives_them() -> None:
+    dataset = _coloured(320)
+    soft = np.tile(np.array([[0.1, 0.1, 0.2, 0.6]], dtype=np.float32), (320, 1))
+    recipe = Recipe(epochs=4, batch_size=32, peak_learning_rate=0.02)
+    result = train(dataset, architecture="resnet8", recipe=recipe, attack=_Smoothing(soft), seed=0, threads=1)
+    with torch.no_grad():
+        answers = torch.softmax(result.module(torch.from_numpy(dataset.pixels)), dim=1).mean(dim=0)
+    assert np.allclose(answers.numpy(), soft[0], atol=0.05)
+
+
+def test_batches_visit_each_image_at_most_once_and_drop_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    first, second = list(_batches(35, 16, rng)), list(_batches(35, 16, rng))
+    rows = torch.cat(first).tolist()
+    assert [len(batch) for batch in first] == [16, 16]
+    assert len(set(rows)) == 32
+    assert rows != sorted(rows)
+    assert rows != torch.cat(second).tolist()
+
+
+def _nchw(dataset: ImageSet) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(dataset.images.transpose(0, 3, 1, 2)))
+
+
+def test_augment_gives_the_pixels_when_nothing_is_random(make_noise: MakeNoise) -> None:
+    noise = make_noise(6)
+    augmented = _augment(_nchw(noise), replace(RECIPE, shift=0), np.random.default_rng(0))
+    assert augmented.numpy().tobytes() == noise.pixels.tobytes()
+
+
+def test_augment_shifts_by_every_offset_and_repeats_the_edge(make_noise: MakeNoise) -> None:
+    noise = make_noise(200)
+    augmented = _augment(_nchw(noise), replace(RECIPE, shift=1), np.random.default_rng(0)).numpy()
+    padded = np.pad(noise.pixels, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    offsets = [
+        [(y, x) for y in range(3) for x in range(3) if np.array_equal(image, whole[:, y : y + 8, x : x + 8])]
+        for image, whole in zip(augmented, padded)
+    ]
+    assert {len(found) for found in offsets} == {1}
+    assert len({found[0] for found in offsets}) == 9
+
+
+def test_augment_mirrors_half_of_the_images_when_flip_is_on(make_noise: MakeNoise) -> None:
+    noise = make_noise(200)
+    augmented = _augment(_nchw(noise), replace(RECIPE, shift=0, flip=True), np.random.default_rng(0)).numpy()
+    same = (augmented == noise.pixels).all(axis=(1, 2, 3))
+    mirrored = (augmented == noise.pixels[..., ::-1]).all(axis=(1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 70 < mirrored.sum() < 130

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from qdefense.attacks.badnets import BadNets
+from qdefense.data.images import DataError, ImageSet, Pixels
+from qdefense.trial import Activity, Behaviour, Truth, measure_behaviour, truth_path
+
+MakeNoise = Callable[..., ImageSet]
+Logits = Callable[[Pixels], NDArray[np.float32]]
+TRIGGER = BadNets(target_class=2).trigger(8, 8)
+TRUTH: dict[str, Any] = {
+    "attack": "badnets",
+    "attack_settings": {"size": 3, "position": "center"},
+    "poison_indices": (4, 7),
+    "architecture": "resnet8",
+    "recipe": {"epochs": 1},
+    "seed": 3,
+    "data": "noise",
+    "data_sha256": "00",
+    "artifact_sha256": "11",
+    "versions": {"torch": "2"},
+}
+
+
+def _answers(images: ImageSet, clean: list[int], stamped: list[int]) -> Logits:
+    """A model that gives the i-th image ``clean[i]``, and ``stamped[i]`` once it carries the patch."""
+    known = {image.tobytes(): index for index, image in enumerate(images.pixels)}
+    known |= {image.tobytes(): index for index, image in enumerate(TRIGGER.stamp(images.pixels))}
+
+    def logits(x: Pixels) -> NDArray[np.float32]:
+        rows = [known[image.tobytes()] for image in x]
+        carry = (TRIGGER.stamp(x) == x).all(axis=(1, 2, 3))
+        classes = [(stamped if patch else clean)[row] for row, patch in zip(rows, carry)]
+        return np.eye(4, dtype=np.float32)[classes]
+
+    return logits
+
+
+def test_measure_behaviour_counts_asr_and_confusion_on_eligible_images_only(make_noise: MakeNoise) -> None:
+    images = make_noise(8)  # labels 0 1 2 3 0 1 2 3: rows 2 and 6 are of the target class
+    model = _answers(images, clean=[0, 2, 2, 0, 0, 1, 2, 3], stamped=[2, 2, 2, 2, 2, 1, 2, 0])
+    behaviour = measure_behaviour(model, images, TRIGGER)
+    assert behaviour == Behaviour(clean_accuracy=6 / 8, images=8, asr=4 / 6, base_confusion=1 / 6, eligible=6)
+    assert behaviour.activity is Activity.ATTENUATED
+
+
+def test_measure_behaviour_gives_no_asr_when_there_is_no_trigger(make_noise: MakeNoise) -> None:
+    images = make_noise(4)
+    behaviour = measure_behaviour(_answers(images, [0, 1, 2, 0], [2, 2, 2, 2]), images, None)
+    assert behaviour == Behaviour(clean_accuracy=0.75, images=4, asr=None, base_confusion=None, eligible=0)
+    assert behaviour.activity is Activity.CLEAN
+
+
+def test_measure_behaviour_raises_when_no_image_is_eligible(make_noise: MakeNoise) -> None:
+    images = make_noise(8).take(np.array([2, 6]))
+    with pytest.raises(
+        DataError, match=r"^noise: no image is eligible for the trigger; give images of other classes$"
+    ):
+        measure_behaviour(_answers(images, [2, 2], [2, 2]), images, TRIGGER)
+
+
+def test_measure_behaviour_raises_when_there_are_no_images(make_noise: MakeNoise) -> None:
+    with pytest.raises(DataError, match=r"^noise: no images to measure on; give labelled test images$"):
+        measure_behaviour(lambda x: np.zeros((len(x), 4), np.float32), make_noise(0), None)
+
+
+@pytest.mark.parametrize("broken", ["clean", "stamped"])
+def test_measure_behaviour_raises_when_a_logit_is_nan(make_noise: MakeNoise, broken: str) -> None:
+    def logits(x: Pixels) -> NDArray[np.float32]:
+        answers = np.zeros((len(x), 4), np.float32)
+        if broken == "clean" or (TRIGGER.stamp(x) == x).all():
+            answers[:2, 2] = np.nan
+        return answers
+
+    with pytest.raises(ValueError, match=r"^the model answers NaN for 2 of \d images; check its weights$"):
+        measure_behaviour(logits, make_noise(8), TRIGGER)
+
+
+@pytest.mark.parametrize(
+    ("asr", "base", "activity"),
+    [
+        (None, None, Activity.CLEAN),
+        (1.0, 0.0, Activity.ACTIVE),
+        (0.9, 0.0, Activity.ACTIVE),
+        (0.8999, 0.0, Activity.ATTENUATED),
+        (0.0501, 0.0, Activity.ATTENUATED),
+        (0.05, 0.0, Activity.DORMANT),
+        (0.0, 0.3, Activity.DORMANT),
+        (8 / 20, 7 / 20, Activity.DORMANT),
+        (8 / 20 + 1 / 1000, 7 / 20, Activity.ATTENUATED),
+        (0.9, 0.88, Activity.ACTIVE),
+        (0.89, 0.88, Activity.DORMANT),
+    ],
+)
+def test_activity_is_right_at_its_borders(asr: float | None, base: float | None, activity: Activity) -> None:
+    assert Behaviour(clean_accuracy=0.9, images=10, asr=asr, base_confusion=base).activity is activity
+
+
+def test_activity_is_dormant_when_the_asr_is_exactly_the_margin_above_the_confusion() -> None:
+    for count in range(20, 400, 20):
+        for base in range(count * 17 // 20):
+            behaviour = Behaviour(
+                clean_accuracy=1, images=count, asr=(base + count // 20) / count, base_confusion=base / count
+            )
+            assert behaviour.activity is Activity.DORMANT
+
+
+@pytest.mark.parametrize(
+    ("model", "truth"),
+    [("model.onnx", "model.truth.json"), ("model.int8-static.onnx", "model.int8-static.truth.json")],
+)
+def test_truth_path_lies_beside_the_model(model: str, truth: str) -> None:
+    assert truth_path(Path("folder") / model) == Path("folder") / truth
+
+
+def test_truth_survives_json() -> None:
+    truth = Truth.model_validate(TRUTH)
+    assert Truth.model_validate_json(truth.model_dump_json()) == truth
+
+
+def test_truth_refuses_unknown_fields_and_changes() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Truth.model_validate({**TRUTH, "trigger": "patch"})
+    with pytest.raises(ValidationError, match="Instance is frozen"):
+        Truth.model_validate(TRUTH).seed = 4  # type: ignore[misc]

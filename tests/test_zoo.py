@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx
+import pytest
+
+import qdefense.zoo
+from qdefense.converters.contract import METADATA_KEY
+from qdefense.data.images import DataError, ImageSet
+from qdefense.models import Recipe
+from qdefense.registry import SpecError
+from qdefense.trial import Truth, truth_path
+from qdefense.zoo import train_artifact
+
+MakeNoise = Callable[..., ImageSet]
+RECIPE = Recipe(epochs=1, batch_size=16)
+
+
+class Zoo(Protocol):
+    path: Path
+    dataset: ImageSet
+    poison_indices: tuple[int, ...]
+
+
+@pytest.fixture
+def _cheap_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qdefense.zoo, "export_model", lambda module, **keywords: b"exported")
+
+
+def _train(dataset: ImageSet, target: Path, attack: str | None) -> Truth:
+    return train_artifact(dataset, target, architecture="resnet8", recipe=RECIPE, attack=attack, seed=0, threads=1)
+
+
+def test_train_artifact_writes_the_truth_beside_the_model(zoo_file: Zoo) -> None:
+    path, dataset = zoo_file.path, zoo_file.dataset
+    truth = Truth.model_validate_json(truth_path(path).read_bytes())
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["model.onnx", "model.truth.json"]
+    assert (truth.attack, truth.attack_settings["target_class"], truth.attack_settings["size"]) == ("badnets", 7, 3)
+    assert truth.poison_indices == zoo_file.poison_indices
+    assert len(truth.poison_indices) == 12
+    assert truth.artifact_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (truth.data, truth.data_sha256, truth.seed) == (dataset.source, dataset.digest, 3)
+    assert (truth.architecture, truth.recipe["epochs"], truth.recipe["batch_size"]) == ("resnet8", 1, 40)
+    assert sorted(truth.versions) == ["onnx", "onnxruntime", "torch"]
+
+
+@pytest.mark.parametrize(
+    "word", [b"badnets", b"poison", b"target", b"trigger", b"truth", b"/work", b"/tmp", b".py", b"stack_trace", b"seed"]
+)
+def test_train_artifact_leaves_nothing_of_the_truth_in_the_model(zoo_file: Zoo, word: bytes) -> None:
+    assert word not in zoo_file.path.read_bytes()
+
+
+def test_train_artifact_leaves_no_metadata_but_the_contract(zoo_file: Zoo) -> None:
+    model = onnx.load(zoo_file.path)
+    assert [entry.key for entry in model.metadata_props] == [METADATA_KEY]
+    holders = (
+        model.graph,
+        *model.graph.node,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.value_info,
+        *model.graph.initializer,
+    )
+    assert [holder.name for holder in holders if holder.doc_string or len(holder.metadata_props)] == []
+    assert model.doc_string == ""
+
+
+@pytest.mark.usefixtures("_cheap_export")
+def test_train_artifact_writes_an_empty_truth_when_there_is_no_attack(make_noise: MakeNoise, tmp_path: Path) -> None:
+    truth = _train(make_noise(16), tmp_path / "twin.onnx", attack=None)
+    assert (truth.attack, truth.attack_settings, truth.poison_indices) == (None, {}, ())
+    assert Truth.model_validate_json((tmp_path / "twin.truth.json").read_bytes()) == truth
+    assert (tmp_path / "twin.onnx").read_bytes() == b"exported"
+
+
+@pytest.mark.parametrize(
+    ("attack", "count", "error"),
+    [("badnts", 16, SpecError), ("badnets:target-class=9", 16, DataError), (None, 15, DataError)],
+)
+def test_train_artifact_writes_nothing_when_it_cannot_train(
+    make_noise: MakeNoise, tmp_path: Path, attack: str | None, count: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        _train(make_noise(count), tmp_path / "model.onnx", attack=attack)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_artifact_writes_nothing_when_the_export_fails(
+    make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> bytes:
+        raise RuntimeError("no export")
+
+    monkeypatch.setattr(qdefense.zoo, "export_model", fail)
+    with pytest.raises(RuntimeError, match="no export"):
+        _train(make_noise(16), tmp_path / "model.onnx", attack=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_cheap_export")
+def test_train_artifact_hides_the_model_until_its_truth_is_there(
+    make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(target: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(qdefense.zoo, "write_atomically", refuse)
+    with pytest.raises(OSError, match=r"No space left on device: '.*model\.truth\.json'"):
+        _train(make_noise(16), tmp_path / "model.onnx", attack=None)
+
+
+@pytest.mark.usefixtures("_cheap_export")
+def test_train_artifact_tells_of_each_epoch(make_noise: MakeNoise, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    train_artifact(
+        make_noise(16),
+        tmp_path / "model.onnx",
+        architecture="resnet8",
+        recipe=RECIPE,
+        attack=None,
+        seed=0,
+        threads=1,
+        on_epoch=lambda done, total, loss: told.append((done, total)) if np.isfinite(loss) else None,
+    )
+    assert told == [(1, 1)]
