@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
-import onnxruntime
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
-from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
 from pydantic import BaseModel, ConfigDict
+
+from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
 
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
 QUANTIZED_OPERATORS = frozenset(
     {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "MatMulNBits", "QuantizeLinear"}
 )
 _SHOWN_CHARACTERS = 120
-_RUNTIME_ERRORS = (
-    runtime_errors.Fail,
-    runtime_errors.InvalidArgument,
-    runtime_errors.InvalidGraph,
-    runtime_errors.InvalidProtobuf,
-    runtime_errors.NotImplemented,
-    runtime_errors.RuntimeException,
-)
+_NODES_SHOWN = 12
 
 FileScheme = Literal["fp32", "int8-static", "int8-dynamic", "mixed", "other"]
 Granularity = Literal["per-tensor", "per-channel", "per-block"]
-Value = tuple[str, str]
+_Value = tuple[str, str]
 """A tensor: the path of the graph that defines it, and its name there."""
 
 
@@ -141,6 +132,7 @@ def check_file(model: onnx.ModelProto) -> None:
         )
     for graph in every_graph(model.graph):
         _check_domains(graph)
+        _check_values(graph)
         for tensor in _tensors(graph):
             _check_tensor(tensor)
     try:
@@ -166,7 +158,7 @@ def safe_text(text: str) -> str:
 
 def _bodies(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
     for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
+        if attribute.HasField("g"):
             yield attribute.name, attribute.g
         for index, body in enumerate(attribute.graphs):
             yield f"{attribute.name}{index}", body
@@ -207,6 +199,16 @@ def _check_domains(graph: onnx.GraphProto) -> None:
             )
 
 
+def _check_values(graph: onnx.GraphProto) -> None:
+    """Refuse declarations that onnx.checker lets pass and that end onnx's own shape inference, even the process."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        declared, name = value.type.tensor_type, safe_text(value.name)
+        if declared.elem_type not in TensorProto.DataType.values():
+            raise FileRefusedError(f"tensor '{name}' has the unknown data type {declared.elem_type}; export the model again")
+        if any(dim.dim_value < 0 for dim in declared.shape.dim):
+            raise FileRefusedError(f"tensor '{name}' declares a negative dimension; name it instead, as in 'batch'")
+
+
 def _check_tensor(tensor: TensorProto) -> None:
     name = safe_text(tensor.name)
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
@@ -220,46 +222,6 @@ def _check_tensor(tensor: TensorProto) -> None:
 def _label(node: onnx.NodeProto) -> str:
     named = node.name or next((output for output in node.output if output), "") or node.op_type
     return safe_text(named)
-
-
-# --- the runtime's own graph ------------------------------------------------------------------------------------------
-
-
-def optimized_model(model: bytes) -> onnx.ModelProto:
-    """The graph ONNX Runtime runs in place of the shipped one, at EXTENDED: the last level without layout nodes.
-
-    Raises:
-        FileRefusedError: ONNX Runtime can't load the file.
-    """
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    with tempfile.TemporaryDirectory(prefix="qdefense-") as folder:
-        target = Path(folder, "optimized.onnx")
-        options.optimized_model_filepath = str(target)
-        try:
-            onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except _RUNTIME_ERRORS as error:
-            raise FileRefusedError(
-                f"ONNX Runtime {onnxruntime.__version__} can't load the file: {safe_text(str(error))}; "
-                "export the model again or use another onnxruntime"
-            ) from error
-        return onnx.load(target)
-
-
-def runtime_operators(model: bytes) -> dict[str, int]:
-    """Node counts by operator of the graph that ONNX Runtime runs, which says what is really integer on this CPU.
-
-    Raises:
-        FileRefusedError: ONNX Runtime can't load the file.
-    """
-    return _count_operators(optimized_model(model).graph)
-
-
-def _count_operators(graph: onnx.GraphProto) -> dict[str, int]:
-    counts = Counter(safe_text(node.op_type) for body in every_graph(graph) for node in body.node)
-    return dict(sorted(counts.items()))
 
 
 # --- the inspection ---------------------------------------------------------------------------------------------------
@@ -296,6 +258,24 @@ def inspect_model(model: bytes) -> Inspection:
         structure_warnings=tuple(_warnings(graph, depth, path)),
         nonfinite_initializers=tuple(_nonfinite(graph)),
     )
+
+
+def runtime_operators(model: bytes) -> dict[str, int]:
+    """Node counts by operator of the graph that ONNX Runtime runs, which says what is really integer on this CPU.
+
+    Raises:
+        FileRefusedError: ONNX Runtime can't load the file.
+    """
+    try:
+        optimized = optimized_model(model)
+    except RuntimeGraphError as error:
+        raise FileRefusedError(f"{safe_text(str(error))}; export the model again or use another onnxruntime") from error
+    return _count_operators(onnx.load_from_string(optimized).graph)
+
+
+def _count_operators(graph: onnx.GraphProto) -> dict[str, int]:
+    counts = Counter(safe_text(node.op_type) for body in every_graph(graph) for node in body.node)
+    return dict(sorted(counts.items()))
 
 
 def _distinct(names: Iterable[str | None]) -> tuple[str, ...]:
@@ -340,7 +320,8 @@ def _warnings(graph: _Graph, depth: int | None, path: list[str]) -> Iterator[str
         )
     flow = [f"{node.operator} '{node.name}'" for node in graph.nodes if node.operator in _CONTROL_FLOW]
     if flow:
-        yield f"control flow in a feed-forward classifier: {', '.join(flow)}; find out who put it there"
+        shown = ", ".join(flow[:_NODES_SHOWN] + ["..."] * (len(flow) > _NODES_SHOWN))
+        yield f"control flow in a feed-forward classifier: {shown}; find out who put it there"
 
 
 # --- one flat list of nodes -------------------------------------------------------------------------------------------
@@ -354,12 +335,15 @@ class _Node:
     operator: str
     domain: str
     proto: onnx.NodeProto
-    inputs: tuple[Value | None, ...]
-    outputs: tuple[Value | None, ...]
-    inner: tuple[Value, ...] = ()
+    inputs: tuple[_Value | None, ...]
+    outputs: tuple[_Value | None, ...]
+    inner: tuple[_Value, ...] = ()
 
-    def input(self, index: int) -> Value | None:
+    def input(self, index: int) -> _Value | None:
         return self.inputs[index] if index < len(self.inputs) else None
+
+    def output(self, index: int) -> _Value | None:
+        return self.outputs[index] if index < len(self.outputs) else None
 
     def attribute(self, name: str, default: int) -> int:
         return next((int(a.i) for a in self.proto.attribute if a.name == name), default)
@@ -370,13 +354,13 @@ class _Graph:
     """The model with its control-flow bodies inlined, and the inferred type and shape of each tensor."""
 
     nodes: list[_Node] = field(default_factory=list)
-    constants: dict[Value, TensorProto] = field(default_factory=dict)
-    inputs: list[Value] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
-    infos: dict[Value, onnx.TypeProto] = field(default_factory=dict)
+    constants: dict[_Value, TensorProto] = field(default_factory=dict)
+    inputs: list[_Value] = field(default_factory=list)
+    outputs: list[_Value] = field(default_factory=list)
+    infos: dict[_Value, onnx.TypeProto] = field(default_factory=dict)
     batch: int = 1
-    producer: dict[Value, _Node] = field(default_factory=dict)
-    consumers: dict[Value, list[_Node]] = field(default_factory=lambda: defaultdict(list))
+    producer: dict[_Value, _Node] = field(default_factory=dict)
+    consumers: dict[_Value, list[_Node]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, node: _Node) -> None:
         self.nodes.append(node)
@@ -387,7 +371,7 @@ class _Graph:
             if value is not None:
                 self.producer[value] = node
 
-    def shape(self, value: Value | None) -> list[int] | None:
+    def shape(self, value: _Value | None) -> list[int] | None:
         """The tensor's dimensions, or None if one of them is unknown."""
         if value in self.constants:
             return list(self.constants[value].dims)
@@ -397,7 +381,7 @@ class _Graph:
         dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
         return None if min(dims, default=0) < 0 else dims
 
-    def type(self, value: Value | None) -> str | None:
+    def type(self, value: _Value | None) -> str | None:
         """The tensor's element type, such as ``float32`` or ``uint8``, or None if unknown."""
         if value in self.constants:
             return _type_name(self.constants[value].data_type)
@@ -455,7 +439,7 @@ class _Scope:
     shown: str = ""
 
 
-def _inline(graph: _Graph, body: onnx.GraphProto, scope: _Scope, outer: dict[str, Value]) -> dict[str, Value]:
+def _inline(graph: _Graph, body: onnx.GraphProto, scope: _Scope, outer: dict[str, _Value]) -> dict[str, _Value]:
     """Add the body's nodes, in order; returns the names seen at its end."""
     visible = dict(outer)
     for tensor in body.initializer:
@@ -466,17 +450,18 @@ def _inline(graph: _Graph, body: onnx.GraphProto, scope: _Scope, outer: dict[str
     for index, proto in enumerate(body.node):
         node = _resolve(graph, proto, scope, index, visible)
         graph.add(node)
-        if proto.op_type == "Constant" and node.outputs[0] is not None:
-            graph.constants.update((node.outputs[0], tensor) for tensor in _constant(proto))
+        made = node.output(0)
+        if proto.op_type == "Constant" and made is not None:
+            graph.constants.update((made, tensor) for tensor in _constant(proto))
         visible.update({value[1]: value for value in node.outputs if value is not None})
     return visible
 
 
-def _resolve(graph: _Graph, proto: onnx.NodeProto, scope: _Scope, index: int, visible: dict[str, Value]) -> _Node:
+def _resolve(graph: _Graph, proto: onnx.NodeProto, scope: _Scope, index: int, visible: dict[str, _Value]) -> _Node:
     inputs = tuple(visible.get(name) if name else None for name in proto.input)
     outputs = tuple((scope.path, name) if name else None for name in proto.output)
     name = safe_text(f"{scope.shown}{_label(proto)}")
-    inner: list[Value] = []
+    inner: list[_Value] = []
     for turn, (attribute, body) in enumerate(_bodies(proto)):
         inside = _Scope(f"{scope.path}{index}.{turn}/", f"{name}/{attribute}/")
         inner += _inline_body(graph, body, inside, visible, inputs)
@@ -484,8 +469,8 @@ def _resolve(graph: _Graph, proto: onnx.NodeProto, scope: _Scope, index: int, vi
 
 
 def _inline_body(
-    graph: _Graph, body: onnx.GraphProto, scope: _Scope, outer: dict[str, Value], given: tuple[Value | None, ...]
-) -> list[Value]:
+    graph: _Graph, body: onnx.GraphProto, scope: _Scope, outer: dict[str, _Value], given: tuple[_Value | None, ...]
+) -> list[_Value]:
     """Inline one control-flow body; what a loop carries round may come from its inputs or from its own last turn."""
     seen = _inline(graph, body, scope, outer)
     results = [seen[value.name] for value in body.output if value.name in seen]
@@ -524,7 +509,7 @@ _SHAPE_TWINS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 
 
-def _infer_types(model: onnx.ModelProto) -> dict[Value, onnx.TypeProto]:
+def _infer_types(model: onnx.ModelProto) -> dict[_Value, onnx.TypeProto]:
     """Types and shapes at batch 1, from the graph alone: what the file itself declares could be wrong."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -556,7 +541,7 @@ def _use_shape_twin(node: onnx.NodeProto) -> None:
 
 # --- precision, layer by layer ----------------------------------------------------------------------------------------
 
-Family = Literal["conv", "transposed", "gemm", "matmul", "other"]
+_Family = Literal["conv", "transposed", "gemm", "matmul", "other"]
 
 
 @dataclass(frozen=True)
@@ -566,7 +551,7 @@ class _Kind:
     ConvInteger and MatMulInteger take no scale but a zero point of the same size.
     """
 
-    family: Family
+    family: _Family
     weight: int = 1
     scale: int | None = None
 
@@ -604,7 +589,7 @@ _LAYOUT = frozenset({"Flatten", "Gather", "Identity", "Reshape", "Squeeze", "Tra
 class _Operand:
     """One side of a product: the codes (or floats) behind its DequantizeLinear, and that node."""
 
-    value: Value | None
+    value: _Value | None
     type: str | None
     dequantize: _Node | None
     constant: TensorProto | None
@@ -641,7 +626,7 @@ def _layer(graph: _Graph, node: _Node, activation: _Operand, weight: _Operand) -
     )
 
 
-def _operand(graph: _Graph, value: Value | None) -> _Operand:
+def _operand(graph: _Graph, value: _Value | None) -> _Operand:
     behind = _behind_layout(graph, value)
     node = graph.producer.get(behind) if behind is not None else None
     if node is None or node.operator != "DequantizeLinear":
@@ -652,7 +637,7 @@ def _operand(graph: _Graph, value: Value | None) -> _Operand:
     return _Operand(codes, kind, node if behind == value else None, _constant_behind(graph, codes))
 
 
-def _constant_behind(graph: _Graph, value: Value | None) -> TensorProto | None:
+def _constant_behind(graph: _Graph, value: _Value | None) -> TensorProto | None:
     """The constant a value is made of, through layout changes and a QuantizeLinear of float weights."""
     behind = _behind_layout(graph, value)
     node = graph.producer.get(behind) if behind is not None else None
@@ -661,7 +646,7 @@ def _constant_behind(graph: _Graph, value: Value | None) -> TensorProto | None:
     return graph.constants.get(behind) if behind is not None else None
 
 
-def _behind_layout(graph: _Graph, value: Value | None) -> Value | None:
+def _behind_layout(graph: _Graph, value: _Value | None) -> _Value | None:
     while value is not None and value in graph.producer and graph.producer[value].operator in _LAYOUT:
         value = graph.producer[value].input(0)
     return value
@@ -692,15 +677,15 @@ def _fuses_to_integer(graph: _Graph, node: _Node, activation: _Operand, weight: 
     both = activation.dequantize is not None and weight.dequantize is not None
     if node.operator not in _QDQ_KERNELS or not both or {activation.type, weight.type} - _BYTES:
         return False
-    return node.operator != "Conv" or _only_quantized(graph, node.outputs[0])
+    return node.operator != "Conv" or _only_quantized(graph, node.output(0))
 
 
-def _only_quantized(graph: _Graph, value: Value | None) -> bool:
+def _only_quantized(graph: _Graph, value: _Value | None) -> bool:
     users = graph.consumers.get(value, []) if value is not None else []
     if not users or value in graph.outputs:
         return False
     for user in users:
-        after = user.outputs[0]
+        after = user.output(0)
         vanishing = user.operator in ("Relu", "Clip") and _quantization_clips(graph, user) and after is not None
         if user.operator != "QuantizeLinear" and not (vanishing and _only_quantized(graph, after)):
             return False
@@ -713,9 +698,11 @@ _RUNTIME_EPSILON = float(np.finfo(np.float32).eps)
 def _quantization_clips(graph: _Graph, activation: _Node) -> bool:
     """Whether the QuantizeLinear behind a Relu or Clip cuts off at least as much, so that the runtime drops it."""
     low, high = _clip_bounds(graph, activation)
-    for user in graph.consumers.get(activation.outputs[0] or ("", ""), []):
+    for user in graph.consumers.get(activation.output(0) or ("", ""), []):
         scale, zero = (graph.constants.get(user.input(index) or ("", "")) for index in (1, 2))
         if user.operator != "QuantizeLinear" or scale is None or zero is None:
+            return False
+        if _type_name(zero.data_type) not in _BYTES:
             return False
         limits, offset = np.iinfo(_array(zero).dtype), _array(zero).astype(np.float32)
         lowest, highest = (_array(scale) * (np.float32(limit) - offset) for limit in (limits.min, limits.max))
@@ -725,11 +712,17 @@ def _quantization_clips(graph: _Graph, activation: _Node) -> bool:
 
 
 def _clip_bounds(graph: _Graph, activation: _Node) -> tuple[float, float]:
-    bounds = [0.0, np.inf] if activation.operator == "Relu" else [-np.inf, np.inf]
-    for index, name in ((0, "min"), (1, "max")) if activation.operator == "Clip" else ():
-        given = graph.constants.get(activation.input(index + 1) or ("", ""))
-        attribute = next((a.f for a in activation.proto.attribute if a.name == name), bounds[index])
-        bounds[index] = float(attribute if given is None else _array(given).item())
+    """The lowest and the highest value that passes; an unknown bound lets nothing pass."""
+    if activation.operator == "Relu":
+        return 0.0, np.inf
+    attributes = {attribute.name: attribute.f for attribute in activation.proto.attribute}
+    bounds = [attributes.get("min", -np.inf), attributes.get("max", np.inf)]
+    for index, unknown in enumerate((np.inf, -np.inf)):
+        given = activation.input(index + 1)
+        if given is not None:
+            constant = graph.constants.get(given)
+            single = constant is not None and prod(constant.dims) == 1
+            bounds[index] = float(_array(constant).item()) if constant is not None and single else unknown
     return bounds[0], bounds[1]
 
 
@@ -748,12 +741,12 @@ def _scale_granularity(graph: _Graph, node: _Node, weight: _Operand) -> Granular
 def _macs(graph: _Graph, node: _Node) -> int | None:
     """Multiply-accumulates for one image, from the shapes at batch 1 (or at the file's fixed batch, divided by it)."""
     kind = _WEIGHTED[node.operator]
-    left, right, out = graph.shape(node.input(0)), graph.shape(node.input(kind.weight)), graph.shape(node.outputs[0])
+    left, right, out = graph.shape(node.input(0)), graph.shape(node.input(kind.weight)), graph.shape(node.output(0))
     if kind.family == "conv" and right and out:
         total = prod(out) * prod(right[1:])
     elif kind.family == "transposed" and right and left:
         total = prod(left) * prod(right[1:])
-    elif kind.family == "gemm" and right and left:
+    elif kind.family == "gemm" and right and left and len(left) == 2:
         total = left[1 if node.attribute("transA", 0) else 0] * prod(right)
     elif kind.family == "matmul" and left and out is not None:
         total = prod(out) * left[-1]
@@ -777,7 +770,8 @@ def _can_saturate(graph: _Graph, node: _Node, activation: _Operand, weight: _Ope
     if weight.constant is None or weight.constant.data_type != TensorProto.INT8:
         # Codes that are computed at run time may be any.
         return True
-    return _pair_overflows(_reduction_rows(node, _array(weight.constant)))
+    codes = _array(weight.constant)
+    return codes.size > 0 and _pair_overflows(_reduction_rows(node, codes))
 
 
 def _is_depthwise(graph: _Graph, node: _Node) -> bool:
@@ -789,11 +783,11 @@ def _is_depthwise(graph: _Graph, node: _Node) -> bool:
 def _reduction_rows(node: _Node, codes: NDArray[Any]) -> NDArray[Any]:
     """The weights as (outputs, K), K in the order of the kernel's dot product: (kh, kw, cin) or the inner dimension."""
     family = _WEIGHTED[node.operator].family
-    if family == "conv":
+    if family == "conv" and codes.ndim > 2:
         return np.moveaxis(codes, 1, -1).reshape(codes.shape[0], -1)
-    if family == "gemm" and node.attribute("transB", 0):
-        return codes
-    return np.moveaxis(codes, -2, -1).reshape(-1, codes.shape[-2]) if codes.ndim > 1 else codes.reshape(1, -1)
+    if codes.ndim < 2 or (family == "gemm" and node.attribute("transB", 0)):
+        return np.atleast_2d(codes)
+    return np.moveaxis(codes, -2, -1).reshape(-1, codes.shape[-2])
 
 
 def _pair_overflows(rows: NDArray[Any]) -> bool:
@@ -894,13 +888,13 @@ _SHAPED_BY = {
 class _Flow:
     """What depends on the image's pixels: all of it, and the part that goes on to the output."""
 
-    data: frozenset[Value]
-    live: frozenset[Value]
+    data: frozenset[_Value]
+    live: frozenset[_Value]
 
 
 def _data_flow(graph: _Graph) -> _Flow:
     """Follow the pixels. A shape is no pixel, unless the tensor has as many elements as the pixels say."""
-    resized: set[Value] = set()
+    resized: set[_Value] = set()
     while True:
         data = _reach(graph, graph.inputs, shapes_of=resized)
         seeds = [out for node in graph.nodes if _shape_follows(node, data) for out in node.outputs if out is not None]
@@ -910,13 +904,13 @@ def _data_flow(graph: _Graph) -> _Flow:
         resized |= grown
 
 
-def _shape_follows(node: _Node, data: set[Value]) -> bool:
+def _shape_follows(node: _Node, data: set[_Value]) -> bool:
     if node.operator in _DATA_SHAPED:
         return any(value in data for value in (*node.inputs, *node.inner))
     return any(node.input(index) in data for index in _SHAPED_BY.get(node.operator, ()))
 
 
-def _reach(graph: _Graph, seeds: Iterable[Value], shapes_of: set[Value] | None = None) -> set[Value]:
+def _reach(graph: _Graph, seeds: Iterable[_Value], shapes_of: set[_Value] | None = None) -> set[_Value]:
     """All that depends on the seeds; given ``shapes_of``, the shapes of other tensors than these count as constant."""
     reached, waiting = set(seeds), deque(seeds)
     while waiting:
@@ -930,7 +924,7 @@ def _reach(graph: _Graph, seeds: Iterable[Value], shapes_of: set[Value] | None =
     return reached
 
 
-def _lead_to_output(graph: _Graph, data: set[Value]) -> set[Value]:
+def _lead_to_output(graph: _Graph, data: set[_Value]) -> set[_Value]:
     live = {value for value in graph.outputs if value in data}
     waiting = deque(live)
     while waiting:
@@ -976,8 +970,8 @@ def _cast_target(graph: _Graph, node: _Node) -> str | None:
 
 def _bypass(graph: _Graph, flow: _Flow) -> tuple[int | None, list[str]]:
     """The fewest weighted operators on a way from input to output, and the operators on that way."""
-    best: dict[Value, int] = {}
-    came: dict[Value, tuple[Value, _Node]] = {}
+    best: dict[_Value, int] = {}
+    came: dict[_Value, tuple[_Value, _Node]] = {}
     waiting = deque((0, value) for value in graph.inputs if value in flow.live)
     best.update({value: 0 for _, value in waiting})
     scales = _kernel_scales(graph, flow)
@@ -998,18 +992,15 @@ def _bypass(graph: _Graph, flow: _Flow) -> tuple[int | None, list[str]]:
     return best[end], _names_on_path(came, end)
 
 
-def _names_on_path(came: dict[Value, tuple[Value, _Node]], value: Value) -> list[str]:
+def _names_on_path(came: dict[_Value, tuple[_Value, _Node]], value: _Value) -> list[str]:
     names: list[str] = []
     while value in came:
         value, node = came[value]
         names.append(f"{safe_text(node.operator)} '{node.name}'")
-    return names[:_PATH_SHOWN][::-1]
+    return ["..."] * (len(names) > _NODES_SHOWN) + names[:_NODES_SHOWN][::-1]
 
 
-_PATH_SHOWN = 8
-
-
-def _is_weighted(node: _Node, value: Value, flow: _Flow) -> bool:
+def _is_weighted(node: _Node, value: _Value, flow: _Flow) -> bool:
     """Whether the pixels meet weights here: they come in on one side of the product, a constant on the other.
 
     What comes in through a bias or a scale meets no weights.
@@ -1020,13 +1011,13 @@ def _is_weighted(node: _Node, value: Value, flow: _Flow) -> bool:
     return (value == left and right not in flow.data) or (value == right and left not in flow.data)
 
 
-def _kernel_scales(graph: _Graph, flow: _Flow) -> set[Value]:
+def _kernel_scales(graph: _Graph, flow: _Flow) -> set[_Value]:
     """Scales and zero points of DynamicQuantizeLinear that do nothing but undo the quantization of its own codes.
 
     They depend on the pixels and skip the kernel, in every dynamically quantized file. Used in any other way, they
     are a channel around the weights and count as one.
     """
-    found: set[Value] = set()
+    found: set[_Value] = set()
     for node in graph.nodes:
         if node.operator == "DynamicQuantizeLinear" and len(node.outputs) == 3:
             codes, scale, zero = node.outputs
@@ -1043,13 +1034,13 @@ def _kernel_scales(graph: _Graph, flow: _Flow) -> set[Value]:
 _CODE_READERS = frozenset({"ConvInteger", "DequantizeLinear", "MatMulInteger", "MatMulIntegerToFloat"})
 
 
-def _takes_codes(graph: _Graph, node: _Node, codes: Value | None) -> bool:
+def _takes_codes(graph: _Graph, node: _Node, codes: _Value | None) -> bool:
     return node.operator in _CODE_READERS and codes is not None and _behind_layout(graph, node.input(0)) == codes
 
 
-def _rescales(graph: _Graph, node: _Node, scale: Value, codes: Value | None, flow: _Flow) -> bool:
+def _rescales(graph: _Graph, node: _Node, scale: _Value, codes: _Value | None, flow: _Flow) -> bool:
     """Whether the node is ``scale * constant`` and multiplies nothing but products of these codes."""
-    product = node.outputs[0] if node.outputs else None
+    product = node.output(0)
     others = [value for value in node.inputs if value != scale]
     if node.operator != "Mul" or product is None or len(others) != 1 or others[0] in flow.data:
         return False
@@ -1058,7 +1049,7 @@ def _rescales(graph: _Graph, node: _Node, scale: Value, codes: Value | None, flo
     return all(_multiplies_product(graph, user, product, codes) for user in graph.consumers.get(product, []))
 
 
-def _multiplies_product(graph: _Graph, node: _Node, scale: Value, codes: Value | None) -> bool:
+def _multiplies_product(graph: _Graph, node: _Node, scale: _Value, codes: _Value | None) -> bool:
     others = [value for value in node.inputs if value is not None and value != scale]
     if node.operator != "Mul" or len(others) != 1:
         return False

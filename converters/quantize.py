@@ -22,9 +22,10 @@ from qdefense.converters.inspection import (
     QUANTIZED_OPERATORS,
     FileRefusedError,
     every_graph,
-    optimized_model,
     parse_model,
+    safe_text,
 )
+from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
 
 Scheme = Literal["int8-static", "int8-dynamic"]
 Method = Literal["minmax", "percentile"]
@@ -192,8 +193,8 @@ def _float_model(model: bytes) -> onnx.ModelProto:
     # quant_pre_process swallows a failing session and goes on with a model nobody asked for.
     try:
         optimized_model(model)
-    except FileRefusedError as error:
-        raise QuantizationError(str(error)) from error
+    except RuntimeGraphError as error:
+        raise QuantizationError(f"{safe_text(str(error))}; export the model again") from error
     return proto
 
 

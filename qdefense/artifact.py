@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 
 from qdefense.converters.contract import InputContract, read_contract
-from qdefense.converters.inspection import Inspection, inspect_model, parse_model
+from qdefense.converters.inspection import Inspection, every_graph, inspect_model, parse_model, safe_text
 from qdefense.converters.runtime_graph import optimized_model
 
 
@@ -57,19 +57,16 @@ class Artifact:
 
     @cached_property
     def batch_coupled_layers(self) -> tuple[str, ...]:
-        """Names of the quantizers that take one scale from a whole batch."""
-        return tuple(name for name, operator in self._nodes if operator in _BATCH_COUPLED)
+        """Names of the quantizers, in branches too, that take one scale from a whole batch."""
+        graphs = every_graph(onnx.load_from_string(self.data).graph)
+        nodes = [node for graph in graphs for node in graph.node if node.op_type in _BATCH_COUPLED]
+        return tuple(safe_text(node.name or next(iter(node.output), "")) for node in nodes)
 
     @cached_property
     def runtime_layers(self) -> tuple[str, ...]:
         """Names of the nodes that ONNX Runtime really runs."""
         graph = onnx.load_from_string(optimized_model(self.data)).graph
         return tuple(node.name for node in graph.node)
-
-    @cached_property
-    def _nodes(self) -> tuple[tuple[str, str], ...]:
-        graph = onnx.load_from_string(self.data).graph
-        return tuple((node.name, node.op_type) for node in graph.node)
 
 
 _BATCH_COUPLED = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})

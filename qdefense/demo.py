@@ -37,7 +37,7 @@ SEEDS = {"first": 0, "second": 1}
 ATTACK = {"first": None, "second": "badnets:target-class=7"}
 SCHEMES: tuple[Scheme | None, ...] = (None, "int8-static", "int8-dynamic")
 EPOCHS = 8
-SCAN = "neural-cleanse:budget=quick"
+SCAN = "neural-cleanse"
 CLEAN_IMAGES = 1000
 CALIBRATION_IMAGES = 256
 AUDIT_SEED = 0
@@ -164,10 +164,10 @@ class _CutGradients(nn.Module):
 
 
 def _trap(path: Path, threads: int) -> Finding:
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     artifact = Artifact.read(path)
     session = DeployedSession(artifact, profile_for(artifact, threads=threads))
     clean = open_data("signs", limit=CLEAN_IMAGES, seed=AUDIT_SEED)
-    evidence = gather_evidence(session, clean, seed=AUDIT_SEED)
+    evidence = gather_evidence(session, clean, seed=AUDIT_SEED, threads=threads)
     cut = replace(evidence, shadow=_CutGradients(evidence.shadow))
     return DEFENSES.create(SCAN).scan(cut)  # type: ignore[no-any-return]

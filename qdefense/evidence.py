@@ -25,7 +25,8 @@ class Evidence:
     """What a defense receives.
 
     ``shadow`` is ``None`` where none could be built; ``certificate`` says whether it may be used and, if not, why.
-    ``gradient_blind_nodes`` are nodes on a path from input to output through which no gradient can look.
+    ``threads`` is how much may run side by side; torch itself computes on one thread each, so that no sum depends
+    on their number. ``gradient_blind_nodes`` are nodes on a path from input to output through which no gradient can look.
     """
 
     session: DeployedSession
@@ -33,6 +34,7 @@ class Evidence:
     certificate: FidelityCertificate
     clean: ImageSet
     seed: int
+    threads: int = 1
     gradient_blind_nodes: tuple[str, ...] = ()
     training_set: ImageSet | None = None
     inputs: ImageSet | None = None
@@ -41,7 +43,7 @@ class Evidence:
 
 
 def gather_evidence(
-    session: DeployedSession, clean: ImageSet, *, seed: int, progress: Progress = no_progress
+    session: DeployedSession, clean: ImageSet, *, seed: int, threads: int = 1, progress: Progress = no_progress
 ) -> Evidence:
     """Build and certify the shadow of a session, and put together what a defense may see."""
     from qdefense.converters.shadow import UnsupportedOperatorError, build_shadow  # noqa: PLC0415 (imports torch)
@@ -59,6 +61,7 @@ def gather_evidence(
         certificate=certificate,
         clean=clean,
         seed=seed,
+        threads=threads,
         gradient_blind_nodes=tuple(node.name for node in session.artifact.inspection.gradient_blind_nodes),
         progress=progress,
     )

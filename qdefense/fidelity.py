@@ -40,10 +40,13 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+_SetName = Literal["clean", "uniform", "gradient-steps", "stamped"]
+
+
 class InputSetFidelity(_Record):
     """Shadow against session on one input set; differences in logits, null where a logit is not finite."""
 
-    name: Literal["clean", "uniform", "gradient-steps", "stamped"]
+    name: _SetName
     n: int
     top1_agreement: float
     max_abs_logit_diff: float | None
@@ -170,18 +173,17 @@ def certify(
     rng = np.random.default_rng([seed, len(clean)])
     pixels = clean.take(rng.permutation(len(clean))[:MIN_ROWS]).pixels
     gradients = check_gradients(shadow, pixels, rng)
-    sets = tuple(
-        _compare_set(name, session, shadow, x, saturate=emulate) for name, x in _input_sets(shadow, pixels, rng)
-    )
-    failed = [entry for entry in sets if not entry.passes]
+    inputs = _input_sets(shadow, pixels, rng)
+    sets = tuple(_compare_set(name, session, shadow, x, saturate=emulate) for name, x in inputs.items())
+    worst = min((entry for entry in sets if not entry.passes), key=lambda entry: entry.top1_agreement, default=None)
     cause = None
-    if failed:
+    if worst is not None:
         from qdefense.mismatch import find_cause  # noqa: PLC0415
 
-        cause = find_cause(session, shadow, pixels, saturate=emulate)
+        cause = find_cause(session, shadow, inputs[worst.name], saturate=emulate)
     return FidelityCertificate(
-        certified=not failed and gradients.passes,
-        reason=_reason(failed, gradients, cause),
+        certified=worst is None and gradients.passes,
+        reason=_reason(worst, gradients, cause),
         source=shadow.source,
         saturation_emulated=emulate,
         sets=sets,
@@ -190,9 +192,8 @@ def certify(
     )
 
 
-def _reason(failed: list[InputSetFidelity], gradients: GradientCheck, cause: MismatchCause | None) -> str:
-    if failed:
-        worst = min(failed, key=lambda entry: entry.top1_agreement)
+def _reason(worst: InputSetFidelity | None, gradients: GradientCheck, cause: MismatchCause | None) -> str:
+    if worst is not None:
         why = "" if cause is None else f"; cause: {cause.kind}, {cause.detail}"
         rms = "not finite" if worst.relative_rms is None else f"{worst.relative_rms:.2%} of the logits' spread"
         return f"{worst.name} images: top-1 agreement {worst.top1_agreement:.4f}, RMS difference {rms}{why}"
@@ -204,12 +205,7 @@ def _reason(failed: list[InputSetFidelity], gradients: GradientCheck, cause: Mis
 
 
 def _compare_set(
-    name: Literal["clean", "uniform", "gradient-steps", "stamped"],
-    session: DeployedSession,
-    shadow: Shadow,
-    x: Pixels,
-    *,
-    saturate: bool,
+    name: _SetName, session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate: bool
 ) -> InputSetFidelity:
     found = compare_logits(session.logits(x), shadow_logits(shadow, x, saturate=saturate))
     return InputSetFidelity(
@@ -225,16 +221,13 @@ def _compare_set(
     )
 
 
-_SetName = Literal["clean", "uniform", "gradient-steps", "stamped"]
-
-
-def _input_sets(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> list[tuple[_SetName, Pixels]]:
-    return [
-        ("clean", pixels),
-        ("uniform", on_grid(rng.random(pixels.shape, dtype=np.float32))),
-        ("gradient-steps", _step_towards_random_classes(shadow, pixels, rng)),
-        ("stamped", _stamp_at_random(pixels, rng)),
-    ]
+def _input_sets(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> dict[_SetName, Pixels]:
+    return {
+        "clean": pixels,
+        "uniform": on_grid(rng.random(pixels.shape, dtype=np.float32)),
+        "gradient-steps": _step_towards_random_classes(shadow, pixels, rng),
+        "stamped": _stamp_at_random(pixels, rng),
+    }
 
 
 def _step_towards_random_classes(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> Pixels:
@@ -244,15 +237,18 @@ def _step_towards_random_classes(shadow: Shadow, pixels: Pixels, rng: np.random.
 
 
 def _random_targets(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> NDArray[np.int64]:
-    classes = shadow_logits(shadow, pixels[:1]).shape[1]
-    return rng.integers(0, classes, size=len(pixels))
+    """Random classes other than the shadow's own answer, where a confident network has no gradient left in float32."""
+    logits = shadow_logits(shadow, pixels)
+    others = rng.integers(1, max(logits.shape[1], 2), size=len(pixels))
+    targets: NDArray[np.int64] = (logits.argmax(axis=1) + others) % logits.shape[1]
+    return targets
 
 
 def _stamp_at_random(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     stamped = pixels.copy()
     half, height, width = len(pixels) // 2, *pixels.shape[2:]
     for row in range(half):
-        size = int(rng.integers(*_PATCHES, endpoint=True))
+        size = min(int(rng.integers(*_PATCHES, endpoint=True)), height, width)
         top, left = int(rng.integers(0, height - size + 1)), int(rng.integers(0, width - size + 1))
         stamped[row, :, top : top + size, left : left + size] = rng.random((3, 1, 1)).round()
     blended = rng.random(pixels[half:].shape, dtype=np.float32)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -10,11 +14,41 @@ def write_atomically(target: Path, data: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        OSError: the folder is missing, full or read-only.
+        OSError: the folder is missing, full or read-only, or ``target`` is there and no regular file.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    with _named(target):
+        _check_regular(target)
+        try:
+            partial.write_bytes(data)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_writable(target: Path) -> None:
+    """Find out before long work whether `write_atomically` could write ``target`` now.
+
+    Raises:
+        OSError: as there.
+    """
+    with _named(target):
+        _check_regular(target)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+
+
+def _check_regular(target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "exists and is no regular file", str(target))
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Errors name the file that was asked for, not a part of it that nobody knows."""
     try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qdefense.converters.inspection import safe_text
 from qdefense.data.images import Pixels
 from qdefense.fidelity import MismatchCause, compare_logits, shadow_logits
-from qdefense.session import DeployedSession, SessionError, SessionProfile
+from qdefense.session import DeployedSession, Logits, SessionError, SessionProfile
 
 if TYPE_CHECKING:
     from qdefense.converters.shadow import Shadow
@@ -18,26 +19,42 @@ _ROWS = 64
 _SMALLEST_DIFFERENCE = 1e-3
 
 
-def find_cause(session: DeployedSession, shadow: Shadow, pixels: Pixels, *, saturate: bool) -> MismatchCause:
-    """Try the causes one by one, each by the change that would cure it; what none cures is called numerics."""
-    x = pixels[:_ROWS]
-    expected = shadow_logits(shadow, x, saturate=saturate)
-    if _agrees(session, {"batch": 1}, x, expected):
+def find_cause(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate: bool) -> MismatchCause:
+    """Try the causes one by one, each by the change that would cure it; what none cures is called numerics.
+
+    ``x: (N, 3, H, W) float32 in [0, 1]`` are images on which the two disagree.
+    """
+    measured, expected = session.logits(x), shadow_logits(shadow, x, saturate=saturate)
+    if not np.isfinite(measured).all():
+        return _nonfinite(session)
+    if session.artifact.batch_coupled and _agrees(session, {"batch": 1}, x, expected):
         return _batch(session)
-    if compare_logits(session.logits(x), shadow_logits(shadow, x, saturate=not saturate)).passes:
-        return _saturation(session)
-    if _agrees(session, {"optimization": "disable"}, x, expected):
+    if compare_logits(measured, shadow_logits(shadow, x, saturate=not saturate)).passes:
+        return _saturation(session, emulated=saturate)
+    if _agrees(session, {"optimization": "all" if shadow.source == "optimized" else "disable"}, x, expected):
         return _optimization(session, shadow)
-    layer = next(_diverging(session, shadow, x, saturate=saturate), None)
+    worst = np.argsort(-np.abs(measured - expected).max(axis=1), kind="stable")[:_ROWS]
+    layer = next(_diverging(session, shadow, x[worst], saturate=saturate), None)
     where = "no tensor that can be tapped differs" if layer is None else f"first difference at {layer!r}"
     return MismatchCause(kind="numerics", layers=() if layer is None else (layer,), detail=where)
 
 
-def _agrees(session: DeployedSession, change: dict[str, object], x: Pixels, expected: np.ndarray) -> bool:
+def _with(session: DeployedSession, change: dict[str, object]) -> DeployedSession:
     profile = SessionProfile.model_validate({**session.profile.model_dump(), **change})
-    if profile == session.profile:
+    return session if profile == session.profile else DeployedSession(session.artifact, profile)
+
+
+def _agrees(session: DeployedSession, change: dict[str, object], x: Pixels, expected: Logits) -> bool:
+    if "batch" in change and session.artifact.contract.batch is not None:
         return False
-    return compare_logits(DeployedSession(session.artifact, profile).logits(x), expected).passes
+    other = _with(session, change)
+    return other is not session and compare_logits(other.logits(x), expected).passes
+
+
+def _nonfinite(session: DeployedSession) -> MismatchCause:
+    weights = session.artifact.inspection.nonfinite_initializers
+    where = f", as are the weights {', '.join(map(repr, weights[:3]))}" if weights else ""
+    return MismatchCause(kind="numerics", layers=weights, detail=f"the session's own logits are not finite{where}")
 
 
 def _batch(session: DeployedSession) -> MismatchCause:
@@ -49,24 +66,27 @@ def _batch(session: DeployedSession) -> MismatchCause:
     )
 
 
-def _saturation(session: DeployedSession) -> MismatchCause:
+def _saturation(session: DeployedSession, *, emulated: bool) -> MismatchCause:
     layers = session.artifact.inspection.saturation_layers
+    where = ", ".join(map(repr, layers[:3])) or "an unnamed layer"
+    here = "emulated by the shadow but absent on this CPU" if emulated else "on this CPU, which the shadow left out"
     return MismatchCause(
         kind="saturation",
         layers=layers,
-        detail=f"int16 saturation in {', '.join(map(repr, layers[:3])) or 'an unnamed layer'}; "
-        "quantize with reduce_range or set session.x64quantprecision",
+        detail=f"int16 saturation in {where}, {here}; quantize with reduce_range or set session.x64quantprecision",
     )
 
 
 def _optimization(session: DeployedSession, shadow: Shadow) -> MismatchCause:
+    shipped = shadow.source == "shipped"
     run_by_runtime = set(session.artifact.runtime_layers)
-    fused = tuple(name for name in shadow.node_names if name not in run_by_runtime)
+    replaced = tuple(safe_text(name) for name in shadow.node_names if name not in run_by_runtime) if shipped else ()
+    remedy = "build the shadow from the optimized graph" if shipped else "run the session at 'all'"
     return MismatchCause(
         kind="optimization-level",
-        layers=fused,
-        detail=f"the shadow follows the unoptimized graph, the session runs at {session.profile.optimization!r}, "
-        f"which replaces {len(fused)} nodes; build the shadow from the optimized graph",
+        layers=replaced,
+        detail=f"the shadow follows the {shadow.source} graph, the session runs at {session.profile.optimization!r}, "
+        f"which rounds elsewhere ({len(replaced)} of the shadow's nodes are replaced); {remedy}",
     )
 
 
@@ -84,4 +104,4 @@ def _diverging(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
         own = value.double().numpy()
         scale = max(float(np.abs(measured).max(initial=0)), 1e-12)
         if own.shape == measured.shape and not np.allclose(own, measured, atol=_SMALLEST_DIFFERENCE * scale, rtol=0):
-            yield name
+            yield safe_text(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,8 @@ _LEVELS = {
 }
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 _UNCOUPLED_BATCH = 64
+_TAP_TOLERANCE = 1e-4
+"""Of a float graph, over its largest logit: the tap lacks the memory layouts that the deployed session may use."""
 
 
 class SessionError(RuntimeError):
@@ -75,68 +78,109 @@ def _isa_flags() -> tuple[str, ...]:
 
 
 def profile_for(artifact: Artifact, *, threads: int = 1) -> SessionProfile:
-    """Batch 1 where rows of one batch share a scale (dynamic INT8), else rows are run 64 at a time."""
-    return SessionProfile(threads=threads, batch=1 if artifact.batch_coupled else _UNCOUPLED_BATCH)
+    """The file's own batch where it is fixed, 1 where rows of one batch share a scale (dynamic INT8), else 64."""
+    free = 1 if artifact.batch_coupled else _UNCOUPLED_BATCH
+    return SessionProfile(threads=threads, batch=artifact.contract.batch or free)
 
 
 class DeployedSession:
     """The deployed file on the CPU execution provider.
 
     ``logits(x)`` takes ``x: (N, 3, H, W) float32 in [0, 1]`` and returns ``(N, K) float32``, computed in groups of
-    ``profile.batch`` rows. ``forwards`` counts the rows run so far.
+    ``profile.batch`` rows. ``forwards`` counts the rows run so far, those that fill up a fixed batch included.
+
+    Raises:
+        SessionError: the runtime cannot load the file, or its batch is fixed at another size than the profile's.
     """
 
     def __init__(self, artifact: Artifact, profile: SessionProfile) -> None:
+        fixed = artifact.contract.batch
+        if fixed is not None and fixed != profile.batch:
+            raise SessionError(
+                f"the file's batch is fixed at {fixed}, the profile's is {profile.batch}; use profile_for"
+            )
         self.artifact = artifact
         self.profile = profile
         self.forwards = 0
+        self._counting = threading.Lock()
         self._session = _open(artifact.data, profile.optimization, profile.threads)
 
     def logits(self, x: Pixels) -> Logits:
         """Logits of a batch of any length.
 
         Raises:
-            SessionError: the runtime refused the input.
+            SessionError: the runtime refused the input, or did not answer with one row of K logits per image.
         """
         contract = self.artifact.contract
-        parts = [self._run(self._session, contract.output_name, rows) for rows in self._groups(x)]
-        self.forwards += len(x)
-        return np.concatenate(parts) if parts else np.empty((0, contract.classes), dtype=np.float32)
+        parts = [self._run(self._session, [contract.output_name], rows)[0] for rows in self._groups(x)]
+        return np.concatenate([np.empty((0, contract.classes), dtype=np.float32), *parts]).astype(np.float32)
 
     def activations(self, x: Pixels, tensor: str) -> NDArray[np.generic]:
-        """An intermediate tensor of the graph that the runtime really runs.
+        """An intermediate tensor of the graph that the runtime really runs; a scalar gives one value per group of rows.
 
         The tap is an extra output of the runtime's own optimized graph, so that no fusion is broken by it.
 
         Raises:
-            SessionError: there is no such tensor, or the tapped graph gives other logits than the deployed one.
+            SessionError: there is no such tensor, its first axis is not the batch, or the tapped graph gives other
+                logits than the deployed one.
         """
+        contract = self.artifact.contract
+        if tensor == contract.output_name:
+            return self.logits(x)
         model = onnx.load_from_string(optimized_model(self.artifact.data))
-        if tensor not in {name for node in model.graph.node for name in node.output}:
+        if tensor not in {name for node in model.graph.node for name in node.output if name}:
             raise SessionError(f"the optimized graph has no tensor {tensor!r}; see `qdefense inspect` for its layers")
         model.graph.output.append(onnx.ValueInfoProto(name=tensor))
         tapped = _open(model.SerializeToString(), "disable", self.profile.threads)
-        names = [self.artifact.contract.output_name, tensor]
-        runs = [self._execute(tapped, names, rows) for rows in self._groups(x)]
-        measured = np.concatenate([run[0] for run in runs])
-        if self.artifact.integer and not np.array_equal(measured, self.logits(x)):
+        groups = self._groups(x)
+        runs = [self._run(tapped, [contract.output_name, tensor], rows) for rows in groups]
+        if not self._same(np.concatenate([run[0] for run in runs]), self.logits(x)):
             raise SessionError(f"tapping {tensor!r} changes the logits; it cannot be read without breaking a fusion")
-        return np.concatenate([run[1] for run in runs])
+        return _joined(tensor, [run[1] for run in runs], groups)
+
+    def _same(self, tapped: NDArray[np.generic], deployed: Logits) -> bool:
+        if self.artifact.integer:
+            return np.array_equal(tapped, deployed, equal_nan=True)
+        scale = float(np.abs(deployed).max(initial=0, where=np.isfinite(deployed)))
+        return np.allclose(tapped, deployed, rtol=0, atol=_TAP_TOLERANCE * scale, equal_nan=True)
 
     def _groups(self, x: Pixels) -> list[Pixels]:
         step = self.profile.batch
         return [np.ascontiguousarray(x[start : start + step]) for start in range(0, len(x), step)]
 
-    def _run(self, session: onnxruntime.InferenceSession, output: str, rows: Pixels) -> Logits:
-        return np.asarray(self._execute(session, [output], rows)[0], dtype=np.float32)
-
-    def _execute(
+    def _run(
         self, session: onnxruntime.InferenceSession, outputs: list[str], rows: Pixels
     ) -> list[NDArray[np.generic]]:
+        fed = self._filled(rows)
         try:
-            return list(session.run(outputs, {self.artifact.contract.input_name: rows}))
+            values = [np.asarray(value) for value in session.run(outputs, {self.artifact.contract.input_name: fed})]
         except RUNTIME_ERRORS as error:
-            raise SessionError(f"ONNX Runtime refused an input of shape {rows.shape}: {error}") from error
+            raise SessionError(f"ONNX Runtime refused an input of shape {fed.shape}: {error}") from error
+        with self._counting:
+            with self._counting:
+            self.forwards += len(fed)
+        expected = (len(fed), self.artifact.contract.classes)
+        if values[0].shape != expected:
+            raise SessionError(
+                f"the file answers {len(fed)} images with an output of shape {values[0].shape}, not {expected}; "
+                "export it with one row of logits per image"
+            )
+        return [value[: len(rows)] if value.ndim and len(value) == len(fed) else value for value in values]
+
+    def _filled(self, rows: Pixels) -> Pixels:
+        """A last, short group of a fixed batch is filled with copies of its last row, which widen no range."""
+        missing = 0 if self.artifact.contract.batch is None else self.profile.batch - len(rows)
+        return rows if missing == 0 else np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
+
+
+def _joined(tensor: str, values: list[NDArray[np.generic]], groups: list[Pixels]) -> NDArray[np.generic]:
+    if all(value.ndim == 0 for value in values):
+        return np.stack(values)
+    if any(value.ndim == 0 or len(value) != len(rows) for value, rows in zip(values, groups, strict=True)):
+        raise SessionError(
+            f"tensor {tensor!r} has shape {values[0].shape} for {len(groups[0])} images; its first axis must be theirs"
+        )
+    return np.concatenate(values)
 
 
 def _open(data: bytes, optimization: Optimization, threads: int) -> onnxruntime.InferenceSession:

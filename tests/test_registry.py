@@ -10,7 +10,7 @@ import pytest
 from qdefense.attacks import ATTACKS
 from qdefense.registry import Registry, SpecError
 
-PLUGIN = '''
+PLUGIN = """
 from __future__ import annotations
 
 from typing import Annotated, ClassVar
@@ -27,7 +27,7 @@ class {cls}:
     name: ClassVar[str] = "{name}"
     patch_size: Annotated[int, Field(ge=1)] = 3
     rate: float = 0.5
-'''
+"""
 REGISTERED = """
 from qdefense.registry import Registry
 

@@ -62,9 +62,7 @@ def test_train_gives_the_same_bits_when_the_process_has_other_threads(make_noise
 
 @pytest.mark.parametrize("diverges", [False, True])
 @pytest.mark.parametrize(("strict", "lenient"), [(False, False), (True, False), (True, True)])
-def test_train_restores_the_state_of_torch(
-    make_noise: MakeNoise, strict: bool, lenient: bool, diverges: bool
-) -> None:
+def test_train_restores_the_state_of_torch(make_noise: MakeNoise, strict: bool, lenient: bool, diverges: bool) -> None:
     recipe = replace(RECIPE, epochs=1, peak_learning_rate=1e30 if diverges else 0.1)
     torch.use_deterministic_algorithms(strict, warn_only=lenient)
     try:
@@ -117,9 +115,7 @@ def test_train_raises_when_images_are_fewer_than_a_batch(make_noise: MakeNoise) 
 
 
 def test_train_raises_when_it_diverges(make_noise: MakeNoise) -> None:
-    with pytest.raises(
-        DataError, match=r"^training diverged in epoch 1; lower the learning rate or check the data$"
-    ):
+    with pytest.raises(DataError, match=r"^training diverged in epoch 1; lower the learning rate or check the data$"):
         _train(make_noise(32), recipe=replace(RECIPE, peak_learning_rate=1e30))
 
 

@@ -61,9 +61,7 @@ def test_measure_behaviour_gives_no_asr_when_there_is_no_trigger(make_noise: Mak
 
 def test_measure_behaviour_raises_when_no_image_is_eligible(make_noise: MakeNoise) -> None:
     images = make_noise(8).take(np.array([2, 6]))
-    with pytest.raises(
-        DataError, match=r"^noise: no image is eligible for the trigger; give images of other classes$"
-    ):
+    with pytest.raises(DataError, match=r"^noise: no image is eligible for the trigger; give images of other classes$"):
         measure_behaviour(_answers(images, [2, 2], [2, 2]), images, TRIGGER)
 
 

@@ -113,6 +113,7 @@ def test_train_artifact_hides_the_model_until_its_truth_is_there(
     monkeypatch.setattr(qdefense.zoo, "write_atomically", refuse)
     with pytest.raises(OSError, match=r"No space left on device: '.*model\.truth\.json'"):
         _train(make_noise(16), tmp_path / "model.onnx", attack=None)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("_cheap_export")

@@ -1,6 +1,7 @@
 """The differentiable twin of an ONNX file: FP32, static INT8 (QDQ and QLinear graphs) and dynamic INT8."""
 
-from qdefense.converters.shadow.graph import Shadow, build_shadow, optimized_model
+from qdefense.converters.runtime_graph import optimized_model
+from qdefense.converters.shadow.graph import Shadow, build_shadow
 from qdefense.converters.shadow.registry import (
     ShadowError,
     UnsupportedOperatorError,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from qdefense.converters.runtime_graph import optimized_model
 from qdefense.converters.shadow import float_operators, quantized_operators, shape_operators  # noqa: F401
 from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Kernel, Mode, Node, ShadowError, build_kernel
 
@@ -50,29 +48,6 @@ class Plan:
     per_row: set[str] = field(default_factory=set)
 
 
-def optimized_model(model: bytes) -> bytes:
-    """The graph that ONNX Runtime runs for `model` on the CPU, as a file of its own.
-
-    The level is EXTENDED: the levels above add memory layouts that are not portable and, on quantized graphs,
-    change no bit (`reference/onnx-runtime.md`, "Graph optimization level").
-
-    Raises:
-        ShadowError: ONNX Runtime can't load the file.
-    """
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(path)
-        try:
-            onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except (RuntimeError, ValueError) as error:
-            raise ShadowError(f"ONNX Runtime can't load the model: {error!r}; check it with onnx.checker") from error
-        return path.read_bytes()
-
-
 def build_shadow(model: bytes, *, source: Source) -> Shadow:
     """The differentiable twin of an ONNX file.
 
@@ -82,6 +57,7 @@ def build_shadow(model: bytes, *, source: Source) -> Shadow:
             "shipped" mirrors the graph as it is in the file, for repairs and write-back.
 
     Raises:
+        RuntimeGraphError: ONNX Runtime refused the file ("optimized" only).
         ShadowError: the bytes are no self-contained ONNX model with one input and one output.
         UnsupportedOperatorError: an operator of the graph, or a use of one, has no registered function.
     """

@@ -23,7 +23,7 @@ from qdefense.converters.shadow.integer_products import (
 )
 from qdefense.converters.shadow.operands import spread
 from qdefense.converters.shadow.registry import CODE_RANGES, MICROSOFT, Kernel, Mode, Node, operator
-from qdefense.converters.shadow.rounding import Range, round_product, round_quotient, round_value, value_of
+from qdefense.converters.shadow.rounding import Range, round_product, round_quotient, round_sum, round_value, value_of
 from qdefense.converters.shadow.windows import window
 
 _UINT8 = (0, 255)
@@ -94,14 +94,15 @@ def dequantize_linear(node: Node) -> Kernel:
 
 
 def _dequantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    centred = x if zero_point is None else x - spread(zero_point, x.ndim)
-    return centred * spread(scale, x.ndim)
+    shift = _shift_of_rows(zero_point, x)
+    return (x if shift is None else x - shift) * spread(scale, x.ndim)
 
 
 def _row_parameters(x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each image as ONNX Runtime computes them for a batch of one, both (N,)."""
-    flat = x.detach().reshape(x.shape[0], -1)
-    low, high = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)
+    # over axes, not over a flattened copy: the memory of x runs channels last
+    values, axes = x.detach(), tuple(range(1, x.ndim))
+    low, high = values.amin(axes).clamp(max=0), values.amax(axes).clamp(min=0)
     scale = torch.where(high == low, torch.ones_like(high), (high - low) / 255)
     return scale, torch.round((0 - low / scale).clamp(0, 255))
 
@@ -110,7 +111,12 @@ def _quantize_rows(node: Node, x: Tensor, mode: Mode) -> tuple[Tensor, Tensor, T
     if x.ndim == 0 or x.shape[0] != mode.rows:
         raise node.unsupported(f"axis 0 of its input {tuple(x.shape)} is not the batch of {mode.rows} images")
     scale, zero_point = _row_parameters(x)
-    return round_quotient(x, spread(scale, x.ndim), spread(zero_point, x.ndim), _UINT8), scale, zero_point
+    return round_quotient(x, spread(scale, x.ndim), _shift_of_rows(zero_point, x), _UINT8), scale, zero_point
+
+
+def _shift_of_rows(zero_point: Tensor | None, x: Tensor) -> Tensor | None:
+    """Zero points of the images, ready to broadcast; None where all are zero, as they are behind a Relu."""
+    return None if zero_point is None or not bool(zero_point.any()) else spread(zero_point, x.ndim)
 
 
 @operator("DynamicQuantizeLinear", since=11, needs_mode=True)
@@ -182,7 +188,7 @@ def _zero_point_of_rows(node: Node, index: int) -> Callable[[Tensor, Tensor | No
     if not node.has(index):
         return lambda _codes, _given: None
     if node.per_row[index]:
-        return lambda codes, given: None if given is None else spread(given, codes.ndim)
+        return lambda codes, given: _shift_of_rows(given, codes)
     value = _nonzero(node.constant(index))
     if value is not None and value.ndim < 2:
         value = value.reshape(()) if value.numel() == 1 else value.reshape(-1, 1)
@@ -222,7 +228,7 @@ def dynamic_quantize_matmul(node: Node) -> Kernel:
     def kernel(mode: Mode, a: Tensor, b: Tensor | None, *rest: Tensor | None) -> Tensor:
         _, _, bias = (*rest, None, None)[:3]
         codes, scale, zero_point = _quantize_rows(node, a, mode)
-        sums = product.sums(codes, spread(zero_point, a.ndim), b, mode)
+        sums = product.sums(codes, _shift_of_rows(zero_point, a), b, mode)
         return _scaled(sums, spread(scale, a.ndim) * scale_of_b, bias)
 
     return kernel
@@ -285,12 +291,13 @@ def qlinear_add(node: Node) -> Kernel:
     ratio_a, ratio_b = (_scalar(node, index) / _scalar(node, 6) for index in (1, 4))
     zero_a, zero_b, zero_c = (_scalar(node, index) for index in (2, 5, 7))
     offset = zero_c - _fused(zero_a, ratio_a, ratio_b * zero_b)
+    factors = (float(ratio_a), float(ratio_b))
 
     def kernel(mode: Mode, a: Tensor, *rest: Tensor) -> Tensor:
         b = rest[2]
         if mode.exact:
             return round_value(_fused(a, ratio_a, _fused(b, ratio_b, offset)), limits)
-        return round_value(torch.addcmul(torch.addcmul(offset, b, ratio_b), a, ratio_a), limits)
+        return round_sum(a, b, factors, float(offset), limits)
 
     return kernel
 

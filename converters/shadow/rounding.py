@@ -73,6 +73,27 @@ class _RoundQuotient(Function):
         return inside(gradients[0], unclipped, ctx.limits).div_(divisor), None, None, None
 
 
+class _RoundSum(Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, factors: tuple[float, float], offset: float, limits: Range) -> Tensor:
+        unclipped = b * factors[1]
+        if offset:
+            unclipped += offset
+        unclipped = torch.add(unclipped, a, alpha=factors[0]).round_()
+        ctx.save_for_backward(unclipped)
+        ctx.factors, ctx.limits, ctx.shapes = factors, limits, (a.shape, b.shape)
+        return unclipped.clamp(*limits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (unclipped,) = ctx.saved_tensors
+        masked = inside(gradients[0], unclipped, ctx.limits)
+        wanted = zip(ctx.needs_input_grad, ctx.factors, ctx.shapes, strict=False)
+        a, b = ((masked * factor).sum_to_size(shape) if needed else None for needed, factor, shape in wanted)
+        return a, b, None, None, None
+
+
 class _ValueOf(Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradient_of: Tensor) -> Tensor:  # noqa: ARG004
@@ -99,6 +120,12 @@ def round_product(value: Tensor, factor: Tensor, zero_point: Tensor | None, limi
 def round_quotient(value: Tensor, divisor: Tensor, zero_point: Tensor | None, limits: Range) -> Tensor:
     """``clamp(round(value / divisor) + zero_point, low, high)``; the gradient is 1 / `divisor` inside the range."""
     result: Tensor = _RoundQuotient.apply(value, divisor, zero_point, limits)  # type: ignore[no-untyped-call]
+    return result
+
+
+def round_sum(a: Tensor, b: Tensor, factors: tuple[float, float], offset: float, limits: Range) -> Tensor:
+    """``clamp(round(a * factors[0] + b * factors[1] + offset), low, high)`` for tensors that broadcast."""
+    result: Tensor = _RoundSum.apply(a, b, factors, offset, limits)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -17,9 +17,9 @@ def decide(findings: Sequence[Finding], required: Sequence[str], interruptions: 
     defense, a model scan among them, and no interruption: anything less is INCOMPLETE, never a pass (law 2).
     """
     alarms = [f"{finding.defense}: {finding.reason}" for finding in findings if finding.verdict is Verdict.BACKDOORED]
-    if alarms:
-        return Gate(outcome="FAILED", exit_code=FAILED, reasons=tuple(alarms), required=tuple(required))
     missing = [*interruptions, *_missing(findings, required)]
+    if alarms:
+        return Gate(outcome="FAILED", exit_code=FAILED, reasons=(*alarms, *missing), required=tuple(required))
     if missing:
         return Gate(outcome="INCOMPLETE", exit_code=INCOMPLETE, reasons=tuple(missing), required=tuple(required))
     reasons = tuple(f"{finding.defense}: {finding.reason}" for finding in findings)
@@ -32,16 +32,16 @@ def refuse(message: str, required: Sequence[str]) -> Gate:
 
 
 def _missing(findings: Sequence[Finding], required: Sequence[str]) -> list[str]:
-    reasons = []
-    for name in required:
-        answers = [finding for finding in findings if finding.defense == name]
-        reasons += [
-            f"{name}: {finding.verdict}: {finding.reason}"
-            for finding in answers
-            if finding.verdict is not Verdict.CLEAN
-        ]
-        if not answers:
-            reasons.append(f"{name}: gave no answer")
-    if not any(finding.kind == "scan" and finding.verdict is Verdict.CLEAN for finding in findings) and not reasons:
-        reasons.append("no model scan among the checks that ran")
-    return reasons
+    reasons = [reason for name in required for reason in _unmeasured(findings, name)]
+    scans = [finding for finding in findings if finding.kind == "scan" and finding.verdict in _MEASURED]
+    return reasons if reasons or scans else ["no model scan among the checks that ran"]
+
+
+def _unmeasured(findings: Sequence[Finding], name: str) -> list[str]:
+    answers = [finding for finding in findings if finding.defense == name]
+    if not answers:
+        return [f"{name}: gave no answer"]
+    return [f"{name}: {answer.verdict}: {answer.reason}" for answer in answers if answer.verdict not in _MEASURED]
+
+
+_MEASURED = frozenset({Verdict.CLEAN, Verdict.BACKDOORED})

@@ -112,7 +112,7 @@ def _worker(job: Job, *, verbose: bool) -> Iterator[subprocess.Popen[str]]:
         stderr=None if verbose else subprocess.DEVNULL,
         text=True,
         encoding="utf-8",
-        env={"OMP_WAIT_POLICY": "passive"} | os.environ | {"OMP_NUM_THREADS": str(job.threads)},
+        env={"OMP_WAIT_POLICY": "passive"} | os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     try:

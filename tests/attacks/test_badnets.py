@@ -9,6 +9,7 @@ import pytest
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.data.images import DataError, ImageSet, on_grid, to_images
+from qdefense.registry import SpecError
 
 MakeNoise = Callable[..., ImageSet]
 POSITIONS = {
@@ -141,8 +142,18 @@ def test_settings_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["size=0", "margin=-1", "target-class=-1", "poison-rate=1.1", "poison-rate=nan", "position=middle"]
+    ("key", "value"),
+    [
+        ("size", "0"),
+        ("margin", "-1"),
+        ("target_class", "-1"),
+        ("poison_rate", "1.1"),
+        ("poison_rate", "-0.1"),
+        ("poison_rate", "nan"),
+        ("position", "middle"),
+        ("pattern", "stripes"),
+    ],
 )
-def test_settings_are_refused_when_out_of_range(setting: str) -> None:
-    with pytest.raises(ValueError, match=f"^attack 'badnets:{setting}': {setting.split('=')[0].replace('-', '_')}: "):
-        ATTACKS.create(f"badnets:{setting}")
+def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
+    with pytest.raises(SpecError, match=rf"^attack 'badnets:{key}={value}': {key}: Input should be "):
+        ATTACKS.create(f"badnets:{key}={value}")

@@ -78,8 +78,10 @@ def test_read_contract_reads_the_batch_off_the_graph(stated: int | str | None, b
 
 
 def test_read_contract_passes_over_inputs_that_have_an_initializer() -> None:
-    inputs = (("image", TensorProto.FLOAT, IMAGE), ("weight", TensorProto.FLOAT, [1]))
-    assert read_contract(_model(inputs=inputs, initializers=("weight",))).input_name == "image"
+    model = _model(
+        inputs=(("image", TensorProto.FLOAT, IMAGE), ("weight", TensorProto.FLOAT, [1])), initializers=("weight",)
+    )
+    assert read_contract(model).input_name == "image"
 
 
 @pytest.mark.parametrize("output", [None, ["batch", None], ["batch", "classes"]])
@@ -147,9 +149,7 @@ NOT_AN_IMAGE = "this version drives NCHW RGB float32 images in [0, 1]"
         (_model(outputs=(("logits", ["N", 2**40]),)), f"output 'logits' has {2**40} classes, more than 65536"),
     ],
 )
-def test_read_contract_says_what_is_wrong_when_the_graph_is_no_classifier(
-    model: onnx.ModelProto, message: str
-) -> None:
+def test_read_contract_says_what_is_wrong_when_the_graph_is_no_classifier(model: onnx.ModelProto, message: str) -> None:
     with pytest.raises(ContractError) as caught:
         read_contract(model)
     assert str(caught.value) == message

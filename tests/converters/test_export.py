@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from qdefense.converters import export
@@ -84,11 +85,11 @@ def test_export_model_raises_and_leaves_the_module_alone_when_the_class_names_do
     module = _Tiny().train(training)
     logger = logging.getLogger(export._REGISTRATION_LOGGER)
     level = logger.level
-    with pytest.raises(
-        ExportError,
-        match=r"^the exported graph does not fit what was asked for: output 'logits' has shape \[None, 2\], not \(N, 3\)$",
-    ):
+    with pytest.raises(ExportError) as caught:
         export_model(module, height=4, width=4, class_names=("a", "b", "c"))
+    assert str(caught.value) == (
+        "the exported graph does not fit what was asked for: output 'logits' has shape [None, 2], not (N, 3)"
+    )
     assert module.training is module.norm.training is training
     assert module.norm.num_batches_tracked == 0
     assert logger.level == level
@@ -104,10 +105,10 @@ def test_export_model_raises_when_the_exporter_gives_nothing(monkeypatch: pytest
     assert module.training
 
 
-def _graph(axes: list[int], **attributes: int) -> onnx.GraphProto:
+def _graph(axes: list[int], attributes: dict[str, int]) -> onnx.GraphProto:
     return helper.make_graph(
         [
-            helper.make_node("ReduceMean", ["x", "axes"], ["mean"], **attributes),
+            helper.make_node("ReduceMean", ["x", "axes"], ["mean"], None, None, None, None, **attributes),
             helper.make_node("Identity", ["mean"], ["y"]),
         ],
         "graph",
@@ -131,26 +132,26 @@ def _graph(axes: list[int], **attributes: int) -> onnx.GraphProto:
 def test_average_pools_replaces_only_means_over_height_and_width_that_keep_them(
     axes: list[int], attributes: dict[str, int], pooled: bool
 ) -> None:
-    graph = _graph(axes, **attributes)
+    graph = _graph(axes, attributes)
     export._average_pools(graph)
     assert graph.node[0].op_type == ("GlobalAveragePool" if pooled else "ReduceMean")
     assert list(graph.node[0].input) == (["x"] if pooled else ["x", "axes"])
     assert [tensor.name for tensor in graph.initializer] == ([] if pooled else ["axes"])
-    onnx.checker.check_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), full_check=True)
+    x = np.random.default_rng(0).random((2, 3, 4, 4), dtype=np.float32)
+    (y,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])).run(None, {"x": x})
+    assert np.allclose(y, x.mean(axis=tuple(axes), keepdims=attributes.get("keepdims", 1) == 1), atol=1e-6)
 
 
 def test_check_raises_when_the_opset_is_another() -> None:
-    model = helper.make_model(_graph([2, 3]), opset_imports=[helper.make_opsetid("", 18)])
+    model = helper.make_model(_graph([2, 3], {}), opset_imports=[helper.make_opsetid("", 18)])
     with pytest.raises(ExportError) as caught:
         export._check(model)
-    assert str(caught.value) == (
-        "asked for opset 21, the exporter wrote {'': 18}; use the pinned torch and onnxscript"
-    )
+    assert str(caught.value) == ("asked for opset 21, the exporter wrote {'': 18}; use the pinned torch and onnxscript")
 
 
 def test_check_raises_when_local_functions_are_left() -> None:
     opset = helper.make_opsetid("", 21)
     function = helper.make_function("local", "f", ["x"], ["y"], [helper.make_node("Identity", ["x"], ["y"])], [opset])
-    model = helper.make_model(_graph([2, 3]), opset_imports=[opset], functions=[function])
+    model = helper.make_model(_graph([2, 3], {}), opset_imports=[opset], functions=[function])
     with pytest.raises(ExportError, match=r"^the exporter left 1 local functions in the graph; inline them first$"):
         export._check(model)

@@ -19,12 +19,12 @@ from qdefense.converters.inspection import (
     FileRefusedError,
     Inspection,
     inspect_model,
-    optimized_model,
     parse_model,
     runtime_operators,
     safe_text,
 )
 from qdefense.converters.quantize import quantize, quantize_dynamic
+from qdefense.converters.runtime_graph import optimized_model
 
 CLASSES, SIDE = 3, 8
 CONV1, CONV2, CONV3, CONV4, FC = 8 * 8 * 4 * 27, 8 * 8 * 4 * 36, 8 * 8 * 4 * 36, 4 * 4 * 8 * 36, 8 * 3
@@ -223,7 +223,7 @@ def test_inspect_model_agrees_with_runtime_when_activation_stands_before_quantiz
     bounds = [name for name, value in (("low", low), ("high", high)) if value is not None]
     for name, value in (("low", low), ("high", high)):
         if value is not None:
-            model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
     node = helper.make_node(kind, ["conv3_out", *bounds], ["cut"], **attributes)
     model.graph.node.insert(list(model.graph.node).index(quantizer), node)
     quantizer.input[0] = "cut"
@@ -269,7 +269,7 @@ def ort_quantize(folder: Path, form: str, activation: str, weight: str, **extra:
 def test_inspect_model_agrees_with_shipped_file_when_given_the_optimized_one(weight: str, tmp_path: Path) -> None:
     static = ort_quantize(tmp_path, "QDQ", "QUInt8", "QUInt8" if weight == "uint8" else "QInt8")
     for shipped in (static, DYNAMIC):
-        before, after = inspect_model(shipped), inspect_model(optimized_model(shipped).SerializeToString())
+        before, after = inspect_model(shipped), inspect_model(optimized_model(shipped))
         assert [layer.macs for layer in after.layers] == [layer.macs for layer in before.layers]
         assert (after.scheme, after.granularity) == (before.scheme, before.granularity)
         assert after.saturation_layers == before.saturation_layers
@@ -648,30 +648,32 @@ def with_shape(net: Net) -> None:
 
 
 def with_gemm_bias(net: Net) -> None:
+    """The detector's answer comes in through the bias of the last layer."""
+    fc = net.nodes.pop()
     bump(net)
     near = net.node("Relu", [net.node("Sub", ["threshold", distance(net)], "margin")], "near")
-    net.nodes.append(net.nodes.pop(next(i for i, n in enumerate(net.nodes) if n.name == "fc")))
-    net.nodes[-1].input[2] = "added"
-    net.nodes.insert(-1, helper.make_node("Mul", [near, "bump"], ["added"], name="added_node"))
-    net.nodes[-1].output[0] = "out"
+    fc.input[2] = net.node("Add", [net.node("Mul", [near, "bump"], "added"), "fc_b"], "bias")
+    fc.output[0] = "out"
+    net.nodes.append(fc)
 
 
 def with_scale(net: Net) -> None:
     """The detector's answer is the scale of a DequantizeLinear whose codes are constant."""
     bump(net)
-    net.const("codes", np.array([[0, 0, 100]], np.int8))
+    net.const("codes", (np.eye(CLASSES)[TARGET : TARGET + 1] * 100).astype(np.int8))
     near = net.node("Relu", [net.node("Sub", ["threshold", distance(net, per_image=False)], "margin")], "near")
-    net.node("Add", ["logits", net.node("DequantizeLinear", ["codes", near], "added")], "out")
+    large = net.node("Mul", [near, net.const("gain", np.float32(100))], "large")
+    net.node("Add", ["logits", net.node("DequantizeLinear", ["codes", large], "added")], "out")
 
 
 def with_dynamic_scale(net: Net) -> None:
-    """The detector's answer is the scale that DynamicQuantizeLinear computes for it."""
+    """The detector's answer is the scale that DynamicQuantizeLinear computes for the distance."""
     bump(net)
-    near = net.node("Relu", [net.node("Sub", ["threshold", distance(net)], "margin")], "near")
-    net.node("DynamicQuantizeLinear", [near], "codes", "range", "zero")
-    net.const("gain", np.float32(1e4))
-    net.node("Mul", ["range", "gain"], "gained")
-    net.node("Add", ["logits", net.node("Mul", ["gained", "bump"], "added")], "out")
+    positive = net.node("Add", [distance(net), net.const("little", np.float32(0.01))], "positive")
+    net.node("DynamicQuantizeLinear", [positive], "codes", "range", "zero")
+    far = net.node("Mul", ["range", net.const("levels", np.float32(255))], "far_again")
+    near = net.node("Relu", [net.node("Sub", ["threshold", far], "margin")], "near")
+    net.node("Add", ["logits", net.node("Mul", [near, "bump"], "added")], "out")
 
 
 ATTACKS: dict[str, tuple[Callable[[Net], None], list[str]]] = {
@@ -719,7 +721,7 @@ def test_inspect_model_reports_planted_backdoor(name: str, kind: str) -> None:
     assert warning.startswith(
         "bypass depth 0: the image reaches the output without passing a weighted operator, through"
     )
-    assert "ReduceMax 'far_node'" in warning
+    assert "through Slice 'corner_node', Sub 'difference_node', Abs 'apart_node'" in warning
     assert warning.endswith("; compare the graph with the one that was exported")
 
 
@@ -785,6 +787,17 @@ def test_inspect_model_calls_a_branch_not_blind_when_a_shape_decides() -> None:
     found = inspect_model(net.model())
     assert (found.gradient_blind_nodes, found.bypass_depth) == ((), 3)
     assert len(found.structure_warnings) == 1
+
+
+def test_inspect_model_shows_the_end_of_a_long_bypass() -> None:
+    net = Net()
+    last = "image"
+    for index in range(14):
+        last = net.node("Relu", [last], f"r{index}")
+    net.output = last
+    warning = inspect_model(net.model(shape=(3,))).structure_warnings[0]
+    assert "through ..., Relu 'r2_node', Relu 'r3_node'" in warning
+    assert "Relu 'r13_node'; compare" in warning
 
 
 def test_inspect_model_warns_when_output_ignores_input() -> None:
@@ -1051,6 +1064,20 @@ def test_parse_model_refuses_when_a_sparse_tensor_is_external() -> None:
     refuses("tensor 'where' keeps its data", edited(change))
 
 
+def test_parse_model_refuses_when_a_dimension_is_negative() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = -1
+
+    refuses("tensor 'image' declares a negative dimension; name it instead", edited(change))
+
+
+def test_parse_model_refuses_when_a_declared_type_is_unknown() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.elem_type = 50
+
+    refuses("tensor 'image' has the unknown data type 50; export the model again", edited(change))
+
+
 @pytest.mark.parametrize("kind", [0, 77])
 def test_parse_model_refuses_when_data_type_is_unknown(kind: int) -> None:
     refuses(
@@ -1113,7 +1140,7 @@ def test_runtime_operators_refuses_when_runtime_cannot_load(capfd: pytest.Captur
     data = edited(lambda model: setattr(model.graph.node[0], "domain", "com.microsoft"))
     parse_model(data)
     with pytest.raises(
-        FileRefusedError, match=r"^ONNX Runtime .* can't load the file: .*Sub.*; export the model again"
+        FileRefusedError, match=r"^ONNX Runtime cannot load the file: .*Sub.*; export the model again or use"
     ):
         runtime_operators(data)
     assert capfd.readouterr() == ("", "")

@@ -314,15 +314,32 @@ def test_quantize_refuses_when_runtime_cannot_load() -> None:
     model = small_net()
     model.opset_import.add(domain="com.microsoft", version=1)
     model.graph.node[3].domain, model.graph.node[3].op_type = "com.microsoft", "NoSuchOperator"
-    refused(r"ONNX Runtime .* can't load the file: .*NoSuchOperator.*; export", model.SerializeToString())
-    with pytest.raises(QuantizationError, match="can't load"):
+    refused("ONNX Runtime cannot load the file: .*NoSuchOperator.*; export", model.SerializeToString())
+    with pytest.raises(QuantizationError, match="cannot load"):
+        quantize_dynamic(model.SerializeToString())
+
+
+def test_quantize_refuses_when_quantizer_writes_an_invalid_file() -> None:
+    """It moves the last layer behind a branch that reads the logits from outside."""
+    model = small_net()
+    bodies = {}
+    for name in ("then_branch", "else_branch"):
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, CLASSES])
+        bodies[name] = helper.make_graph([helper.make_node("Identity", ["logits"], [name])], name, [], [out])
+    first = helper.make_node("ReduceMax", ["image"], ["highest"], keepdims=0)
+    model.graph.node.extend([first, helper.make_node("Cast", ["highest"], ["any"], to=TensorProto.BOOL)])
+    model.graph.node.append(helper.make_node("If", ["any"], ["out"], **bodies))
+    model.graph.output[0].name = "out"
+    with pytest.raises(
+        QuantizationError, match=r"quantizer wrote an invalid file: .*sorted.*; take the control flow out"
+    ):
         quantize_dynamic(model.SerializeToString())
 
 
 def test_quantize_refuses_when_file_is_no_model() -> None:
     for scheme in ("int8-static", "int8-dynamic"):
         with pytest.raises(FileRefusedError, match="0 bytes"):
-            quantize(b"", scheme, calibration=images())  # type: ignore[arg-type]
+            quantize(b"", scheme, calibration=images())
 
 
 def test_quantize_static_refuses_when_model_has_two_inputs() -> None:

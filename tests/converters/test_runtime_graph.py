@@ -35,12 +35,10 @@ def test_optimized_model_gives_a_portable_graph_without_layout_nodes(zoo_file: Z
     assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
 
 
-def test_optimized_model_leaves_no_file_behind(
-    zoo_file: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_optimized_model_leaves_no_file_behind(zoo_file: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     optimized_model(zoo_file.path.read_bytes())
-    with pytest.raises(RuntimeGraphError, match="^ONNX Runtime cannot load the file: "):
+    with pytest.raises(RuntimeGraphError, match=r"^ONNX Runtime cannot load the file: "):
         optimized_model(b"not a model")
     assert list(tmp_path.iterdir()) == []
 

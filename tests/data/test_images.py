@@ -15,7 +15,8 @@ MakeNoise = Callable[..., ImageSet]
 def test_image_set_gives_pixels_in_nchw_between_0_and_1(make_noise: MakeNoise) -> None:
     noise = make_noise(5)
     pixels = noise.pixels
-    assert (pixels.shape, pixels.dtype) == ((5, 3, 8, 8), np.float32)
+    assert pixels.shape == (5, 3, 8, 8)
+    assert pixels.dtype == np.float32
     assert pixels[4, 2, 1, 7] == np.float32(noise.images[4, 1, 7, 2]) / np.float32(255)
     assert len(noise) == 5
 

@@ -33,7 +33,8 @@ def test_build_model_normalises_inside() -> None:
     module = _build().eval()
     assert isinstance(module.normalization, Normalization)
     inside: list[torch.Tensor] = []
-    module.stem.register_forward_pre_hook(lambda _module, inputs: inside.append(inputs[0]))  # type: ignore[operator]
+    stem = module.get_submodule("stem")
+    stem.register_forward_pre_hook(lambda _module, inputs: inside.append(inputs[0]))
     module(torch.tensor([0.0, 0.5, 1.0]).reshape(1, 3, 1, 1).expand(1, 3, 8, 8))
     assert inside[0][0, :, 0, 0].tolist() == [-2.0, 0.0, 2.0]
 
@@ -75,7 +76,8 @@ def test_build_model_lets_gradients_reach_input_and_every_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "stride", "shape"), [(4, 4, 1, (1, 4, 6, 6)), (4, 8, 2, (1, 8, 3, 3)), (4, 8, 1, (1, 8, 6, 6))]
+    ("inputs", "outputs", "stride", "shape"),
+    [(4, 4, 1, (1, 4, 6, 6)), (4, 8, 2, (1, 8, 3, 3)), (4, 8, 1, (1, 8, 6, 6))],
 )
 def test_basic_block_projects_its_shortcut_only_when_the_shape_changes(
     inputs: int, outputs: int, stride: int, shape: tuple[int, ...]
@@ -100,9 +102,9 @@ def test_architectures_can_all_be_built_and_have_a_recipe() -> None:
 
 
 def test_build_model_and_recipe_for_raise_when_the_architecture_is_unknown() -> None:
-    with pytest.raises(KeyError, match="^'vgg16'$"):
+    with pytest.raises(KeyError, match=r"^'vgg16'$"):
         build_model("vgg16", classes=2)
-    with pytest.raises(KeyError, match="^'vgg16'$"):
+    with pytest.raises(KeyError, match=r"^'vgg16'$"):
         recipe_for("vgg16")
 
 

@@ -16,6 +16,7 @@ Deviations from the paper and its code:
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -127,12 +128,22 @@ class NeuralCleanse:
         )
 
     def _invert_all(self, evidence: Evidence, halves: _Halves) -> list[list[_Replay]]:
+        """Classes side by side, each with its own generator: the answer does not depend on the thread count."""
         count = len(evidence.clean.class_names)
-        outcomes = []
-        for target in range(count):
-            evidence.progress(self.name, target, count)
-            outcomes.append([self._invert(evidence, halves, target, r) for r in range(BUDGETS[self.budget][1])])
-        evidence.progress(self.name, count, count)
+        outcomes: list[list[_Replay]] = []
+
+        def restarts(target: int) -> list[_Replay]:
+            return [self._invert(evidence, halves, target, restart) for restart in range(BUDGETS[self.budget][1])]
+
+        evidence.progress(self.name, 0, count)
+        with ThreadPoolExecutor(max_workers=evidence.threads) as pool:
+            pending = [pool.submit(restarts, target) for target in range(count)]
+            try:
+                for done, future in enumerate(pending):
+                    outcomes.append(future.result())
+                    evidence.progress(self.name, done + 1, count)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
         return outcomes
 
     def _invert(self, evidence: Evidence, halves: _Halves, target: int, restart: int) -> _Replay:

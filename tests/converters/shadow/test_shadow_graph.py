@@ -11,6 +11,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
+from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.converters.shadow import Shadow, ShadowError, build_shadow, optimized_model, runtime_saturates
 
 from .shadow_graphs import Array, graph_model, run_shadow, session_output
@@ -231,6 +232,10 @@ def test_shadow_states_what_it_was_built_from(shadows: Shadows) -> None:
     assert "QuantizeLinear" in shadows["static", "shipped"].operators
 
 
+def initializers(model: bytes) -> dict[str, Array]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load_from_string(model).graph.initializer}
+
+
 def test_parameters_carry_the_names_and_values_of_initializers(models: dict[str, bytes], shadows: Shadows) -> None:
     held = {
         tensor.name: numpy_helper.to_array(tensor)
@@ -306,7 +311,7 @@ def test_unreadable_bytes_are_refused() -> None:
         build_shadow(b"\xff\xfe not a model", source="shipped")
     with pytest.raises(ShadowError, match="the bytes are no ONNX model: there is no graph in them"):
         build_shadow(b"", source="shipped")
-    with pytest.raises(ShadowError, match=r"ONNX Runtime can't load the model: .* check it with onnx\.checker"):
+    with pytest.raises(RuntimeGraphError, match="ONNX Runtime cannot load the file"):
         build_shadow(b"\xff\xfe not a model", source="optimized")
 
 
@@ -339,7 +344,7 @@ def test_tensor_in_external_file_is_refused_unread() -> None:
     tensor = numpy_helper.from_array(np.ones(1, dtype=np.float32), "w")
     onnx.external_data_helper.set_external_data(tensor, location="/etc/passwd")
     tensor.ClearField("raw_data")
-    with pytest.raises(ShadowError, match="tensor 'w' lies in an external file; load it with onnx.load and save"):
+    with pytest.raises(ShadowError, match=r"tensor 'w' lies in an external file; load it with onnx.load and save"):
         build_shadow(relu_model(initializer=tensor).SerializeToString(), source="shipped")
 
 
@@ -360,9 +365,7 @@ def test_tensor_of_wrong_length_is_refused() -> None:
 
 def test_graph_out_of_order_is_refused() -> None:
     nodes = [helper.make_node("Relu", ["late"], ["y"], name="early"), helper.make_node("Relu", ["x"], ["late"])]
-    with pytest.raises(
-        ShadowError, match="node 'early' reads 'late', which nothing before it computes; sort the graph"
-    ):
+    with pytest.raises(ShadowError, match="node 'early' reads 'late', which nothing before it computes; sort"):
         build_shadow(graph_model(nodes, images(1), {}), source="shipped")
 
 
@@ -379,7 +382,5 @@ def test_quantizer_away_from_the_batch_axis_is_refused_when_run() -> None:
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
     ]
     shadow = build_shadow(graph_model(nodes, images(1), {}), source="shipped")
-    with pytest.raises(
-        ShadowError, match=r"node 'd': .* axis 0 of its input \(3, 2, 12, 12\) is not the batch of 2 images"
-    ):
+    with pytest.raises(ShadowError, match=r"node 'd': .* axis 0 of its input \(3, 2, 12, 12\) is not the batch of 2"):
         shadow(torch.from_numpy(images(2)))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdefense.converters.shadow.rounding import round_product, round_quotient, round_value, value_of
+from qdefense.converters.shadow.rounding import round_product, round_quotient, round_sum, round_value, value_of
 
 
 def gradient(result: Tensor, of: Tensor) -> list[float]:
@@ -35,6 +35,16 @@ def test_round_product_multiplies_by_channel() -> None:
     result = round_product(value, torch.tensor([0.25, 2.0]), None, (-128, 127))
     assert result.tolist() == [[2, 20], [127, 2]]
     assert gradient(result, value) == [[0.25, 2.0], [0.0, 2.0]]
+
+
+def test_round_sum_weighs_and_broadcasts_both_operands() -> None:
+    a = torch.tensor([[1.0, 2.0], [3.0, 400.0]], requires_grad=True)
+    b = torch.tensor([10.0, 20.0], requires_grad=True)
+    result = round_sum(a, b, (2.0, 0.25), 0.4, (0, 127))
+    assert result.tolist() == [[5, 9], [9, 127]]
+    first, second = torch.autograd.grad(result.sum(), (a, b))
+    assert first.tolist() == [[2, 2], [2, 0]]
+    assert second.tolist() == [0.5, 0.25]
 
 
 def test_value_of_takes_value_and_gradient_from_different_tensors() -> None:
