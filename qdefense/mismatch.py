@@ -94,8 +94,10 @@ def _diverging(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
     """Names of tensors, in graph order, where the shadow leaves the session's value."""
     import torch  # noqa: PLC0415 (torch stays off the way to inspect)
 
+    if session.artifact.batch_coupled and session.artifact.contract.batch is None:
+        session = _with(session, {"batch": 1})
     with torch.no_grad():
-        values = shadow.activations(torch.from_numpy(x), shadow.tensor_names, saturate=saturate)
+        values = shadow.activations(torch.from_numpy(x), shadow.tensor_names, exact=True, saturate=saturate)
     for name, value in values.items():
         try:
             measured = session.activations(x, name).astype(np.float64)

@@ -175,8 +175,7 @@ def batch_normalization(node: Node) -> Kernel:
     """Normalisation with stored mean and variance."""
     node.require("training_mode", 0)
     node.ignore("momentum", "spatial")
-    if len(node.outputs) > 1:
-        raise node.unsupported("it has the outputs of training")
+    node.keep_first_output()
     epsilon = node.number("epsilon", 1e-5)
 
     def kernel(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -233,9 +232,8 @@ def global_average_pool(_node: Node) -> Kernel:
 @operator("MaxPool")
 def max_pool(node: Node) -> Kernel:
     """Maximum in a sliding window; works on codes as on floats, padding never wins."""
-    if len(node.outputs) > 1:
-        raise node.unsupported("its output 'Indices' is in use")
     node.ignore("storage_order")
+    node.keep_first_output()
     sliding = window(node)
     pool: Callable[..., Tensor] = _by_rank(node, sliding, _MAXIMA)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,6 +73,7 @@ class Shadow(nn.Module):
         input_name: name of the graph's input.
         output_name: name of its output.
         node_names: names of the nodes that run, in order; folded ones are gone.
+        tensor_names: names of the tensors that they compute, in the same order.
         operators: their operator types, in the same order.
         parameters_by_initializer: the float weights by the name of the initializer they come from. A weight that
             the file holds as integers appears dequantized, under the name of the integer initializer.
@@ -84,6 +84,7 @@ class Shadow(nn.Module):
         self.source = source
         self.input_name, self.output_name = plan.input_name, plan.output_name
         self.node_names = tuple(step.node.name for step in plan.steps)
+        self.tensor_names = tuple(name for step in plan.steps for name in step.outputs)
         self.operators = tuple(step.node.op_type for step in plan.steps)
         self._plan, self._dtype = plan, dtype
         self._buffer_names: dict[str, str] = {}
@@ -144,7 +145,7 @@ class Shadow(nn.Module):
         """
         if self.is_quantized:
             raise ShadowError("a quantized shadow can't run in float64: rounding has no derivative to check")
-        twin = Shadow(copy.copy(self._plan), source=self.source, dtype=torch.float64)
+        twin = Shadow(self._plan, source=self.source, dtype=torch.float64)
         twin.load_state_dict(self.state_dict())
         return twin
 

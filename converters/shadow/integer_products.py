@@ -23,9 +23,13 @@ from qdefense.converters.shadow.windows import Window
 _EXACT_IN_FLOAT32 = 2**24
 
 
-def mixed_signs(node: Node, left: int, right: int) -> bool:
-    """Whether the operands are u8 activations and s8 weights, the only pair whose kernels saturate."""
-    return node.element_type(left) == TensorProto.UINT8 and node.element_type(right) == TensorProto.INT8
+def mixed_signs(node: Node, zero_point: int, right: int) -> bool:
+    """Whether the operands are u8 activations and s8 weights, the only pair whose kernels saturate.
+
+    The type of the activations is that of their zero point, where there is one.
+    """
+    left = node.element_type(zero_point if node.has(zero_point) else 0)
+    return left == TensorProto.UINT8 and node.element_type(right) == TensorProto.INT8
 
 
 def largest_sum(weight: Tensor, bias: Tensor | None, axes: tuple[int, ...]) -> float:
@@ -86,7 +90,9 @@ class IntegerConvolution:
             y = convolve(centred.double(), self.weight.double(), self.bias, self.sliding, self.groups)
         else:
             y = convolve(centred, self.weight, self.single_bias, self.sliding, self.groups)
-        return y + self.error(codes, zero_point, y.shape) if mode.saturate and self.saturates else y
+        if mode.saturate and self.saturates and any(self.group_pairs):
+            return y + self.error(codes, zero_point, y.shape)
+        return y
 
     @torch.no_grad()
     def error(self, codes: Tensor, zero_point: Tensor | None, shape: torch.Size) -> Tensor:
@@ -205,8 +211,8 @@ class IntegerProduct:
 
     @cached_property
     def pairs(self) -> list[OverflowingPairs]:
-        """The pairs of the constant matrix that can overflow."""
-        return [] if self.raw is None else overflowing_pairs(self.raw)
+        """The pairs of one constant matrix that can overflow; those of a batch are found when it is used."""
+        return [] if self.raw is None or self.raw.ndim > 2 else overflowing_pairs(self.raw)
 
     def sums(self, codes: Tensor, zero_point: Tensor | None, right: Tensor | None, mode: Mode) -> Tensor:
         """The int32 sums of (..., M, K) codes and (..., K, N) right codes, as float32 or float64.
@@ -224,7 +230,9 @@ class IntegerProduct:
             centred, weight = centred.double(), weight.double()
         y = centred @ weight
         y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return value_of(y + self.error(codes, raw).reshape(y.shape), y) if mode.saturate and self.saturates else y
+        if mode.saturate and self.saturates and (raw.ndim > 2 or self.raw is None or self.pairs):
+            return value_of(y + self.error(codes, raw).reshape(y.shape), y)
+        return y
 
     @torch.no_grad()
     def error(self, codes: Tensor, right: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def qlinear_conv(node: Node) -> Kernel:
 
 
 def _integer_product(
-    node: Node, right: int, zero_point: int, bias: int | None = None, *, transposed: bool = False
+    node: Node, left_zero: int, right: int, zero_point: int, bias: int | None = None, *, transposed: bool = False
 ) -> IntegerProduct:
     raw = node.constant(right) if right in node.constants else None
     shift = _nonzero(node.optional_constant(zero_point))
@@ -179,7 +179,7 @@ def _integer_product(
         raw.t().contiguous() if raw is not None and transposed else raw,
         shift if shift is None or shift.numel() > 1 else shift.reshape(()),
         None if offset is None else offset.double(),
-        mixed_signs(node, 0, right),
+        mixed_signs(node, left_zero, right),
     )
 
 
@@ -199,7 +199,7 @@ def _zero_point_of_rows(node: Node, index: int) -> Callable[[Tensor, Tensor | No
 def matmul_integer(node: Node) -> Kernel:
     """int32 sums of a matrix product."""
     node.emits = (TensorProto.INT32,)
-    product, shift = _integer_product(node, 1, 3), _zero_point_of_rows(node, 2)
+    product, shift = _integer_product(node, 2, 1, 3), _zero_point_of_rows(node, 2)
     return lambda mode, a, b, a_zero=None, *_: product.sums(a, shift(a, a_zero), b, mode)
 
 
@@ -207,7 +207,7 @@ def matmul_integer(node: Node) -> Kernel:
 def matmul_integer_to_float(node: Node) -> Kernel:
     """int32 sums, scaled to floats, plus a bias."""
     node.emits = (TensorProto.FLOAT,)
-    product, shift = _integer_product(node, 1, 5), _zero_point_of_rows(node, 4)
+    product, shift = _integer_product(node, 4, 1, 5), _zero_point_of_rows(node, 4)
     scale_of_b = node.constant(3)
 
     def kernel(mode: Mode, a: Tensor, b: Tensor | None, a_scale: Tensor, *rest: Tensor | None) -> Tensor:
@@ -223,7 +223,7 @@ def dynamic_quantize_matmul(node: Node) -> Kernel:
     """A float matrix quantized per image, times an integer one, scaled to floats, plus a bias."""
     node.emits = (TensorProto.FLOAT,)
     signed = node.element_type(1) == TensorProto.INT8
-    product, scale_of_b = replace(_integer_product(node, 1, 3), saturates=signed), node.constant(2)
+    product, scale_of_b = replace(_integer_product(node, 0, 1, 3), saturates=signed), node.constant(2)
 
     def kernel(mode: Mode, a: Tensor, b: Tensor | None, *rest: Tensor | None) -> Tensor:
         _, _, bias = (*rest, None, None)[:3]
@@ -244,7 +244,7 @@ def _scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 def qlinear_matmul(node: Node) -> Kernel:
     """Integer matrix product and one rounding of the scaled sum."""
     limits = _output_codes(node, 7)
-    product, shift = _integer_product(node, 3, 5), _zero_point_of_rows(node, 2)
+    product, shift = _integer_product(node, 2, 3, 5), _zero_point_of_rows(node, 2)
     factor, y_zero = node.constant(1) * node.constant(4) / node.constant(6), _nonzero(node.constant(7))
 
     def kernel(mode: Mode, a: Tensor, *rest: Tensor | None) -> Tensor:
@@ -258,7 +258,7 @@ def qgemm(node: Node) -> Kernel:
     """Integer Gemm with an int32 C; codes where an output scale is given, floats otherwise."""
     left, right = bool(node.integer("transA", 0)), bool(node.integer("transB", 0))
     node.constant(3)
-    product, shift = _integer_product(node, 3, 5, 6, transposed=right), _zero_point_of_rows(node, 2)
+    product, shift = _integer_product(node, 2, 3, 5, 6, transposed=right), _zero_point_of_rows(node, 2)
     factor = node.number("alpha", 1.0) * node.constant(1) * node.constant(4)
     if not node.has(7):
         node.emits = (TensorProto.FLOAT,)

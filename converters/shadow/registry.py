@@ -18,7 +18,15 @@ class ShadowError(ValueError):
 
 
 class UnsupportedOperatorError(ShadowError):
-    """The graph holds an operator, or a use of one, that no registered function covers."""
+    """The graph holds an operator, or a use of one, that no registered function covers.
+
+    Attributes:
+        node: name of the node.
+    """
+
+    def __init__(self, message: str, *, node: str) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,10 @@ class Node:
         if value != allowed:
             raise self.unsupported(f"attribute {name!r} is {value}, only {allowed} is covered")
 
+    def keep_first_output(self) -> None:
+        """Forget outputs that only training needs: a node that reads one is refused."""
+        self.outputs = self.outputs[:1]
+
     def unread(self) -> list[str]:
         """Attributes that the builder has not looked at."""
         return sorted(set(self.attributes) - self._read)
@@ -170,7 +182,8 @@ class Node:
         domain = self.domain or "ai.onnx"
         return UnsupportedOperatorError(
             f"node {self.name!r}: operator {self.op_type!r} of domain {domain!r}, opset {self.opset}: {reason}; "
-            "register it with qdefense.converters.shadow.operator, or export the model without it"
+            "register it with qdefense.converters.shadow.operator, or export the model without it",
+            node=self.name,
         )
 
     def _known(self, index: int) -> Constant:

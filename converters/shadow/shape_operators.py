@@ -29,7 +29,8 @@ def identity(_node: Node) -> Kernel:
 def dropout(node: Node) -> Kernel:
     """The input: the shadow never trains with dropout."""
     node.ignore("ratio", "seed")
-    if len(node.outputs) > 1 or (node.has(2) and bool(node.constant(2))):
+    node.keep_first_output()
+    if node.has(2) and bool(node.constant(2)):
         raise node.unsupported("it is in training mode")
     return lambda x, *_: x
 
