@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from qdefense.converters.inspection import safe_text
 from qdefense.data.images import ImageSet
 from qdefense.fidelity import FidelityCertificate, MismatchCause, certify, uncertified
 from qdefense.session import DeployedSession
@@ -26,7 +27,7 @@ class Evidence:
 
     ``shadow`` is ``None`` where none could be built; ``certificate`` says whether it may be used and, if not, why.
     ``threads`` is how much may run side by side; torch itself computes on one thread each, so that no sum depends
-    on their number. ``gradient_blind_nodes`` are nodes on a path from input to output through which no gradient can look.
+    on their number. ``gradient_blind_nodes`` lie on a path from input to output; no gradient can look through them.
     """
 
     session: DeployedSession
@@ -46,15 +47,21 @@ def gather_evidence(
     session: DeployedSession, clean: ImageSet, *, seed: int, threads: int = 1, progress: Progress = no_progress
 ) -> Evidence:
     """Build and certify the shadow of a session, and put together what a defense may see."""
-    from qdefense.converters.shadow import UnsupportedOperatorError, build_shadow  # noqa: PLC0415 (imports torch)
+    from qdefense.converters.shadow import (  # noqa: PLC0415 (imports torch)
+        ShadowError,
+        UnsupportedOperatorError,
+        build_shadow,
+    )
 
     shadow = None
     try:
         shadow = build_shadow(session.artifact.data, source="optimized")
         certificate = certify(session, shadow, clean, seed=seed)
     except UnsupportedOperatorError as error:
-        cause = MismatchCause(kind="unsupported-operator", layers=(error.node,), detail=str(error))
+        cause = MismatchCause(kind="unsupported-operator", layers=(safe_text(error.node),), detail=str(error))
         certificate = uncertified(str(error), cause)
+    except ShadowError as error:
+        certificate = uncertified(str(error))
     return Evidence(
         session=session,
         shadow=shadow,

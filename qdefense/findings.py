@@ -25,7 +25,7 @@ class Threshold(_Record):
     """Where the line is, and who drew it; without calibration the false-alarm rate is unknown."""
 
     value: float
-    source: Literal["paper", "calibrated"]
+    source: Literal["paper", "calibrated", "user"]
     n: int | None = Field(default=None, description="clean models it was calibrated on")
     false_alarm_rate: float | None = None
 

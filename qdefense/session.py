@@ -157,7 +157,6 @@ class DeployedSession:
         except RUNTIME_ERRORS as error:
             raise SessionError(f"ONNX Runtime refused an input of shape {fed.shape}: {error}") from error
         with self._counting:
-            with self._counting:
             self.forwards += len(fed)
         expected = (len(fed), self.artifact.contract.classes)
         if values[0].shape != expected:
