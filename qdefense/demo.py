@@ -7,6 +7,7 @@ autograd kernel cut them, and must say NOT_MEASURED, not clean.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,8 @@ def run_demo(folder: Path, *, threads: int, on_progress: Progress) -> DemoOutcom
     for name in SEEDS:
         truth = _train(folder / f"{name}.onnx", name, training, threads, on_progress)
         files += [(path, truth) for path in _make_files(folder / f"{name}.onnx", training)]
-    rows = []
-    for done, (path, truth) in enumerate(files):
-        on_progress("audits", done, len(files))
-        rows.append(_examine(path, truth, test, threads))
-    on_progress("audits", len(files), len(files))
-    return DemoOutcome(rows=tuple(rows), trap=_trap(folder / "second.int8-static.onnx", threads), folder=folder)
+    rows = _examine_all(files, test, threads, on_progress)
+    return DemoOutcome(rows=rows, trap=_trap(folder / "second.int8-static.onnx", threads), folder=folder)
 
 
 def _train(path: Path, name: str, training: ImageSet, threads: int, on_progress: Progress) -> Truth:
@@ -132,11 +129,28 @@ def _make_files(path: Path, training: ImageSet) -> list[Path]:
     return made
 
 
-def _examine(path: Path, truth: Truth, test: ImageSet, threads: int) -> DemoRow:
+def _examine_all(
+    files: list[tuple[Path, Truth]], test: ImageSet, threads: int, on_progress: Progress
+) -> tuple[DemoRow, ...]:
+    """Audits side by side, on one thread each: that wastes less than one after the other on several."""
+    rows = []
+    on_progress("audits", 0, len(files))
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        pending = [pool.submit(_examine, path, truth, test) for path, truth in files]
+        try:
+            for done, future in enumerate(pending):
+                rows.append(future.result())
+                on_progress("audits", done + 1, len(files))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return tuple(rows)
+
+
+def _examine(path: Path, truth: Truth, test: ImageSet) -> DemoRow:
     artifact = Artifact.read(path)
-    session = DeployedSession(artifact, profile_for(artifact, threads=threads))
+    session = DeployedSession(artifact, profile_for(artifact))
     behaviour = measure_behaviour(session.logits, test, trigger_of(truth, test))
-    job = Job(model=str(path), data="signs", limit=CLEAN_IMAGES, defenses=(SCAN,), seed=AUDIT_SEED, threads=threads)
+    job = Job(model=str(path), data="signs", limit=CLEAN_IMAGES, defenses=(SCAN,), seed=AUDIT_SEED)
     report = run_audit(job, required=("neural-cleanse",), on_progress=lambda *_: None)
     write_atomically(path.with_suffix(".report.json"), (report.model_dump_json(indent=2) + "\n").encode())
     return DemoRow(file=path.name, behaviour=behaviour, report=report)
@@ -166,7 +180,7 @@ class _CutGradients(nn.Module):
 def _trap(path: Path, threads: int) -> Finding:
     torch.set_num_threads(1)
     artifact = Artifact.read(path)
-    session = DeployedSession(artifact, profile_for(artifact, threads=threads))
+    session = DeployedSession(artifact, profile_for(artifact))
     clean = open_data("signs", limit=CLEAN_IMAGES, seed=AUDIT_SEED)
     evidence = gather_evidence(session, clean, seed=AUDIT_SEED, threads=threads)
     cut = replace(evidence, shadow=_CutGradients(evidence.shadow))

@@ -197,6 +197,15 @@ def test_shape_computed_by_the_graph_follows_the_batch() -> None:
         np.testing.assert_array_equal(shadow_output(model, x), x.reshape(batch, -1))
 
 
+def test_outputs_of_training_are_forgotten_when_nobody_reads_them() -> None:
+    nodes = [
+        helper.make_node("Dropout", ["x"], ["d", "mask"]),
+        helper.make_node("MaxPool", ["d"], ["y", "indices"], kernel_shape=[2, 2]),
+    ]
+    model, x = graph_model(nodes, images(2, 3, 4, 4), {}), images(2, 3, 4, 4)
+    np.testing.assert_array_equal(shadow_output(model, x), session_output(model, x))
+
+
 def test_constant_nodes_are_folded() -> None:
     value = numpy_helper.from_array(np.array([2.0], dtype=np.float32))
     nodes = [

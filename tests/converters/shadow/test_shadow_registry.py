@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from qdefense.converters.shadow import UnsupportedOperatorError, build_shadow, operator, registered
+from qdefense.converters.shadow import ShadowError, UnsupportedOperatorError, build_shadow, operator, registered
 from qdefense.converters.shadow.registry import Kernel, Node
 
 from .shadow_graphs import Array, graph_model
@@ -70,11 +70,33 @@ def test_attribute_that_no_function_reads_is_refused() -> None:
         ("MaxPool", {"kernel_shape": [2, 2], "pads": [1, 1]}, "'pads' (1, 1) don't fit kernel (2, 2)"),
         ("MaxPool", {"kernel_shape": [2, 2], "pads": [-1, 0, 0, 0]}, "'pads' (-1, 0, 0, 0) don't fit kernel (2, 2)"),
         ("MaxPool", {"kernel_shape": [1, 1, 1, 1]}, "it pools over 4 axes, at most 3 are covered"),
+        ("ReduceMean", {"axes": [1], "keepdims": 1, "fast": 1}, "attributes ['fast'] are not covered"),
+        ("QuantizeLinear", {"precision": TensorProto.FLOAT16}, "attribute 'precision' is not float32"),
         ("Cast", {"to": TensorProto.FLOAT16}, "attribute 'to' is element type 10, covered are [1, 6, 7, 9, 11]"),
     ],
 )
 def test_attribute_out_of_reach_is_named(op_type: str, attributes: dict[str, object], reason: str) -> None:
     assert reason in node_error(op_type, **attributes)
+
+
+def test_batch_statistics_are_refused() -> None:
+    constants = {name: np.ones(3, dtype=np.float32) for name in ("scale", "bias", "mean", "variance")}
+    message = node_error("BatchNormalization", constants=constants, training_mode=1)
+    assert "attribute 'training_mode' is 1, only 0 is covered" in message
+
+
+def test_dropout_in_training_is_refused() -> None:
+    constants = {"ratio": np.array(0.5, dtype=np.float32), "training": np.array(True)}
+    assert "it is in training mode" in node_error("Dropout", constants=constants)
+
+
+def test_output_of_training_cannot_be_read() -> None:
+    nodes = [
+        helper.make_node("Dropout", ["x"], ["d", "mask"]),
+        helper.make_node("Identity", ["mask"], ["y"], name="reader"),
+    ]
+    with pytest.raises(ShadowError, match="node 'reader' reads 'mask', which nothing before it computes"):
+        build_shadow(graph_model(nodes, IMAGES, {}, output_type=TensorProto.BOOL), source="shipped")
 
 
 def test_unknown_activation_is_named() -> None:
