@@ -28,6 +28,13 @@ class Job(_Message):
     memory_bytes: int | None = None
 
 
+class Opened(_Message):
+    """The bytes of the file were read; nothing is known of them but their digest."""
+
+    event: Literal["opened"] = "opened"
+    subject: Subject
+
+
 class Described(_Message):
     """The file was read and loaded, and the data fit."""
 
@@ -65,8 +72,6 @@ class Stopped(_Message):
     event: Literal["stopped"] = "stopped"
     exit_code: Literal[2, 3, 4]
     message: str
-    details: str = ""
-    subject: Subject | None = None
 
 
 class Finished(_Message):
@@ -77,7 +82,7 @@ class Finished(_Message):
 
 
 Event = Annotated[
-    Described | Certified | Found | Advanced | Stopped | Finished,
+    Opened | Described | Certified | Found | Advanced | Stopped | Finished,
     Field(discriminator="event"),
 ]
 EVENTS: TypeAdapter[Event] = TypeAdapter(Event)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qdefense.artifact import Artifact
-from qdefense.audit.events import Advanced, Certified, Described, Finished, Found, Job, Stopped
+from qdefense.audit.events import Advanced, Certified, Described, Event, Finished, Found, Job, Opened, Stopped
 from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
 from qdefense.audit.provenance import environment
 from qdefense.converters.contract import ContractError
@@ -26,7 +26,7 @@ from qdefense.registry import SpecError
 from qdefense.report.model import Accuracy, DataFacts, Subject
 from qdefense.session import DeployedSession, SessionError, profile_for
 
-Emit = Callable[[Described | Certified | Found | Advanced | Stopped | Finished], None]
+Emit = Callable[[Event], None]
 _PROGRESS_INTERVAL = 0.1
 
 
@@ -45,27 +45,31 @@ class _Stages:
 
 def main() -> None:
     """Do the job on stdin; every outcome is an event, and the exit status says nothing."""
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    events = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print of some library must not look like an event
-    job = Job.model_validate_json(sys.stdin.readline())
+    job = Job.model_validate_json(sys.stdin.buffer.readline())
     threading.Thread(target=_die_with_supervisor, daemon=True).start()
-    _limit_resources(job.memory_bytes)
 
-    def emit(event: Described | Certified | Found | Advanced | Stopped | Finished) -> None:
-        events.write(event.model_dump_json() + "\n")
+    def emit(event: Event) -> None:
+        events.write(event.model_dump_json().encode() + b"\n")
         events.flush()
 
     try:
         run(job, emit)
-    except (DataError, SpecError, ContractError) as error:
-        emit(Stopped(exit_code=USAGE, message=str(error), details=traceback.format_exc()))
-    except (FileRefusedError, SessionError) as error:
-        emit(Stopped(exit_code=REFUSED, message=str(error), details=traceback.format_exc()))
-    except OSError as error:
-        emit(Stopped(exit_code=USAGE, message=f"{error.strerror}: {error.filename}", details=traceback.format_exc()))
     except Exception as error:  # noqa: BLE001 (the process boundary: a bug must become exit code 3, not a pass)
-        message = f"internal error: {type(error).__name__}: {error}"
-        emit(Stopped(exit_code=INCOMPLETE, message=message, details=traceback.format_exc()))
+        sys.stderr.write(harmless_lines(traceback.format_exc()))
+        emit(_stopped(error))
+
+
+def _stopped(error: Exception) -> Stopped:
+    if isinstance(error, OSError) and error.filename is not None:
+        reason = f"{error.filename}: {error.strerror}; check the path and its permissions"
+        return Stopped(exit_code=USAGE, message=reason)
+    if isinstance(error, (DataError, SpecError, ContractError)):
+        return Stopped(exit_code=USAGE, message=shortened(str(error)))
+    if isinstance(error, (FileRefusedError, SessionError)):
+        return Stopped(exit_code=REFUSED, message=shortened(str(error)))
+    return Stopped(exit_code=INCOMPLETE, message=shortened(f"internal error: {type(error).__name__}: {error}"))
 
 
 def run(job: Job, emit: Emit) -> None:

@@ -146,7 +146,7 @@ NOT_AN_IMAGE = "this version drives NCHW RGB float32 images in [0, 1]"
         (_model(outputs=(("logits", ["N", "K"]),)), "output 'logits' has shape [None, None], not (N, classes)"),
         (_model(outputs=(("logits", ["N", 0]),)), "output 'logits' has shape [None, None], not (N, classes)"),
         (_model(outputs=(("logits", ["N", 3, 4, 4]),)), "output 'logits' has shape [None, 3, 4, 4], not (N, classes)"),
-        (_model(outputs=(("logits", ["N", 2**40]),)), f"output 'logits' has {2**40} classes, more than 65536"),
+        (_model(outputs=(("logits", ["N", 65_537]),)), "output 'logits' has 65537 classes, more than 65536"),
     ],
 )
 def test_read_contract_says_what_is_wrong_when_the_graph_is_no_classifier(model: onnx.ModelProto, message: str) -> None:

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -214,15 +214,38 @@ def test_invert_trigger_raises_when_only_the_parameters_have_a_gradient() -> Non
         _invert(replace(SCHEDULE, steps=5), shadow=cast("Shadow", Cut()))
 
 
-def test_invert_trigger_goes_on_when_the_gradient_is_zero_at_some_steps() -> None:
+@pytest.mark.parametrize("dead", [range(1, 5), range(290, 301)])
+def test_invert_trigger_goes_on_when_the_gradient_is_zero_at_some_steps(dead: range) -> None:
     calls = 0
 
-    def dead_at_first(logits: Tensor) -> Tensor:
+    def dies(logits: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return logits * (0 if calls <= 4 else 1)
+        return logits * (0 if calls in dead else 1)
 
-    assert len(_invert(shadow=_shadow(dead_at_first))) > 1
+    assert len(_invert(shadow=_shadow(dies))) > 1
+    assert calls == SCHEDULE.steps
+
+
+def test_schedule_defaults_are_the_published_ones() -> None:
+    assert asdict(Schedule(steps=1)) == {
+        "steps": 1,
+        "learning_rate": 0.1,
+        "betas": (0.5, 0.9),
+        "batch_size": 32,
+        "initial_cost": 1e-3,
+        "multiplier": 2.0,
+        "patience": 5,
+        "attack_success": 0.99,
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.05}, {"betas": (0.9, 0.999)}, {"batch_size": 8}, {"initial_cost": 1e-2}]
+)
+def test_invert_trigger_obeys_its_schedule(change: dict[str, Any]) -> None:
+    usual, other = _invert()[0], _invert(replace(SCHEDULE, **change))[0]
+    assert usual.trigger_id != other.trigger_id
 
 
 def test_mini_batches_pass_over_all_images_before_one_comes_again() -> None:
