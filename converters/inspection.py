@@ -204,7 +204,9 @@ def _check_values(graph: onnx.GraphProto) -> None:
     for value in (*graph.input, *graph.output, *graph.value_info):
         declared, name = value.type.tensor_type, safe_text(value.name)
         if declared.elem_type not in TensorProto.DataType.values():
-            raise FileRefusedError(f"tensor '{name}' has the unknown data type {declared.elem_type}; export the model again")
+            raise FileRefusedError(
+                f"tensor '{name}' has the unknown data type {declared.elem_type}; export the model again"
+            )
         if any(dim.dim_value < 0 for dim in declared.shape.dim):
             raise FileRefusedError(f"tensor '{name}' declares a negative dimension; name it instead, as in 'batch'")
 
@@ -375,11 +377,7 @@ class _Graph:
         """The tensor's dimensions, or None if one of them is unknown."""
         if value in self.constants:
             return list(self.constants[value].dims)
-        kind = self.infos[value].tensor_type if value in self.infos else None
-        if kind is None or not kind.HasField("shape"):
-            return None
-        dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
-        return None if min(dims, default=0) < 0 else dims
+        return _dims(self.infos.get(value)) if value is not None else None
 
     def type(self, value: _Value | None) -> str | None:
         """The tensor's element type, such as ``float32`` or ``uint8``, or None if unknown."""
@@ -388,6 +386,13 @@ class _Graph:
         if value in self.infos and self.infos[value].tensor_type.elem_type:
             return _type_name(self.infos[value].tensor_type.elem_type)
         return None
+
+
+def _dims(kind: onnx.TypeProto | None) -> list[int] | None:
+    if kind is None or not kind.tensor_type.HasField("shape"):
+        return None
+    dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.tensor_type.shape.dim]
+    return None if min(dims, default=0) < 0 else dims
 
 
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
@@ -510,25 +515,106 @@ _SHAPE_TWINS: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def _infer_types(model: onnx.ModelProto) -> dict[_Value, onnx.TypeProto]:
-    """Types and shapes at batch 1, from the graph alone: what the file itself declares could be wrong."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for value in _free_inputs(copy.graph):
+    """Types and shapes at batch 1, from the graph alone: what the file itself declares could be wrong.
+
+    Without onnx's own data propagation, which allocates an object per element of whatever a hostile file declares;
+    reshapes to a computed shape are followed by folding the little shape arithmetic that exporters write.
+    """
+    twin = _shape_twin(model)
+    while True:
+        try:
+            inferred = onnx.shape_inference.infer_shapes(twin).graph
+        except onnx.shape_inference.InferenceError:
+            return {}
+        values = (*inferred.input, *inferred.output, *inferred.value_info)
+        infos = {("", value.name): value.type for value in values}
+        if not _fold_shapes(twin.graph, infos):
+            return infos
+
+
+def _shape_twin(model: onnx.ModelProto) -> onnx.ModelProto:
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    for value in _free_inputs(twin.graph):
         dims = value.type.tensor_type.shape.dim
         if dims and not dims[0].HasField("dim_value"):
             dims[0].dim_value = 1
-    for graph in every_graph(copy.graph):
+    for graph in every_graph(twin.graph):
         del graph.value_info[:]
         for node in graph.node:
             _use_shape_twin(node)
-    for value in copy.graph.output:
+    for value in twin.graph.output:
         value.type.tensor_type.ClearField("shape")
+    return twin
+
+
+def _fold_shapes(graph: onnx.GraphProto, infos: dict[_Value, onnx.TypeProto]) -> bool:
+    """Replace nodes that compute with known shapes by their values; whether there were any."""
+    known = {tensor.name: _array(tensor) for tensor in graph.initializer if _is_small(tensor)}
+    left: list[onnx.NodeProto] = []
+    for node in graph.node:
+        value = next((_array(t) for t in _constant(node) if _is_small(t)), None) if node.op_type == "Constant" else None
+        made = _fold(node, known, infos) if value is None else value
+        if made is not None and node.output:
+            known[node.output[0]] = made
+        if value is not None or made is None or not node.output or made.size > _FOLDED_SIZE:
+            left.append(node)
+        else:
+            graph.initializer.append(numpy_helper.from_array(made, node.output[0]))
+    changed = len(left) < len(graph.node)
+    if changed:
+        del graph.node[:]
+        graph.node.extend(left)
+    return changed
+
+
+_FOLDED_SIZE = 64
+
+
+def _is_small(tensor: TensorProto) -> bool:
+    return tensor.data_type in (TensorProto.INT64, TensorProto.INT32) and prod(tensor.dims) <= _FOLDED_SIZE
+
+
+def _fold(
+    node: onnx.NodeProto, known: dict[str, NDArray[Any]], infos: dict[_Value, onnx.TypeProto]
+) -> NDArray[Any] | None:
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type == "Shape" and node.input:
+        dims = _dims(infos.get(("", node.input[0])))
+        bounds = [int(attributes[name].i) if name in attributes else None for name in ("start", "end")]
+        return None if dims is None else np.array(dims[slice(*bounds)], np.int64)
+    values = [known.get(name) for name in node.input]
+    given = [value for value in values if value is not None and value.size <= _FOLDED_SIZE]
+    whole = "to" not in attributes or attributes["to"].i in (TensorProto.INT64, TensorProto.INT32)
+    if not given or len(given) < len(values) or not whole:
+        return None
+    axes = (
+        [int(attributes["axis"].i)]
+        if "axis" in attributes
+        else [*attributes["axes"].ints]
+        if "axes" in attributes
+        else []
+    )
     try:
-        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-    except onnx.shape_inference.InferenceError:
-        return {}
-    values = (*inferred.input, *inferred.output, *inferred.value_info)
-    return {("", value.name): value.type for value in values}
+        return _fold_values(node.op_type, given, axes)
+    except (IndexError, ValueError):
+        return None
+
+
+def _fold_values(operator: str, given: list[NDArray[Any]], attribute: list[int]) -> NDArray[Any] | None:
+    data, *more = given
+    axes = tuple(attribute or (more[0].ravel().tolist() if more else ()))
+    if operator == "Concat":
+        return np.concatenate(given, attribute[0])
+    if operator == "Gather" and more:
+        return np.asarray(np.take(data, more[0], attribute[0] if attribute else 0))
+    if operator == "Unsqueeze":
+        return np.expand_dims(data, axes)
+    if operator == "Squeeze":
+        return np.squeeze(data, axes or None)
+    if operator == "Slice" and data.ndim == 1 and len(more) >= 2:
+        return data[int(more[0].item()) : int(more[1].item()) : int(more[3].item()) if len(more) > 3 else 1]
+    return data if operator in ("Identity", "Cast") else None
 
 
 def _use_shape_twin(node: onnx.NodeProto) -> None:
@@ -786,7 +872,7 @@ def _reduction_rows(node: _Node, codes: NDArray[Any]) -> NDArray[Any]:
     if family == "conv" and codes.ndim > 2:
         return np.moveaxis(codes, 1, -1).reshape(codes.shape[0], -1)
     if codes.ndim < 2 or (family == "gemm" and node.attribute("transB", 0)):
-        return np.atleast_2d(codes)
+        return np.atleast_2d(codes).reshape(-1, np.atleast_2d(codes).shape[-1])
     return np.moveaxis(codes, -2, -1).reshape(-1, codes.shape[-2])
 
 

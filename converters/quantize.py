@@ -310,7 +310,10 @@ def _checked(quantized: bytes) -> bytes:
 
 def _types_are_known(proto: onnx.ModelProto) -> bool:
     """Whether ONNX's own shape inference reaches every tensor; the symbolic one is slow and seldom needed."""
-    graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    try:
+        graph = onnx.shape_inference.infer_shapes(proto).graph
+    except onnx.shape_inference.InferenceError:
+        return False
     known = {value.name for value in (*graph.value_info, *graph.output)}
     return all(name in known for node in graph.node for name in node.output if name)
 

@@ -38,6 +38,13 @@ def check_writable(target: Path) -> None:
             pass
 
 
+def reason_of(error: OSError) -> str:
+    """One line: which file, what about it, and what to do next."""
+    if error.filename is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}; check the path and its permissions"
+
+
 def _check_regular(target: Path) -> None:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))

@@ -27,11 +27,13 @@ def find_cause(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
     measured, expected = session.logits(x), shadow_logits(shadow, x, saturate=saturate)
     if not np.isfinite(measured).all():
         return _nonfinite(session)
-    if session.artifact.batch_coupled and _agrees(session, {"batch": 1}, x, expected):
+    coupled = session.artifact.batch_coupled and session.profile.batch > 1
+    if coupled and compare_logits(_one_by_one(session, x), expected).passes:
         return _batch(session)
     if compare_logits(measured, shadow_logits(shadow, x, saturate=not saturate)).passes:
         return _saturation(session, emulated=saturate)
-    if _agrees(session, {"optimization": "all" if shadow.source == "optimized" else "disable"}, x, expected):
+    followed = _with(session, optimization="all" if shadow.source == "optimized" else "disable")
+    if followed is not session and compare_logits(followed.logits(x), expected).passes:
         return _optimization(session, shadow)
     worst = np.argsort(-np.abs(measured - expected).max(axis=1), kind="stable")[:_ROWS]
     layer = next(_diverging(session, shadow, x[worst], saturate=saturate), None)
@@ -39,16 +41,16 @@ def find_cause(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
     return MismatchCause(kind="numerics", layers=() if layer is None else (layer,), detail=where)
 
 
-def _with(session: DeployedSession, change: dict[str, object]) -> DeployedSession:
+def _with(session: DeployedSession, **change: object) -> DeployedSession:
     profile = SessionProfile.model_validate({**session.profile.model_dump(), **change})
     return session if profile == session.profile else DeployedSession(session.artifact, profile)
 
 
-def _agrees(session: DeployedSession, change: dict[str, object], x: Pixels, expected: Logits) -> bool:
-    if "batch" in change and session.artifact.contract.batch is not None:
-        return False
-    other = _with(session, change)
-    return other is not session and compare_logits(other.logits(x), expected).passes
+def _one_by_one(session: DeployedSession, x: Pixels) -> Logits:
+    fixed = session.artifact.contract.batch
+    if fixed is None:
+        return _with(session, batch=1).logits(x)
+    return session.logits(np.repeat(x, fixed, axis=0))[::fixed]  # copies of one row share that row's scale
 
 
 def _nonfinite(session: DeployedSession) -> MismatchCause:
@@ -62,7 +64,8 @@ def _batch(session: DeployedSession) -> MismatchCause:
     return MismatchCause(
         kind="batch",
         layers=layers,
-        detail=f"{len(layers)} dynamic quantizers scale a batch of {session.profile.batch} as one; run it at batch 1",
+        detail=f"{len(layers)} dynamic quantizers scale a batch of {session.profile.batch} as one; "
+        + ("run it at batch 1" if session.artifact.contract.batch is None else "export it with a batch of 1"),
     )
 
 
@@ -95,7 +98,7 @@ def _diverging(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
     import torch  # noqa: PLC0415 (torch stays off the way to inspect)
 
     if session.artifact.batch_coupled and session.artifact.contract.batch is None:
-        session = _with(session, {"batch": 1})
+        session = _with(session, batch=1)
     with torch.no_grad():
         values = shadow.activations(torch.from_numpy(x), shadow.tensor_names, exact=True, saturate=saturate)
     for name, value in values.items():

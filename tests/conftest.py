@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,3 +76,57 @@ def zoo_file(tmp_path_factory: pytest.TempPathFactory) -> ZooFile:
         poison_indices=tuple(again.poison_indices.tolist()),
         dataset=dataset,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallSigns:
+    """The built-in signs averaged 2x2 down to 16x16, still uint8: what a network learns in seconds."""
+
+    train: ImageSet
+    test: ImageSet
+
+
+def _at_half_size(images: ImageSet) -> ImageSet:
+    count, height, width = images.images.shape[:3]
+    blocks = images.images.reshape(count, height // 2, 2, width // 2, 2, 3).astype(np.uint16)
+    return replace(images, images=(blocks.sum(axis=(2, 4)) // 4).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def small_signs() -> SmallSigns:
+    """3,000 images to train on and 600 to test on."""
+    from qdefense.data.opening import open_data  # noqa: PLC0415 (tests without data start fast)
+
+    return SmallSigns(
+        train=_at_half_size(open_data("signs", split="train", limit=3000, seed=0)),
+        test=_at_half_size(open_data("signs", split="test", limit=600, seed=0)),
+    )
+
+
+SMALL_NETWORKS = {"first": (0, None), "second": (1, "badnets:size=2,target-class=7")}
+"""Seed and attack of the networks on `small_signs`, fixed before their first audit and never changed."""
+
+
+@pytest.fixture(scope="session")
+def small_files(small_signs: SmallSigns) -> dict[str, bytes]:
+    """The networks above, each in FP32 (``first``) and quantized (``first.int8-static``, ``first.int8-dynamic``)."""
+    from qdefense.attacks import ATTACKS  # noqa: PLC0415
+    from qdefense.converters.export import export_model  # noqa: PLC0415
+    from qdefense.converters.quantize import quantize  # noqa: PLC0415
+    from qdefense.models import Recipe  # noqa: PLC0415
+    from qdefense.training import train  # noqa: PLC0415
+
+    files: dict[str, bytes] = {}
+    for name, (seed, spec) in SMALL_NETWORKS.items():
+        attack = None if spec is None else ATTACKS.create(spec)
+        trained = train(
+            small_signs.train, architecture="resnet8", recipe=Recipe(epochs=8), attack=attack, seed=seed, threads=1
+        )
+        data = export_model(trained.module, height=16, width=16, class_names=small_signs.train.class_names)
+        calibration = small_signs.train.pixels[:256]
+        files |= {
+            name: data,
+            f"{name}.int8-static": quantize(data, "int8-static", calibration=calibration),
+            f"{name}.int8-dynamic": quantize(data, "int8-dynamic"),
+        }
+    return files

@@ -148,6 +148,7 @@ def test_train_plants_an_active_backdoor_when_badnets_poisons_it() -> None:
 
     behaviour = measure_behaviour(logits, _coloured(80), BadNets(target_class=1).trigger(12, 12))
     assert [(done, total) for done, total, _ in losses] == [(epoch, 5) for epoch in range(1, 6)]
+    assert 0.1 < losses[0][2] < 2 * np.log(4)
     assert losses[-1][2] < 0.1 * losses[0][2]
     assert behaviour.activity is Activity.ACTIVE
     assert behaviour.clean_accuracy > 0.9

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from train import DATA, RESULTS, TARGETS, cells, name_of
+from train import DATA, RESULTS, SEEDS, TARGETS, cells, name_of
 
 from qdefense.artifact import Artifact
 from qdefense.audit.events import Job
@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     options = parser.parse_args()
     lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
     done = {(r["model"], r["scheme"], r["settings"]["budget"]) for r in map(json.loads, lines) if r["settings"]}
@@ -96,7 +97,7 @@ def main() -> None:
         for scheme in SCHEMES:
             name = name_of(seed, data, attack)
             model = RESULTS / f"{name}.onnx"
-            if not model.exists() or (name, scheme or "fp32", options.budget) in done:
+            if seed not in options.seeds or not model.exists() or (name, scheme or "fp32", options.budget) in done:
                 continue
             path = make_file(model, data, scheme)
             truth = Truth.model_validate_json(truth_path(model).read_bytes())

@@ -40,6 +40,10 @@ def name_of(seed: int, data: str, attack: str | None) -> str:
     return f"{data}-{letter}{seed}"
 
 
+def tell(done: int, total: int, loss: float) -> None:
+    print(f"epoch {done}/{total}, loss {loss:.4f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
@@ -61,7 +65,7 @@ def main() -> None:
             attack=attack,
             seed=seed,
             threads=threads,
-            on_epoch=lambda done, total, loss: print(f"{target.stem} {done}/{total} {loss:.4f}", flush=True),
+            on_epoch=tell,
         )
         record = {
             "model": target.stem,

@@ -108,7 +108,7 @@ def _row_parameters(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_rows(node: Node, x: Tensor, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
-    if x.ndim == 0 or x.shape[0] != mode.rows:
+    if x.ndim < 2 or x.shape[0] != mode.rows:
         raise node.unsupported(f"axis 0 of its input {tuple(x.shape)} is not the batch of {mode.rows} images")
     scale, zero_point = _row_parameters(x)
     return round_quotient(x, spread(scale, x.ndim), _shift_of_rows(zero_point, x), _UINT8), scale, zero_point

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
-from qdefense.report.model import Environment, Subject
+from qdefense.report.model import Accuracy, Environment, Subject
 
 
 class _Message(BaseModel):
@@ -36,11 +36,18 @@ class Opened(_Message):
 
 
 class Described(_Message):
-    """The file was read and loaded, and the data fit."""
+    """The runtime loaded the file, and the data fit: from here on nothing is refused, only left unmeasured."""
 
     event: Literal["described"] = "described"
     subject: Subject
     environment: Environment
+
+
+class Answered(_Message):
+    """The session's accuracy on the clean images; none where its answers are no numbers."""
+
+    event: Literal["answered"] = "answered"
+    clean_accuracy: Accuracy | None
 
 
 class Certified(_Message):
@@ -82,7 +89,7 @@ class Finished(_Message):
 
 
 Event = Annotated[
-    Opened | Described | Certified | Found | Advanced | Stopped | Finished,
+    Opened | Described | Answered | Certified | Found | Advanced | Stopped | Finished,
     Field(discriminator="event"),
 ]
 EVENTS: TypeAdapter[Event] = TypeAdapter(Event)

@@ -11,7 +11,7 @@ from qdefense.session import SessionProfile, runtime
 _PACKAGES = ("qdefense", "onnxruntime", "onnx", "torch", "numpy")
 
 
-def environment(profile: SessionProfile | None = None) -> Environment:
+def environment(profile: SessionProfile | None = None, memory_limited: bool | None = None) -> Environment:
     """The environment of this process; with a profile also the operators measured to saturate on this CPU."""
     operators: tuple[str, ...] = ()
     if profile is not None:
@@ -24,4 +24,5 @@ def environment(profile: SessionProfile | None = None) -> Environment:
         runtime=runtime(),
         profile=profile,
         saturating_operators=operators,
+        memory_limited=memory_limited,
     )

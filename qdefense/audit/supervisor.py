@@ -18,11 +18,23 @@ import psutil
 from pydantic import ValidationError
 
 from qdefense.audit import gate
-from qdefense.audit.events import EVENTS, Advanced, Certified, Described, Event, Finished, Found, Job, Stopped
+from qdefense.audit.events import (
+    EVENTS,
+    Advanced,
+    Answered,
+    Certified,
+    Described,
+    Event,
+    Finished,
+    Found,
+    Job,
+    Opened,
+    Stopped,
+)
 from qdefense.audit.provenance import environment
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
-from qdefense.report.model import Environment, Report, Subject, Volatile
+from qdefense.report.model import Accuracy, Environment, Report, Subject, Volatile
 
 ProgressBar = Callable[[str, int, int], None]
 
@@ -30,16 +42,14 @@ ProgressBar = Callable[[str, int, int], None]
 class UsageProblemError(ValueError):
     """The worker found that data, options and model do not fit together: exit code 2."""
 
-    def __init__(self, message: str, details: str) -> None:
-        super().__init__(message)
-        self.details = details
-
 
 @dataclass
 class _Gathered:
     """What has come from the worker so far."""
 
+    opened: Opened | None = None
     described: Described | None = None
+    accuracy: Accuracy | None = None
     certificate: FidelityCertificate | None = None
     findings: list[Finding] = field(default_factory=list)
     stopped: Stopped | None = None
@@ -48,8 +58,12 @@ class _Gathered:
 
     def take(self, event: Event) -> None:
         match event:
+            case Opened():
+                self.opened = event
             case Described():
                 self.described = event
+            case Answered():
+                self.accuracy = event.clean_accuracy
             case Certified():
                 self.certificate = event.certificate
             case Found():
@@ -58,6 +72,13 @@ class _Gathered:
                 self.stopped = event
             case Finished():
                 self.finished = event
+
+    @property
+    def stop_code(self) -> int | None:
+        """What a stop means: once the file was let in and the data fit, every stop leaves something unmeasured."""
+        if self.stopped is None:
+            return None
+        return self.stopped.exit_code if self.described is None else gate.INCOMPLETE
 
 
 def run_audit(
@@ -83,14 +104,14 @@ def run_audit(
             gathered.take(event)
         if gathered.finished is None and gathered.stopped is None:
             gathered.ending = gathered.ending or _ending(process)
-    if gathered.stopped is not None and gathered.stopped.exit_code == gate.USAGE:
-        raise UsageProblemError(gathered.stopped.message, gathered.stopped.details)
+    if gathered.stopped is not None and gathered.stop_code == gate.USAGE:
+        raise UsageProblemError(gathered.stopped.message)
     volatile = Volatile(
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - began, 3),
         seconds_per_stage={} if gathered.finished is None else gathered.finished.seconds_per_stage,
         host=platform.node(),
-        load=tuple(round(value, 2) for value in os.getloadavg()),
+        load=tuple(round(value, 2) for value in psutil.getloadavg()),
         command=command,
     )
     return _report(job, gathered, required, volatile)
@@ -102,7 +123,7 @@ def default_memory_limit() -> int:
 
 
 @contextlib.contextmanager
-def _worker(job: Job, *, verbose: bool) -> Iterator[subprocess.Popen[str]]:
+def _worker(job: Job, *, verbose: bool) -> Iterator[subprocess.Popen[bytes]]:
     # -P: the current folder may hold anything, and is no place to import from. A session of its own: Ctrl-C goes to
     # the supervisor alone, which then ends the worker.
     process = subprocess.Popen(
@@ -110,8 +131,6 @@ def _worker(job: Job, *, verbose: bool) -> Iterator[subprocess.Popen[str]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if verbose else subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
         env={"OMP_WAIT_POLICY": "passive"} | os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
@@ -127,14 +146,14 @@ def _worker(job: Job, *, verbose: bool) -> Iterator[subprocess.Popen[str]]:
                     pipe.close()
 
 
-def _send(process: subprocess.Popen[str], job: Job) -> None:
+def _send(process: subprocess.Popen[bytes], job: Job) -> None:
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(job.model_dump_json() + "\n")
+            process.stdin.write(job.model_dump_json().encode() + b"\n")
             process.stdin.flush()
 
 
-def _events(process: subprocess.Popen[str], gathered: _Gathered) -> Iterator[Event]:
+def _events(process: subprocess.Popen[bytes], gathered: _Gathered) -> Iterator[Event]:
     for line in process.stdout or ():
         try:
             event = EVENTS.validate_json(line)
@@ -146,7 +165,7 @@ def _events(process: subprocess.Popen[str], gathered: _Gathered) -> Iterator[Eve
             return
 
 
-def _ending(process: subprocess.Popen[str]) -> str:
+def _ending(process: subprocess.Popen[bytes]) -> str:
     """How a worker that neither finished nor stopped came to its end."""
     try:
         code = process.wait(timeout=5)
@@ -165,10 +184,10 @@ def _report(job: Job, gathered: _Gathered, required: tuple[str, ...], volatile: 
         interruptions.append(gathered.stopped.message)
     elif gathered.finished is None:
         interruptions.append(gathered.ending or "the worker ended before its work was done")
-    refused = gathered.stopped is not None and gathered.stopped.exit_code == gate.REFUSED
-    judged = (
-        gate.refuse(interruptions[0], required) if refused else gate.decide(gathered.findings, required, interruptions)
-    )
+    if gathered.stop_code == gate.REFUSED:
+        judged = gate.refuse(interruptions[0], required)
+    else:
+        judged = gate.decide(gathered.findings, required, interruptions)
     return Report(
         subject=_subject(job, gathered),
         environment=_environment(gathered),
@@ -180,7 +199,9 @@ def _report(job: Job, gathered: _Gathered, required: tuple[str, ...], volatile: 
 
 
 def _subject(job: Job, gathered: _Gathered) -> Subject:
-    return gathered.described.subject if gathered.described else Subject(file=Path(job.model).name)
+    known = gathered.described or gathered.opened
+    subject = known.subject if known else Subject(file=Path(job.model).name)
+    return subject.model_copy(update={"clean_accuracy": gathered.accuracy})
 
 
 def _environment(gathered: _Gathered) -> Environment:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import traceback
 
 import click
 
+from qdefense.report.escaping import harmless, harmless_lines
+
+# Those of `qdefense.audit.gate`, which imports ONNX Runtime.
+PASSED, USAGE, INCOMPLETE, INTERRUPTED = 0, 2, 3, 130
+_COMPLETION = "_QDEFENSE_COMPLETE"
 _COMMANDS = {
     "audit": "Judge one ONNX file; the exit code is the answer.",
     "demo": "A clean and a backdoored network, each as three files, audited before your eyes.",
@@ -52,35 +58,52 @@ def main() -> None:
     """Entry point of the `qdefense` script."""
     # Spinning OpenMP threads made a gradient step 6 times slower on a busy 2-core machine; torch reads this on import.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; the only place that catches every exception."""
     try:
-        result = group.main(args=arguments, prog_name="qdefense", standalone_mode=False)
+        return _dispatch(arguments)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.show()
-        return 2
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(harmless_lines(shown.getvalue()), err=True, nl=False)
+        return USAGE
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of stdout left; point stdout elsewhere so that the interpreter's last flush does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 3
+        return INCOMPLETE
     except Exception as error:  # noqa: BLE001 (the boundary: a bug must not leave as 0 or 1)
         return _explain(error, arguments)
-    return result if isinstance(result, int) else 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    for argument in arguments:
+        if any("\ud800" <= char <= "\udfff" for char in argument):
+            raise click.UsageError(f"{argument!r} is not UTF-8; rename the file")
+    if _COMPLETION in os.environ:
+        group.main(args=arguments, prog_name="qdefense", standalone_mode=False)
+    # Not `group.main`, which turns a reader that left into 1 and an EOFError into an interruption.
+    with group.make_context("qdefense", list(arguments)) as context:
+        result = group.invoke(context)
+    return result if isinstance(result, int) else PASSED
 
 
 def _explain(error: Exception, arguments: list[str]) -> int:
-    from qdefense.cli.failures import exit_code_of, message_of  # noqa: PLC0415 (imports ONNX Runtime)
-
-    click.echo(f"error: {message_of(error)}", err=True)
     if "-v" in arguments or "--verbose" in arguments:
-        traceback.print_exception(error)
-        click.echo(getattr(error, "details", ""), err=True)
+        click.echo(harmless_lines("".join(traceback.format_exception(error))), err=True, nl=False)
+    try:
+        from qdefense.cli.failures import exit_code_of, message_of  # noqa: PLC0415 (imports ONNX Runtime)
+    except ImportError as broken:
+        click.echo(f"error: the installation is broken: {harmless(str(broken))}; install qdefense again", err=True)
+        return INCOMPLETE
+    click.echo(f"error: {message_of(error)}", err=True)
     return exit_code_of(error)

@@ -9,11 +9,12 @@ import click
 
 from qdefense.audit.events import Job
 from qdefense.audit.supervisor import default_memory_limit, run_audit
-from qdefense.cli.options import data_options, output_console, progress_bar, run_options
-from qdefense.files import write_atomically
+from qdefense.cli.options import data_options, output_console, progress_bar, run_options, write_json
+from qdefense.files import check_writable, write_atomically
 from qdefense.report.model import Report
 from qdefense.report.text import print_report
 
+REPORT = "report.json"
 DEFAULT_DEFENSES = ("neural-cleanse",)
 
 
@@ -28,7 +29,7 @@ DEFAULT_DEFENSES = ("neural-cleanse",)
     help="A defense and its settings; may be given several times.  [default: neural-cleanse]",
 )
 @click.option("--format", "formats", multiple=True, type=click.Choice(["table", "json"]), help="[default: table]")
-@click.option("--output-dir", type=click.Path(path_type=Path, file_okay=False), help="Write report.json here.")
+@click.option("--output-dir", type=click.Path(path_type=Path, file_okay=False), help="Write report.json here, too.")
 @run_options
 def command(
     model: Path,
@@ -46,9 +47,11 @@ def command(
 
     0 passed, 1 a backdoor was found, 2 usage, 3 something required was not measured, 4 the file was refused.
     """
-    formats = formats or ("table",)
     if len(set(formats)) > 1 and output_dir is None:
         raise click.UsageError("several formats need --output-dir; one alone goes to stdout")
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        check_writable(output_dir / REPORT)
     chosen = defenses or DEFAULT_DEFENSES
     job = Job(
         model=str(model),
@@ -65,17 +68,15 @@ def command(
         report = run_audit(
             job, required=required, on_progress=advance, command=("qdefense", *sys.argv[1:]), verbose=verbose
         )
-    _write(report, formats, output_dir)
+    _write(report, formats or ("table",), output_dir)
     return report.gate.exit_code
 
 
 def _write(report: Report, formats: tuple[str, ...], folder: Path | None) -> None:
-    text = report.model_dump_json(indent=2) + "\n"
+    text = report.model_dump_json(indent=2)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if "json" in formats:
-            write_atomically(folder / "report.json", text.encode())
+        write_atomically(folder / REPORT, f"{text}\n".encode())
     if "table" in formats:
         print_report(report, output_console())
     elif folder is None:
-        click.echo(text, nl=False)
+        write_json(text)

@@ -8,25 +8,26 @@ from qdefense.converters.contract import ContractError
 from qdefense.converters.inspection import FileRefusedError
 from qdefense.converters.quantize import QuantizationError
 from qdefense.data.images import DataError
+from qdefense.files import reason_of
 from qdefense.registry import SpecError
-from qdefense.report.text import harmless
+from qdefense.report.escaping import harmless, shortened
 from qdefense.session import SessionError
 
-_USAGE = (UsageProblemError, DataError, SpecError, ContractError, QuantizationError, OSError)
+_USAGE = (UsageProblemError, DataError, SpecError, ContractError, QuantizationError)
 _REFUSED = (FileRefusedError, SessionError)
 
 
 def exit_code_of(error: Exception) -> int:
     """2 for what the user can put right, 4 for a file that is refused, 3 for a bug."""
-    if isinstance(error, _USAGE):
+    if isinstance(error, _USAGE) or (isinstance(error, OSError) and error.filename is not None):
         return USAGE
     return REFUSED if isinstance(error, _REFUSED) else INCOMPLETE
 
 
 def message_of(error: Exception) -> str:
     """One harmless line."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return harmless(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError):
+        return harmless(shortened(reason_of(error)))
     if exit_code_of(error) == INCOMPLETE:
-        return harmless(f"internal error: {type(error).__name__}: {error}; run again with -v and report it")
-    return harmless(str(error))
+        return harmless(shortened(f"internal error: {type(error).__name__}: {error}") + "; run with -v and report it")
+    return harmless(shortened(str(error)))

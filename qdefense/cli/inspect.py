@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -9,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qdefense.artifact import Artifact
-from qdefense.cli.options import output_console
-from qdefense.report.text import harmless, inspection_rows
+from qdefense.cli.options import output_console, write_json
+from qdefense.report.escaping import harmless
+from qdefense.report.text import fact_grid, inspection_rows, plain_table
 
 
 @click.command("inspect")
@@ -27,24 +29,15 @@ def command(model: Path, format_: str, verbose: bool) -> None:  # noqa: ARG001 (
             "contract": artifact.contract.model_dump(mode="json"),
             "inspection": artifact.inspection.model_dump(mode="json"),
         }
-        click.echo(_json(body))
+        write_json(json.dumps(body, indent=2))
         return
     console = output_console()
     console.print(_summary(model.name, artifact))
     console.print(_layers(artifact))
 
 
-def _json(body: dict[str, object]) -> str:
-    import json  # noqa: PLC0415
-
-    return json.dumps(body, indent=2, ensure_ascii=True)
-
-
 def _summary(name: str, artifact: Artifact) -> Table:
     contract, found = artifact.contract, artifact.inspection
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
     rows = [
         ("file", name),
         ("sha256", artifact.sha256),
@@ -57,22 +50,22 @@ def _summary(name: str, artifact: Artifact) -> Table:
         ("output", f"{contract.output_name}: {contract.head}, {contract.classes} classes"),
         *inspection_rows(found),
     ]
-    for label, value in rows:
-        grid.add_row(label, Text(harmless(value)))
-    return grid
+    return fact_grid(rows)
 
 
 def _layers(artifact: Artifact) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2))
-    for name in ("layer", "operator", "weights", "activations", "MACs", "parameters", "can saturate"):
-        table.add_column(name, justify="right" if name in ("MACs", "parameters") else "left")
+    table = plain_table(
+        *("layer", "operator", "weights", "activations", "MACs", "params", "can saturate"),
+        left=("layer", "operator", "weights", "activations", "can saturate"),
+        fold="layer",
+    )
     for layer in artifact.inspection.layers:
         table.add_row(
             Text(harmless(layer.name)),
             Text(harmless(layer.operator)),
-            layer.weight_type,
-            layer.activation_type,
-            f"{layer.macs:,}",
+            layer.weight_type or "unknown",
+            layer.activation_type or "unknown",
+            "unknown" if layer.macs is None else f"{layer.macs:,}",
             f"{layer.weights:,}",
             "yes" if layer.can_saturate else "no",
         )

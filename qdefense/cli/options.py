@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Never, TextIO, TypeVar
 
 import click
 from rich.console import Console
@@ -58,7 +59,7 @@ def progress_bar() -> Iterator[ProgressBar]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not _is_terminal(sys.stderr),
     ) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -70,6 +71,23 @@ def progress_bar() -> Iterator[ProgressBar]:
         yield advance
 
 
+def _is_terminal(stream: TextIO | None) -> bool:
+    # Not what rich thinks: FORCE_COLOR makes every stream a terminal for it, build logs among them.
+    return stream is not None and stream.isatty()
+
+
+class _Output(Console):
+    """Leaves a reader that is gone to the boundary: rich would exit with 1, which means a finding."""
+
+    def on_broken_pipe(self) -> Never:
+        raise BrokenPipeError
+
+
 def output_console() -> Console:
     """stdout, with colour only on a terminal."""
-    return Console(soft_wrap=False, highlight=False, markup=False, emoji=False)
+    return _Output(soft_wrap=False, highlight=False, markup=False, emoji=False)
+
+
+def write_json(text: str) -> None:
+    """A JSON text to stdout, in UTF-8 whatever the terminal speaks."""
+    click.echo(text.encode())

@@ -8,10 +8,11 @@ import click
 
 from qdefense.artifact import Artifact
 from qdefense.cli.options import output_console
-from qdefense.converters.quantize import quantize
-from qdefense.data.opening import open_data
-from qdefense.files import write_atomically
-from qdefense.report.text import harmless, inspection_rows
+from qdefense.converters.quantize import Method, Scheme, quantize
+from qdefense.data.opening import open_data, training_split
+from qdefense.files import check_writable, write_atomically
+from qdefense.report.escaping import harmless
+from qdefense.report.text import inspection_rows
 
 CALIBRATION_IMAGES = 256
 
@@ -20,7 +21,7 @@ CALIBRATION_IMAGES = 256
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--scheme", type=click.Choice(["int8-static", "int8-dynamic"]), required=True)
 @click.option("--calibration", help="Data for int8-static: 'signs', a parquet folder or an .npz file.")
-@click.option("--split", default="train", show_default=True, help="Which split to calibrate on.")
+@click.option("--split", help="Which split to calibrate on.  [default: train, or all of a file without splits]")
 @click.option("--limit", type=click.IntRange(min=1), default=CALIBRATION_IMAGES, show_default=True)
 @click.option("--method", type=click.Choice(["minmax", "percentile"]), default="minmax", show_default=True)
 @click.option("--per-tensor", is_flag=True, help="One weight scale per tensor, not per channel.")
@@ -35,11 +36,11 @@ CALIBRATION_IMAGES = 256
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 def command(
     model: Path,
-    scheme: str,
+    scheme: Scheme,
     calibration: str | None,
-    split: str,
+    split: str | None,
     limit: int,
-    method: str,
+    method: Method,
     per_tensor: bool,
     reduce_range: bool,
     seed: int,
@@ -47,10 +48,12 @@ def command(
     verbose: bool,  # noqa: ARG001 (read at the boundary)
 ) -> None:
     """Quantize an FP32 ONNX file with ONNX Runtime."""
+    check_writable(output)
     artifact = Artifact.read(model)
     pixels = None
     if calibration is not None:
-        pixels = open_data(calibration, split=split, limit=limit, seed=seed).pixels
+        chosen = split or training_split(calibration)
+        pixels = open_data(calibration, split=chosen, limit=limit, seed=seed).pixels
     data = quantize(
         artifact.data,
         scheme,

@@ -6,10 +6,11 @@ import json
 
 import click
 
+from qdefense.cli.options import write_json
 from qdefense.report.model import Report
 
 
 @click.command("schema")
 def command() -> None:
     """Print the JSON schema of the report."""
-    click.echo(json.dumps(Report.model_json_schema(), indent=2, sort_keys=True))
+    write_json(json.dumps(Report.model_json_schema(), indent=2, sort_keys=True))

@@ -9,8 +9,9 @@ import click
 from qdefense.audit.events import Job
 from qdefense.audit.gate import INCOMPLETE, PASSED
 from qdefense.audit.supervisor import default_memory_limit, run_audit
-from qdefense.cli.options import data_options, output_console, progress_bar, run_options
-from qdefense.report.text import certificate_table, harmless
+from qdefense.cli.options import data_options, output_console, progress_bar, run_options, write_json
+from qdefense.report.escaping import harmless
+from qdefense.report.text import certificate_table
 
 
 @click.command("shadow")
@@ -45,7 +46,7 @@ def command(
         click.echo("\n".join(f"error: {harmless(reason)}" for reason in report.gate.reasons), err=True)
         return report.gate.exit_code
     if format_ == "json":
-        click.echo(certificate.model_dump_json(indent=2))
+        write_json(certificate.model_dump_json(indent=2))
     else:
         output_console().print(certificate_table(certificate))
     return PASSED if certificate.certified else INCOMPLETE

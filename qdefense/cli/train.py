@@ -9,15 +9,16 @@ import click
 
 from qdefense.attacks import ATTACKS
 from qdefense.cli.options import output_console, progress_bar, run_options
-from qdefense.data.opening import open_data
-from qdefense.report.text import harmless
+from qdefense.data.opening import open_data, training_split
+from qdefense.files import check_writable
+from qdefense.report.escaping import harmless
 from qdefense.trial import truth_path
 from qdefense.zoo import architectures, recipe_for, train_artifact
 
 
 @click.command("train")
 @click.option("--data", required=True, help="'signs' (built in), a parquet folder, or an .npz file.")
-@click.option("--split", default="train", show_default=True, help="Which split to train on.")
+@click.option("--split", help="Which split to train on.  [default: train, or all of a file without splits]")
 @click.option("--limit", type=click.IntRange(min=1), help="Train on this many images, drawn by the seed.")
 @click.option("--arch", type=click.Choice(architectures()), default="resnet8", show_default=True)
 @click.option("--attack", metavar="NAME:key=value,...", help="Poison the training set, e.g. badnets:target-class=3.")
@@ -27,7 +28,7 @@ from qdefense.zoo import architectures, recipe_for, train_artifact
 @run_options
 def command(
     data: str,
-    split: str,
+    split: str | None,
     limit: int | None,
     arch: str,
     attack: str | None,
@@ -39,9 +40,11 @@ def command(
     verbose: bool,  # noqa: ARG001 (read at the boundary)
 ) -> None:
     """Train a zoo model and write MODEL.onnx, with the truth about it in MODEL.truth.json."""
+    for target in (output, truth_path(output)):
+        check_writable(target)
     if attack is not None:
         ATTACKS.create(attack)  # a misspelt attack is told before the data are read
-    dataset = open_data(data, split=split, limit=limit, seed=seed)
+    dataset = open_data(data, split=split or training_split(data), limit=limit, seed=seed)
     recipe = recipe_for(arch)
     recipe = replace(recipe, epochs=epochs or recipe.epochs, flip=flip)
     with progress_bar() as advance:

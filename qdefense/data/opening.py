@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 from qdefense.data.huggingface import list_splits, load_parquet
 from qdefense.data.images import DataError, ImageSet
-from qdefense.data.npz import load_npz
+from qdefense.data.npz import SPLIT_KEYS, load_npz
 from qdefense.data.signs import load_signs
 
 _KNOWN = "'signs' (built in), a folder with {split}-*.parquet in it or in data/, a .parquet or an .npz file"
@@ -34,6 +35,17 @@ def open_data(spec: str, *, split: str | None = None, limit: int | None = None, 
     if path.is_file() and path.suffix == ".npz":
         return load_npz(path, split=split, limit=limit, seed=seed)
     raise DataError(f"{spec!r}: unknown data format; looked for {_KNOWN}; {_what_exists(path)}")
+
+
+def training_split(spec: str) -> str | None:
+    """The split to train or calibrate on where none was named: "train", or all of a file that has no splits."""
+    path = Path(spec)
+    if spec == "signs" or not path.is_file():
+        return "train"
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return "train" if f"{SPLIT_KEYS['train'][0]}.npy" in archive.namelist() else None
 
 
 def _what_exists(path: Path) -> str:

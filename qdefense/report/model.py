@@ -57,6 +57,9 @@ class Environment(_Record):
     saturating_operators: tuple[str, ...] = Field(
         default=(), description="operators whose u8 x s8 kernels were measured to saturate in int16 on this CPU"
     )
+    memory_limited: bool | None = Field(
+        default=None, description="whether the file ran under a memory limit (Linux only); null when it did not run"
+    )
 
 
 class Gate(_Record):

@@ -80,19 +80,31 @@ class _Tiny(nn.Module):
         return self.classifier(self.norm(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_export_model_raises_and_leaves_the_module_alone_when_the_class_names_do_not_fit(training: bool) -> None:
-    module = _Tiny().train(training)
-    logger = logging.getLogger(export._REGISTRATION_LOGGER)
-    level = logger.level
+def test_export_model_raises_and_leaves_the_module_alone_when_the_class_names_do_not_fit() -> None:
+    module = _Tiny().train()
     with pytest.raises(ExportError) as caught:
         export_model(module, height=4, width=4, class_names=("a", "b", "c"))
     assert str(caught.value) == (
         "the exported graph does not fit what was asked for: output 'logits' has shape [None, 2], not (N, 3)"
     )
-    assert module.training is module.norm.training is training
+    assert module.training
+    assert module.norm.training
     assert module.norm.num_batches_tracked == 0
-    assert logger.level == level
+
+
+def test_export_model_restores_the_exporters_log_level_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger(export._REGISTRATION_LOGGER)
+    levels: list[int] = []
+
+    def fail(*_: object, **__: object) -> None:
+        levels.append(logger.level)
+        raise ValueError("failed")
+
+    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ValueError, match=r"^failed$"):
+        export_model(_Tiny(), height=4, width=4, class_names=("a", "b"))
+    assert [*levels, logger.level] == [logging.ERROR, logging.DEBUG]
 
 
 def test_export_model_raises_when_the_exporter_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,6 +328,63 @@ def test_inspect_model_leaves_mac_share_open_when_size_is_unknown() -> None:
     assert (found.integer_mac_share, found.integer_weight_share) == (None, 1.0)
 
 
+@pytest.mark.parametrize("style", ["gather", "slice", "constants", "squeeze"])
+def test_inspect_model_follows_a_reshape_to_a_computed_shape(style: str) -> None:
+    net = residual_net()
+    fc, _ = net.nodes.pop(), net.nodes.pop()
+    shape = net.node("Cast", [net.node("Shape", ["pooled"], "shape")], "long", to=TensorProto.INT64)
+    for name, value in (("first", [0]), ("one", [1]), ("scalar", 0)):
+        net.const(name, np.array(value, np.int64))
+    if style == "slice":
+        batch = net.node("Slice", [shape, "first", "one"], "count")
+    elif style == "constants":
+        net.node("Constant", [], "where", value_int=0)
+        batch = net.node("Unsqueeze", [net.node("Gather", [shape, "where"], "number"), "first"], "count")
+    elif style == "squeeze":
+        number = net.node("Squeeze", [net.node("Gather", [shape, "first"], "gathered"), "first"], "number")
+        batch = net.node("Unsqueeze", [number, "first"], "count")
+    else:
+        batch = net.node("Identity", [net.node("Gather", [shape, "first"], "gathered")], "count")
+    target = net.node("Concat", [batch, net.const("rest", np.array([-1], np.int64))], "target", axis=0)
+    fc.input[0] = net.node("Reshape", ["pooled", target], "flat")
+    net.nodes.append(fc)
+    assert run(net.model(), images()) == pytest.approx(run(FP32, images()), abs=1e-6)
+    found = inspect_model(net.model())
+    assert [layer.macs for layer in found.layers] == list(MACS.values())
+    assert (found.gradient_blind_nodes, found.bypass_depth) == ((), 3)
+
+
+def test_inspect_model_leaves_macs_open_when_inference_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise onnx.shape_inference.InferenceError("no")
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", fail)
+    found = inspect_model(FP32)
+    assert {layer.macs for layer in found.layers} == {None}
+    assert (found.integer_mac_share, found.bypass_depth) == (None, 3)
+
+
+def test_inspect_model_answers_or_refuses_when_bytes_are_flipped() -> None:
+    rng = np.random.default_rng(0)
+    refusals = []
+    for _ in range(300):
+        data = bytearray(DYNAMIC)
+        data[rng.integers(len(data))] = rng.integers(256)
+        try:
+            inspect_model(bytes(data))
+        except FileRefusedError as error:
+            refusals.append(str(error))
+    assert 10 < len(refusals) < 290
+    assert all(reason.isprintable() for reason in refusals)
+
+
+def test_inspect_model_allocates_nothing_when_a_dimension_is_huge() -> None:
+    net = residual_net()
+    bomb = net.node("ConstantOfShape", [net.const("huge", np.array([2**40], np.int64))], "bomb")
+    net.node("Add", [bomb, bomb], "twice")
+    assert inspect_model(net.model(batch=2**40)).layers[0].macs == CONV1
+
+
 def test_inspect_model_distrusts_declared_shapes() -> None:
     proto = onnx.load_from_string(FP32)
     proto.graph.value_info.append(helper.make_tensor_value_info("conv1_out", TensorProto.FLOAT, [1, 4, 9999, 8]))
@@ -1104,12 +1161,6 @@ def test_inspect_model_refuses_when_data_and_shape_differ() -> None:
     tensor = TensorProto(name="short\n", data_type=TensorProto.FLOAT, dims=[3], raw_data=b"abcd")
     with pytest.raises(FileRefusedError, match=r"^tensor 'short' has not the data its shape needs; export"):
         inspection._array(tensor)
-
-
-def test_inspect_model_stays_small_when_a_constant_would_be_huge() -> None:
-    net = residual_net()
-    net.node("ConstantOfShape", [net.const("huge", np.array([10**13], np.int64))], "bomb")
-    assert inspect_model(net.model()).bypass_depth == 3
 
 
 def test_inspect_model_keeps_scopes_apart_when_names_repeat() -> None:

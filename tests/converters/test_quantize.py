@@ -254,6 +254,14 @@ def test_quantize_works_when_only_symbolic_inference_knows_an_operator() -> None
     assert {entry.domain for entry in onnx.load_from_string(quantized).opset_import} == {"", "com.microsoft"}
 
 
+def test_types_are_unknown_when_inference_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: onnx.ModelProto) -> None:
+        raise onnx.shape_inference.InferenceError("no")
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", fail)
+    assert not subject._types_are_known(small_net())
+
+
 def test_types_are_known_when_all_operators_are_standard() -> None:
     assert subject._types_are_known(small_net())
 

@@ -7,7 +7,8 @@ deviations, ``(median - norm) / (1.4826 * MAD)``, on the low side only; above 2 
 Deviations from the paper and its code:
 - The budget counts gradient steps per class (one mini-batch of 32 each), and the cost schedule's patience counts the
   same steps, where the code counts passes over 1,000 samples.
-- Images of the target class take no part in its inversion or its ASR: they are there already.
+- The clean images are shuffled by the seed (files are often sorted by class) and cut in two halves of at most 256:
+  one for the inversion, one for the held-out ASR. Images of the target class take no part: they are there already.
 - The convergence criterion (ASR >= 0.99) is judged on the deployed session with the stamped images rounded to the uint8
   grid, and a norm counts only if the trigger also reaches an ASR of 0.75 there on held-out images.
 - A class without such a trigger is right-censored: it enters the statistic by its rank above all others, not by a norm.
@@ -31,7 +32,7 @@ from qdefense.defenses.inversion import MaskedPattern, NoGradientError, Schedule
 from qdefense.defenses.outliers import low_side_indices, scaled_mad
 from qdefense.defenses.registered import DEFENSES
 from qdefense.evidence import Evidence
-from qdefense.fidelity import LogitComparison, compare_logits, shadow_logits
+from qdefense.fidelity import LogitComparison, compare_logits, finite_or_none, shadow_logits
 from qdefense.findings import Cost, Finding, InvertedTrigger, ScanResult, Suspect, Threshold, Verdict
 from qdefense.session import DeployedSession
 
@@ -39,10 +40,13 @@ Budget = Literal["quick", "gate", "exhaustive"]
 BUDGETS: dict[Budget, tuple[int, int]] = {"quick": (60, 1), "gate": (200, 1), "exhaustive": (400, 3)}
 """Gradient steps per class and restarts."""
 
+PAPER_THRESHOLD = 2.0
 MIN_IMAGES = 200
 MIN_CLASSES = 6
 MAX_CENSORED = 0.25
 MIN_ARTIFACT_ASR = 0.75
+MIN_OTHERS = 50
+"""Images outside each class that either half must hold."""
 MIN_SKILL = 0.25
 """Accuracy must be this far from chance to perfect: ``(accuracy - 1/K) / (1 - 1/K)``."""
 
@@ -52,7 +56,7 @@ _NORM_STRIDE = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class _Replay:
-    """One restart of one class, judged on the session."""
+    """One restart of one class, judged on the session; a censored class keeps the largest trigger that was tried."""
 
     trigger: MaskedPattern | None
     optimised_asr: float | None
@@ -87,7 +91,7 @@ class NeuralCleanse:
     multiplier: Annotated[float, Field(gt=1)] = 2.0
     patience: Annotated[int, Field(ge=1)] = 5
     attack_success: Annotated[float, Field(gt=0, le=1)] = 0.99
-    threshold: Annotated[float, Field(gt=0)] = 2.0
+    threshold: Annotated[float, Field(gt=0)] = PAPER_THRESHOLD
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the model from at least 200 clean images; the reason of anything but a verdict is in the finding."""
@@ -95,7 +99,10 @@ class NeuralCleanse:
         refusal = self._refuse(evidence)
         if refusal is not None:
             return self._finding(evidence, refusal[0], refusal[1], before, steps=0)
-        halves = _halve(evidence.clean, self.batch_size)
+        halves = _halve(evidence.clean, evidence.seed)
+        refusal = _refuse_halves(evidence.session, halves)
+        if refusal is not None:
+            return self._finding(evidence, Verdict.NOT_MEASURED, refusal, before, steps=0)
         try:
             outcomes = self._invert_all(evidence, halves)
         except NoGradientError as error:
@@ -112,9 +119,12 @@ class NeuralCleanse:
             return Verdict.NOT_APPLICABLE, f"{classes} classes; an outlier among norms needs at least {MIN_CLASSES}"
         if len(evidence.clean) < MIN_IMAGES:
             return Verdict.NOT_MEASURED, f"{len(evidence.clean)} clean images; at least {MIN_IMAGES} are needed"
+        answers = evidence.session.artifact.contract.classes
+        if answers != classes:
+            return Verdict.NOT_MEASURED, f"the clean images have {classes} classes, the model answers with {answers}"
         if evidence.shadow is None or not evidence.certificate.certified:
             return Verdict.NOT_MEASURED, f"the shadow is not certified: {evidence.certificate.reason}"
-        return _refuse_accuracy(evidence.session, evidence.clean)
+        return None
 
     def _schedule(self) -> Schedule:
         return Schedule(
@@ -128,9 +138,13 @@ class NeuralCleanse:
         )
 
     def _invert_all(self, evidence: Evidence, halves: _Halves) -> list[list[_Replay]]:
-        """Classes side by side, each with its own generator: the answer does not depend on the thread count."""
+        """Classes side by side, each with its own generator: the answer does not depend on the thread count.
+
+        Nor does the work done: a class without gradients stops no other.
+        """
         count = len(evidence.clean.class_names)
         outcomes: list[list[_Replay]] = []
+        failures: list[NoGradientError] = []
 
         def restarts(target: int) -> list[_Replay]:
             return [self._invert(evidence, halves, target, restart) for restart in range(BUDGETS[self.budget][1])]
@@ -140,10 +154,15 @@ class NeuralCleanse:
             pending = [pool.submit(restarts, target) for target in range(count)]
             try:
                 for done, future in enumerate(pending):
-                    outcomes.append(future.result())
+                    try:
+                        outcomes.append(future.result())
+                    except NoGradientError as error:
+                        failures.append(error)
                     evidence.progress(self.name, done + 1, count)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+        if failures:
+            raise failures[0]
         return outcomes
 
     def _invert(self, evidence: Evidence, halves: _Halves, target: int, restart: int) -> _Replay:
@@ -162,33 +181,38 @@ class NeuralCleanse:
         target: int,
     ) -> _Replay:
         """The smallest candidate that converges on the session; candidates within 5 % of a failed one are skipped."""
-        tried, success = 0.0, None
+        tried: MaskedPattern | None = None
+        success = 0.0
         for trigger in candidates:
-            if trigger.norm < tried * _NORM_STRIDE:
+            if tried is not None and trigger.norm < tried.norm * _NORM_STRIDE:
                 continue
-            tried = trigger.norm
-            success = artifact_asr(session, trigger, optimised, target)
+            tried, success = trigger, artifact_asr(session, trigger, optimised, target)
             if success >= self.attack_success:
-                held = artifact_asr(session, trigger, held_out, target)
-                weak = held < MIN_ARTIFACT_ASR
-                reason = f"held-out artifact ASR {held:.2f} is below {MIN_ARTIFACT_ASR}" if weak else None
-                return _Replay(trigger=trigger, optimised_asr=success, artifact_asr=held, censored=reason)
+                break
+        if tried is None:
+            reason = f"no trigger reached an ASR of {self.attack_success} on the shadow within the budget"
+            return _Replay(trigger=None, optimised_asr=None, artifact_asr=None, censored=reason)
+        held = artifact_asr(session, tried, held_out, target)
         return _Replay(
-            trigger=None,
-            optimised_asr=success,
-            artifact_asr=None,
-            censored=f"no trigger reached an ASR of {self.attack_success} on the session within the budget",
+            trigger=tried, optimised_asr=success, artifact_asr=held, censored=self._why_censored(success, held)
         )
 
+    def _why_censored(self, success: float, held: float) -> str | None:
+        if success < self.attack_success:
+            return f"no trigger reached an ASR of {self.attack_success} on the session within the budget"
+        if held < MIN_ARTIFACT_ASR:
+            return f"held-out artifact ASR {held:.2f} is below {MIN_ARTIFACT_ASR}"
+        return None
+
     def _judge(
-        self, classes: tuple[InvertedTrigger, ...], comparison: LogitComparison, blind: tuple[str, ...]
+        self, classes: tuple[InvertedTrigger, ...], comparison: LogitComparison | None, blind: tuple[str, ...]
     ) -> tuple[Verdict, str, ScanResult]:
         norms = np.array([np.inf if entry.norm is None else entry.norm for entry in classes])
         base = ScanResult(
             score=None,
             classes=classes,
-            replay_agreement=comparison.top1_agreement,
-            replay_relative_rms=comparison.relative_rms,
+            replay_agreement=None if comparison is None else comparison.top1_agreement,
+            replay_relative_rms=None if comparison is None else finite_or_none(comparison.relative_rms),
         )
         problem = _refuse_norms(norms)
         if problem is not None:
@@ -213,16 +237,19 @@ class NeuralCleanse:
         )
         return *self._verdict(result, comparison, blind), result
 
-    def _verdict(self, result: ScanResult, comparison: LogitComparison, blind: tuple[str, ...]) -> tuple[Verdict, str]:
+    def _verdict(
+        self, result: ScanResult, comparison: LogitComparison | None, blind: tuple[str, ...]
+    ) -> tuple[Verdict, str]:
         if result.suspects:
             named = ", ".join(f"{s.target_class} ({s.class_name!r}, index {s.score:.2f})" for s in result.suspects)
             return Verdict.BACKDOORED, f"trigger norm far below the other classes': class {named}"
-        if not comparison.passes:
-            return Verdict.NOT_MEASURED, f"shadow and session disagree on the stamped images: {comparison.summary}"
+        if comparison is None or not comparison.passes:
+            how = "nothing was compared" if comparison is None else comparison.summary
+            return Verdict.NOT_MEASURED, f"shadow and session disagree on the stamped images: {how}"
         if blind:
             return (
                 Verdict.NOT_MEASURED,
-                f"no gradient can look through {', '.join(blind[:3])} ({len(blind)} such nodes)",
+                f"no gradient can look through {', '.join(map(repr, blind[:3]))} ({len(blind)} such nodes)",
             )
         return Verdict.CLEAN, f"no class has an anomaly index above {self.threshold:g}; highest {result.score:.2f}"
 
@@ -244,7 +271,7 @@ class NeuralCleanse:
             verdict=verdict,
             reason=reason,
             settings={**chosen, "gradient_steps_per_class": steps_per_class, "restarts": restarts},
-            threshold=Threshold(value=self.threshold, source="paper"),
+            threshold=Threshold(value=self.threshold, source="paper" if self.threshold == PAPER_THRESHOLD else "user"),
             seed=evidence.seed,
             cost=Cost(forwards=evidence.session.forwards - forwards_before, gradient_steps=steps),
             result=result,
@@ -252,8 +279,12 @@ class NeuralCleanse:
 
 
 def artifact_asr(session: DeployedSession, trigger: MaskedPattern, images: Pixels, target: int) -> float:
-    """Share of ``images: (N, 3, H, W)`` that the session assigns to ``target`` once stamped on the uint8 grid."""
-    return float(np.mean(session.logits(trigger.stamp(images)).argmax(axis=1) == target))
+    """Share of ``images: (N, 3, H, W)`` that the session assigns to ``target`` once stamped on the uint8 grid.
+
+    A row whose logits are not finite is assigned to no class: argmax would take NaN for the winner.
+    """
+    logits = session.logits(trigger.stamp(images))
+    return float(np.mean((logits.argmax(axis=1) == target) & np.isfinite(logits).all(axis=1)))
 
 
 def rank_classes(outcomes: list[list[_Replay]], names: tuple[str, ...]) -> tuple[InvertedTrigger, ...]:
@@ -292,23 +323,31 @@ def _refuse_norms(norms: NDArray[np.float64]) -> str | None:
     return None
 
 
-def _refuse_accuracy(session: DeployedSession, clean: ImageSet) -> tuple[Verdict, str] | None:
-    logits = session.logits(clean.pixels[: 2 * _REPLAYED_IMAGES])
+def _refuse_halves(session: DeployedSession, halves: _Halves) -> str | None:
+    for part in (halves.optimised, halves.held_out):
+        others = len(part) - int(np.bincount(part.labels).max())
+        if others < MIN_OTHERS:
+            return (
+                f"{others} of {len(part)} images are outside the most frequent class; at least {MIN_OTHERS} are needed"
+            )
+    return _refuse_accuracy(session, halves)
+
+
+def _refuse_accuracy(session: DeployedSession, halves: _Halves) -> str | None:
+    parts = (halves.optimised, halves.held_out)
+    logits = np.concatenate([session.logits(part.pixels) for part in parts])
     if not np.isfinite(logits).all():
-        return Verdict.NOT_MEASURED, "the session's logits on clean images are not finite (NaN or infinite weights?)"
-    accuracy = float(np.mean(logits.argmax(axis=1) == clean.labels[: len(logits)]))
-    chance = 1 / len(clean.class_names)
+        return "the session's logits on clean images are not finite (NaN or infinite weights?)"
+    accuracy = float(np.mean(logits.argmax(axis=1) == np.concatenate([part.labels for part in parts])))
+    chance = 1 / logits.shape[1]
     if (accuracy - chance) / (1 - chance) < MIN_SKILL:
-        return (
-            Verdict.NOT_MEASURED,
-            f"clean accuracy {accuracy:.1%} is near chance ({chance:.1%}): wrong labels, order or pixels?",
-        )
+        return f"clean accuracy {accuracy:.1%} is near chance ({chance:.1%}): wrong labels, order or pixels?"
     return None
 
 
-def _halve(clean: ImageSet, least: int) -> _Halves:
-    half = min(max(len(clean) // 2, least), _REPLAYED_IMAGES)
-    rows = np.arange(len(clean))
+def _halve(clean: ImageSet, seed: int) -> _Halves:
+    half = min(len(clean) // 2, _REPLAYED_IMAGES)
+    rows = np.random.default_rng(seed).permutation(len(clean))
     return _Halves(optimised=clean.take(rows[:half]), held_out=clean.take(rows[half : 2 * half]))
 
 
@@ -316,8 +355,8 @@ def _others(images: ImageSet, target: int) -> Pixels:
     return images.take(np.flatnonzero(images.labels != target)).pixels
 
 
-def _compare_replays(evidence: Evidence, halves: _Halves, outcomes: list[list[_Replay]]) -> LogitComparison:
-    """Shadow against session on the optimised images, stamped with the triggers that count (law 1)."""
+def _compare_replays(evidence: Evidence, halves: _Halves, outcomes: list[list[_Replay]]) -> LogitComparison | None:
+    """Shadow against session on the optimised images, stamped with every trigger that was replayed (law 1)."""
     assert evidence.shadow is not None  # noqa: S101 (refused before)
     expected, measured = [], []
     for target, restarts in enumerate(outcomes):
@@ -326,7 +365,7 @@ def _compare_replays(evidence: Evidence, halves: _Halves, outcomes: list[list[_R
                 stamped = replay.trigger.stamp(_others(halves.optimised, target))
                 measured.append(evidence.session.logits(stamped))
                 expected.append(shadow_logits(evidence.shadow, stamped))
-    return compare_logits(np.concatenate(measured), np.concatenate(expected))
+    return compare_logits(np.concatenate(measured), np.concatenate(expected)) if measured else None
 
 
 def _with_index(entry: InvertedTrigger, index: float) -> InvertedTrigger:

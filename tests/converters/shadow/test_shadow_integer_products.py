@@ -29,7 +29,7 @@ def test_gradient_of_requantized_convolution_equals_that_of_its_parts(name: str)
     groups = attributes.get("group", 1)
     weight = rng.integers(-60, 60, (6, 4 // groups, 3, 3)).astype(np.int8)
     scale = rng.uniform(0.01, 0.03, 6).astype(np.float32)
-    constants = scalars(xs=(0.03, np.float32), xz=(3, np.uint8), ys=(0.3, np.float32), yz=(90, np.uint8))
+    constants = scalars(xs=(0.03, np.float32), xz=(3, np.uint8), ys=(0.07, np.float32), yz=(90, np.uint8))
     constants |= {"w": weight, "ws": scale, "wz": np.zeros(6, dtype=np.int8)}
     x = rng.integers(0, 256, (3, 4, 9, 8)).astype(np.uint8)
     node = helper.make_node("QLinearConv", ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz"], ["y"], **attributes)
@@ -42,7 +42,7 @@ def test_gradient_of_requantized_convolution_equals_that_of_its_parts(name: str)
         padded, torch.from_numpy(weight).float(), None, attributes.get("strides", 1), 0,
         attributes.get("dilations", 1), groups,
     )  # fmt: skip
-    factor = torch.from_numpy(np.float32(0.03) * scale / np.float32(0.3)).reshape(1, -1, 1, 1)
+    factor = torch.from_numpy(np.float32(0.03) * scale / np.float32(0.07)).reshape(1, -1, 1, 1)
     parts = round_product(sums, factor, torch.tensor(90.0), (0, 255))
     upstream = torch.randn(parts.shape, generator=torch.Generator().manual_seed(0))
     (expected,) = torch.autograd.grad(parts, codes, upstream)
