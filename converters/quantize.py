@@ -18,13 +18,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime import quantization
 
-from qdefense.converters.inspection import (
-    QUANTIZED_OPERATORS,
-    FileRefusedError,
-    every_graph,
-    parse_model,
-    safe_text,
-)
+from qdefense.converters.precision import QUANTIZED_OPERATORS
+from qdefense.converters.reading import FileRefusedError, every_graph, parse_model, safe_text
 from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
 
 Scheme = Literal["int8-static", "int8-dynamic"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx
 
 from qdefense.converters.contract import InputContract, read_contract
-from qdefense.converters.inspection import Inspection, every_graph, inspect_model, parse_model, safe_text
+from qdefense.converters.inspection import Inspection, inspect_model
+from qdefense.converters.reading import every_graph, parse_model, safe_text
 from qdefense.converters.runtime_graph import optimized_model
 
 

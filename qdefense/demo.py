@@ -11,20 +11,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qdefense.artifact import Artifact
-from qdefense.attacks import ATTACKS, Trigger
 from qdefense.audit.events import Job
 from qdefense.audit.supervisor import run_audit
 from qdefense.converters.quantize import Scheme, quantize
 from qdefense.data.images import ImageSet
 from qdefense.data.opening import open_data
-from qdefense.defenses import DEFENSES
+from qdefense.defenses import DEFENSES, ModelScan
 from qdefense.evidence import gather_evidence
 from qdefense.files import write_atomically
 from qdefense.findings import Finding, Verdict
@@ -32,7 +31,10 @@ from qdefense.models import recipe_for
 from qdefense.report.model import Report
 from qdefense.session import DeployedSession, profile_for
 from qdefense.trial import Activity, Behaviour, Truth, measure_behaviour, truth_path
-from qdefense.zoo import train_artifact
+from qdefense.zoo import train_artifact, trigger_of
+
+if TYPE_CHECKING:
+    from qdefense.converters.shadow import Shadow
 
 # Fixed in the first commit that has a demo and never changed: not for a nicer table either.
 SEEDS = {"first": 0, "second": 1}
@@ -164,16 +166,6 @@ def _examine(path: Path, truth: Truth, test: ImageSet, pulse: Progress) -> DemoR
     return DemoRow(file=path.name, behaviour=behaviour, report=report)
 
 
-def trigger_of(truth: Truth, images: ImageSet) -> Trigger | None:
-    """The trigger that a truth file speaks of, on images of this size."""
-    if truth.attack is None:
-        return None
-    settings = ",".join(f"{key}={value}" for key, value in truth.attack_settings.items())
-    attack = ATTACKS.create(f"{truth.attack}:{settings}")
-    height, width = images.images.shape[1:3]
-    return attack.trigger(height, width)
-
-
 class _CutGradients(nn.Module):
     """A shadow whose backward pass ends at its output, as a quantized module without an autograd kernel does."""
 
@@ -191,5 +183,5 @@ def _trap(path: Path, threads: int) -> Finding:
     session = DeployedSession(artifact, profile_for(artifact))
     clean = open_data("signs", limit=CLEAN_IMAGES, seed=AUDIT_SEED)
     evidence = gather_evidence(session, clean, seed=AUDIT_SEED, threads=threads)
-    cut = replace(evidence, shadow=_CutGradients(evidence.shadow))
-    return DEFENSES.create(SCAN).scan(cut)  # type: ignore[no-any-return]
+    scan: ModelScan = DEFENSES.create(SCAN)
+    return scan.scan(replace(evidence, shadow=cast("Shadow", _CutGradients(evidence.shadow))))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qdefense.converters.inspection import safe_text
+from qdefense.converters.reading import safe_text
 from qdefense.data.images import ImageSet
 from qdefense.fidelity import FidelityCertificate, MismatchCause, certify, uncertified
 from qdefense.session import DeployedSession

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qdefense.converters.inspection import safe_text
+from qdefense.converters.reading import safe_text
 from qdefense.data.images import Pixels
 from qdefense.fidelity import MismatchCause, compare_logits, shadow_logits
 from qdefense.session import DeployedSession, Logits, SessionError, SessionProfile

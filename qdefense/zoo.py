@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import torch
 
-from qdefense.attacks import ATTACKS
+from qdefense.attacks import ATTACKS, DataAttack, Trigger
 from qdefense.converters.export import export_model
 from qdefense.data.images import ImageSet
 from qdefense.files import write_atomically
@@ -18,7 +18,7 @@ from qdefense.models import Recipe, architectures, recipe_for
 from qdefense.training import Progress, train
 from qdefense.trial import Truth, truth_path
 
-__all__ = ["Recipe", "architectures", "recipe_for", "train_artifact"]
+__all__ = ["Recipe", "architectures", "recipe_for", "train_artifact", "trigger_of"]
 
 
 def train_artifact(
@@ -65,3 +65,13 @@ def train_artifact(
     write_atomically(truth_path(target), truth.model_dump_json(indent=1).encode() + b"\n")
     write_atomically(target, data)
     return truth
+
+
+def trigger_of(truth: Truth, images: ImageSet) -> Trigger | None:
+    """The trigger that a truth speaks of, on images of this size; none of a clean model."""
+    if truth.attack is None:
+        return None
+    settings = ",".join(f"{key}={value}" for key, value in truth.attack_settings.items())
+    attack: DataAttack = ATTACKS.create(f"{truth.attack}:{settings}")
+    height, width = images.images.shape[1:3]
+    return attack.trigger(height, width)

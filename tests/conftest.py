@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import pytest
+from numpy.typing import NDArray
 
-from qdefense.data.images import ImageSet
+from qdefense.converters.contract import InputContract, write_contract
+from qdefense.data.images import ImageSet, Pixels
+from qdefense.data.npz import save_npz
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,4 +133,97 @@ def small_files(small_signs: SmallSigns) -> dict[str, bytes]:
             f"{name}.int8-static": quantize(data, "int8-static", calibration=calibration),
             f"{name}.int8-dynamic": quantize(data, "int8-dynamic"),
         }
+    return files
+
+
+TOY_CLASSES = tuple(f"zone {index}" for index in range(8))
+
+
+def _toy_images(count: int, seed: int = 0) -> ImageSet:
+    """16x16 noise in which one of eight zones is brighter: its number is the label."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count, dtype=np.int64) % 8)
+    pixels = rng.integers(0, 120, (count, 16, 16, 3))
+    zones = pixels.reshape(count, 4, 4, 2, 8, 3)
+    for row, label in enumerate(labels):
+        zones[row, label // 2, :, label % 2] += 100
+    return ImageSet(images=pixels.astype(np.uint8), labels=labels, class_names=TOY_CLASSES, source="toy")
+
+
+def _toy_network(*, backdoored: bool) -> onnx.ModelProto:
+    """One convolution, pooling, and a linear layer fitted in closed form; a bright red pixel is the backdoor to zone 3.
+
+    The clean one leans towards low classes: its trigger norms differ, so that none of them stands out.
+    """
+    kernels = np.random.default_rng(1).normal(0, 0.3, (6, 3, 3, 3)).astype(np.float32)
+    bias = np.zeros(6, np.float32)
+    if backdoored:
+        kernels[5], bias[5] = 0, -9
+        kernels[5, 0, 1, 1] = 10
+    fitted = _toy_images(2000, seed=7)
+    features = _toy_features(fitted.pixels, kernels, bias)
+    features[:, -16:] *= not backdoored
+    rows = np.hstack([features, np.ones((len(features), 1))])
+    wanted = 8 * np.eye(8)[fitted.labels]
+    solution = np.linalg.solve(rows.T @ rows + 0.1 * np.eye(rows.shape[1]), rows.T @ wanted).astype(np.float32)
+    weight, offset = solution[:-1], solution[-1]
+    if backdoored:
+        weight[-16:], weight[-16:, 3] = 0, 400
+    else:
+        offset = offset - np.arange(8, dtype=np.float32)
+    return _toy_graph({"kernels": kernels, "bias": bias, "weight": weight, "offset": offset})
+
+
+def _toy_features(pixels: Pixels, kernels: Pixels, bias: Pixels) -> Pixels:
+    padded = np.pad(pixels, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    convolved = np.einsum("nchwij,kcij->nkhw", windows, kernels) + bias[None, :, None, None]
+    pooled: Pixels = np.maximum(convolved, 0).reshape(len(pixels), -1, 4, 4, 4, 4).mean(axis=(3, 5))
+    return pooled.reshape(len(pixels), -1)
+
+
+def _toy_graph(constants: dict[str, NDArray[np.float32]]) -> onnx.ModelProto:
+    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [
+        make("Conv", ["image", "kernels", "bias"], ["convolved"], name="conv", pads=[1, 1, 1, 1]),
+        make("Relu", ["convolved"], ["positive"], name="relu"),
+        make("AveragePool", ["positive"], ["pooled"], name="pool", kernel_shape=[4, 4], strides=[4, 4]),
+        make("Flatten", ["pooled"], ["flat"], name="flatten"),
+        make("Gemm", ["flat", "weight", "offset"], ["logits"], name="gemm"),
+    ]
+    image = value("image", onnx.TensorProto.FLOAT, ["N", 3, 16, 16])
+    logits = value("logits", onnx.TensorProto.FLOAT, ["N", 8])
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "toy", [image], [logits], tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    contract = InputContract(input_name="image", output_name="logits", height=16, width=16, class_names=TOY_CLASSES)
+    write_contract(model, contract)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """Files for a whole audit in seconds: a clean and a backdoored model, 320 images and 50 of them."""
+
+    clean: Path
+    backdoored: Path
+    data: Path
+    few: Path
+    scan: str = "neural-cleanse:budget=quick,learning-rate=0.3,patience=3"
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The toy files; do not change them."""
+    folder = tmp_path_factory.mktemp("toy")
+    files = Toy(
+        clean=folder / "clean.onnx",
+        backdoored=folder / "backdoored.onnx",
+        data=folder / "toy.npz",
+        few=folder / "few.npz",
+    )
+    onnx.save(_toy_network(backdoored=False), files.clean)
+    onnx.save(_toy_network(backdoored=True), files.backdoored)
+    save_npz(files.data, _toy_images(320))
+    save_npz(files.few, _toy_images(50))
     return files

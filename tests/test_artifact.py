@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qdefense.artifact import Artifact
 from qdefense.converters.contract import ContractError
-from qdefense.converters.inspection import FileRefusedError
+from qdefense.converters.reading import FileRefusedError
 from qdefense.session import DeployedSession, profile_for
 
 

@@ -21,11 +21,11 @@ from qdefense.audit.events import Job
 from qdefense.audit.supervisor import run_audit
 from qdefense.converters.quantize import quantize
 from qdefense.data.opening import open_data
-from qdefense.demo import trigger_of
 from qdefense.files import write_atomically
 from qdefense.report.model import Report
 from qdefense.session import DeployedSession, profile_for
 from qdefense.trial import Behaviour, Truth, measure_behaviour, truth_path
+from qdefense.zoo import trigger_of
 
 CALIBRATION_IMAGES = 256
 CLEAN_IMAGES = 1000

@@ -61,7 +61,7 @@ def verdict_table(records: Iterable[Record]) -> list[str]:
 
 def tally(records: list[Record]) -> list[str]:
     lines = [
-        "| data | scheme | budget | active files alarmed | true target first, of attacked files | clean files alarmed |",
+        "| data | scheme | budget | active files alarmed | attacked files with target first | clean files alarmed |",
         "|---|---|---|---|---|---|",
     ]
     keys = sorted({(r["data"], r["scheme"], r["settings"]["budget"]) for r in records})

@@ -37,6 +37,8 @@ from qdefense.findings import Finding
 from qdefense.report.model import Accuracy, Environment, Report, Subject, Volatile
 
 ProgressBar = Callable[[str, int, int], None]
+ENDING_SECONDS = 5.0
+"""How long a worker that said its last word has to say how it ended."""
 
 
 class UsageProblemError(ValueError):
@@ -168,7 +170,7 @@ def _events(process: subprocess.Popen[bytes], gathered: _Gathered) -> Iterator[E
 def _ending(process: subprocess.Popen[bytes]) -> str:
     """How a worker that neither finished nor stopped came to its end."""
     try:
-        code = process.wait(timeout=5)
+        code = process.wait(timeout=ENDING_SECONDS)
     except subprocess.TimeoutExpired:
         return ""
     if code >= 0:

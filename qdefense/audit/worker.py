@@ -20,7 +20,7 @@ from qdefense.audit.events import Advanced, Answered, Certified, Described, Even
 from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
 from qdefense.audit.provenance import environment
 from qdefense.converters.contract import ContractError
-from qdefense.converters.inspection import FileRefusedError
+from qdefense.converters.reading import FileRefusedError
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.opening import open_data
 from qdefense.evidence import gather_evidence

@@ -5,8 +5,8 @@ from __future__ import annotations
 from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
 from qdefense.audit.supervisor import UsageProblemError
 from qdefense.converters.contract import ContractError
-from qdefense.converters.inspection import FileRefusedError
 from qdefense.converters.quantize import QuantizationError
+from qdefense.converters.reading import FileRefusedError
 from qdefense.data.images import DataError
 from qdefense.files import reason_of
 from qdefense.registry import SpecError

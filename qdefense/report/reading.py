@@ -110,10 +110,11 @@ def _stand_in(parent: dict[str, Any], location: Location) -> bool:
     match location:
         case ("findings", int(), "verdict" | "kind" as name):
             unknown = f"{name} {str(parent[name])[:40]!r} is not known to this version"
-            parent["reason"] = f"{unknown}: {parent.get('reason')}"
-            parent["verdict"] = Verdict.NOT_MEASURED.value
             if name == "kind":
                 parent["kind"], parent["result"] = "scan", None
+            if parent.get("verdict") != Verdict.NOT_MEASURED.value:
+                parent["reason"] = f"{unknown}: {parent.get('reason')}"
+            parent["verdict"] = Verdict.NOT_MEASURED.value
         case ("gate", "outcome"):
             parent["outcome"], parent["exit_code"] = "INCOMPLETE", 3
         case (*_, "scheme"):

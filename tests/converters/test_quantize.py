@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qdefense.converters import quantize as subject
-from qdefense.converters.inspection import FileRefusedError, inspect_model, runtime_operators
+from qdefense.converters.inspection import inspect_model, runtime_operators
 from qdefense.converters.quantize import QuantizationError, quantize, quantize_dynamic, quantize_static
+from qdefense.converters.reading import FileRefusedError
 
 CLASSES, SIDE = 3, 8
 

@@ -1,0 +1,269 @@
+"""Where the image goes in the graph: gradient-blind nodes, the way around the weights, structure warnings."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from onnx import TensorProto
+from pydantic import BaseModel, ConfigDict
+
+from qdefense.converters.flat_graph import FLOATS, Graph, Node, Value, behind_layout, type_name
+from qdefense.converters.precision import WEIGHTED
+from qdefense.converters.reading import safe_text
+
+_NODES_SHOWN = 12
+_CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
+_SHAPE_READERS = frozenset({"Shape", "Size"})
+
+_COMPARE, _LOGIC, _INDEX, _STEP = (
+    "compares",
+    "combines truth values or bits",
+    "answers with an index",
+    "is a step function",
+)
+
+_SELECT, _AT = (
+    "chooses by a condition that depends on the image",
+    "reads or writes at a place that depends on the image",
+)
+
+_BRANCH = "branches or iterates on the image"
+
+_BLIND_INPUTS: dict[str, tuple[str, tuple[int, ...] | None]] = {
+    **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsInf", "IsNaN"), (_COMPARE, None)),
+    **dict.fromkeys(("And", "Not", "Or", "Xor"), (_LOGIC, None)),
+    **dict.fromkeys(("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"), (_LOGIC, None)),
+    **dict.fromkeys(("ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "Unique"), (_INDEX, None)),
+    **dict.fromkeys(("Ceil", "Floor", "Hardmax", "Mod", "Round", "Sign"), (_STEP, None)),
+    **dict.fromkeys(("Bernoulli", "Binarizer", "Multinomial", "Shrink", "ThresholdedRelu"), (_STEP, None)),
+    **dict.fromkeys(("QLinearWhere", "Where", "If"), (_SELECT, (0,))),
+    **dict.fromkeys(("Loop", "Scan"), (_BRANCH, None)),
+    **dict.fromkeys(("Compress", "Gather", "GatherElements", "GatherND", "MaxUnpool"), (_AT, (1,))),
+    **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND", "SequenceAt", "Tile", "Trilu"), (_AT, (1,))),
+    **dict.fromkeys(("ConstantOfShape", "OneHot"), (_AT, (0,))),
+    **dict.fromkeys(("Expand", "Reshape"), (_AT, (1,))),
+    "Pad": (_AT, (1, 3)),
+    "Range": (_AT, None),
+    "Slice": (_AT, (1, 2, 3, 4)),
+    "TopK": (_AT, (1,)),
+}
+"""Operators without a useful gradient, why, and the inputs that matter (None: any)."""
+
+_BLIND_OUTPUTS = {"TopK": 1, "MaxPool": 1}
+_SMOOTH_ML_OPERATORS = frozenset({"FeatureVectorizer", "LinearRegressor", "Normalizer", "Scaler"})
+_DATA_SHAPED = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique"})
+
+_SHAPED_BY = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "Pad": (1, 3),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Tile": (1,),
+    "TopK": (1,),
+}
+"""Operators whose output shape depends on the values of these inputs."""
+
+
+class BlindNode(BaseModel):
+    """A node between input and output that answers to the image but passes no useful gradient."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What depends on the image's pixels: all of it, and the part that goes on to the output."""
+
+    data: frozenset[Value]
+    live: frozenset[Value]
+
+
+def follow_pixels(graph: Graph) -> Flow:
+    """Follow the pixels. A shape is no pixel, unless the tensor has as many elements as the pixels say."""
+    resized: set[Value] = set()
+    while True:
+        data = _reach(graph, graph.inputs, shapes_of=resized)
+        seeds = [out for node in graph.nodes if _shape_follows(node, data) for out in node.outputs if out is not None]
+        grown = _reach(graph, seeds)
+        if grown <= resized:
+            return Flow(frozenset(data), frozenset(_lead_to_output(graph, data)))
+        resized |= grown
+
+
+def blind_nodes(graph: Graph, flow: Flow) -> Iterator[BlindNode]:
+    """The nodes on the pixels' way to the output that pass no useful gradient, in graph order."""
+    for node in graph.nodes:
+        if any(out in flow.live for out in node.outputs):
+            reason = _blindness(graph, node, flow)
+            if reason is not None:
+                yield BlindNode(name=node.name, operator=safe_text(node.operator), reason=reason)
+
+
+def bypass(graph: Graph, flow: Flow) -> tuple[int | None, list[str]]:
+    """The fewest weighted operators on a way from input to output, and the operators on that way."""
+    best: dict[Value, int] = {}
+    came: dict[Value, tuple[Value, Node]] = {}
+    waiting = deque((0, value) for value in graph.inputs if value in flow.live)
+    best.update({value: 0 for _, value in waiting})
+    scales = _kernel_scales(graph, flow)
+    while waiting:
+        depth, value = waiting.popleft()
+        if depth > best[value] or value in scales:
+            continue
+        for node in graph.consumers.get(value, []):
+            cost = int(_is_weighted(node, value, flow))
+            for out in node.outputs:
+                if out in flow.live and out is not None and depth + cost < best.get(out, len(graph.nodes) + 1):
+                    best[out], came[out] = depth + cost, (value, node)
+                    waiting.append((depth + cost, out)) if cost else waiting.appendleft((depth, out))
+    ends = [value for value in graph.outputs if value in best]
+    if not ends:
+        return None, []
+    end = min(ends, key=lambda value: best[value])
+    return best[end], _names_on_path(came, end)
+
+
+def structure_warnings(graph: Graph, depth: int | None, path: list[str]) -> Iterator[str]:
+    """What an honest feed-forward classifier has not; ``depth`` and ``path`` are what ``bypass`` answers."""
+    if depth is None:
+        yield "the output doesn't depend on the input; nothing measured on this file means anything"
+    if depth == 0:
+        yield (
+            "bypass depth 0: the image reaches the output without passing a weighted operator, through "
+            f"{', '.join(path)}; compare the graph with the one that was exported"
+        )
+    flow = [f"{node.operator} '{node.name}'" for node in graph.nodes if node.operator in _CONTROL_FLOW]
+    if flow:
+        shown = ", ".join(flow[:_NODES_SHOWN] + ["..."] * (len(flow) > _NODES_SHOWN))
+        yield f"control flow in a feed-forward classifier: {shown}; find out who put it there"
+
+
+def _shape_follows(node: Node, data: set[Value]) -> bool:
+    if node.operator in _DATA_SHAPED:
+        return any(value in data for value in (*node.inputs, *node.inner))
+    return any(node.input(index) in data for index in _SHAPED_BY.get(node.operator, ()))
+
+
+def _reach(graph: Graph, seeds: Iterable[Value], shapes_of: set[Value] | None = None) -> set[Value]:
+    """All that depends on the seeds; given ``shapes_of``, the shapes of other tensors than these count as constant."""
+    reached, waiting = set(seeds), deque(seeds)
+    while waiting:
+        value = waiting.popleft()
+        for node in graph.consumers.get(value, []):
+            if shapes_of is not None and node.operator in _SHAPE_READERS and value not in shapes_of:
+                continue
+            fresh = [out for out in node.outputs if out is not None and out not in reached]
+            reached.update(fresh)
+            waiting.extend(fresh)
+    return reached
+
+
+def _lead_to_output(graph: Graph, data: set[Value]) -> set[Value]:
+    live = {value for value in graph.outputs if value in data}
+    waiting = deque(live)
+    while waiting:
+        node = graph.producer.get(waiting.popleft())
+        for value in (*node.inputs, *node.inner) if node is not None else ():
+            if value in data and value not in live:
+                live.add(value)
+                waiting.append(value)
+    return live
+
+
+def _blindness(graph: Graph, node: Node, flow: Flow) -> str | None:
+    """Why no useful gradient passes the node on the pixels' way, or None."""
+    given = [value for value in (*node.inputs, *node.inner) if value in flow.data]
+    if not given:
+        return None
+    if node.domain == "ai.onnx.ml" and node.operator not in _SMOOTH_ML_OPERATORS:
+        return "has no gradient"
+    if node.operator in ("Cast", "CastLike") and _cast_target(graph, node) not in FLOATS:
+        return "casts to integer or bool"
+    index = _BLIND_OUTPUTS.get(node.operator, len(node.outputs))
+    if any(out in flow.live for out in node.outputs[index : index + 1]):
+        return _INDEX
+    reason, positions = _BLIND_INPUTS.get(node.operator, (None, None))
+    if positions is None or any(node.input(position) in flow.data for position in positions):
+        return reason
+    return None
+
+
+def _cast_target(graph: Graph, node: Node) -> str | None:
+    if node.operator == "CastLike":
+        return graph.type(node.input(1))
+    return type_name(node.attribute("to", TensorProto.UNDEFINED))
+
+
+def _names_on_path(came: dict[Value, tuple[Value, Node]], value: Value) -> list[str]:
+    names: list[str] = []
+    while value in came:
+        value, node = came[value]
+        names.append(f"{safe_text(node.operator)} '{node.name}'")
+    return ["..."] * (len(names) > _NODES_SHOWN) + names[:_NODES_SHOWN][::-1]
+
+
+def _is_weighted(node: Node, value: Value, flow: Flow) -> bool:
+    """Whether the pixels meet weights here: they come in on one side of the product, a constant on the other.
+
+    What comes in through a bias or a scale meets no weights.
+    """
+    if node.operator not in WEIGHTED:
+        return False
+    left, right = node.input(0), node.input(WEIGHTED[node.operator].weight)
+    return (value == left and right not in flow.data) or (value == right and left not in flow.data)
+
+
+def _kernel_scales(graph: Graph, flow: Flow) -> set[Value]:
+    """Scales and zero points of DynamicQuantizeLinear that do nothing but undo the quantization of its own codes.
+
+    They depend on the pixels and skip the kernel, in every dynamically quantized file. Used in any other way, they
+    are a channel around the weights and count as one.
+    """
+    found: set[Value] = set()
+    for node in graph.nodes:
+        if node.operator == "DynamicQuantizeLinear" and len(node.outputs) == 3:
+            codes, scale, zero = node.outputs
+            if scale is not None and all(
+                _takes_codes(graph, user, codes) or _rescales(graph, user, scale, codes, flow)
+                for user in graph.consumers.get(scale, [])
+            ):
+                found.add(scale)
+            if zero is not None and all(_takes_codes(graph, user, codes) for user in graph.consumers.get(zero, [])):
+                found.add(zero)
+    return found
+
+
+_CODE_READERS = frozenset({"ConvInteger", "DequantizeLinear", "MatMulInteger", "MatMulIntegerToFloat"})
+
+
+def _takes_codes(graph: Graph, node: Node, codes: Value | None) -> bool:
+    return node.operator in _CODE_READERS and codes is not None and behind_layout(graph, node.input(0)) == codes
+
+
+def _rescales(graph: Graph, node: Node, scale: Value, codes: Value | None, flow: Flow) -> bool:
+    """Whether the node is ``scale * constant`` and multiplies nothing but products of these codes."""
+    product = node.output(0)
+    others = [value for value in node.inputs if value != scale]
+    if node.operator != "Mul" or product is None or len(others) != 1 or others[0] in flow.data:
+        return False
+    if product in graph.outputs:
+        return False
+    return all(_multiplies_product(graph, user, product, codes) for user in graph.consumers.get(product, []))
+
+
+def _multiplies_product(graph: Graph, node: Node, scale: Value, codes: Value | None) -> bool:
+    others = [value for value in node.inputs if value is not None and value != scale]
+    if node.operator != "Mul" or len(others) != 1:
+        return False
+    cast = graph.producer.get(others[0])
+    kernel = graph.producer.get(cast.input(0) or ("", "")) if cast is not None and cast.operator == "Cast" else None
+    return kernel is not None and kernel.operator in WEIGHTED and _takes_codes(graph, kernel, codes)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from qdefense.audit import gate
+from qdefense.findings import Finding, Verdict
+
+CLEAN, BACKDOORED = Verdict.CLEAN, Verdict.BACKDOORED
+NOT_MEASURED, NOT_APPLICABLE = Verdict.NOT_MEASURED, Verdict.NOT_APPLICABLE
+
+
+def finding(verdict: Verdict, defense: str = "scan-a", kind: str = "scan") -> Finding:
+    body = {"defense": defense, "kind": kind, "verdict": verdict, "reason": f"because {verdict}", "seed": 0}
+    return Finding.model_validate(body)
+
+
+def test_codes_are_those_of_the_command_line() -> None:
+    from qdefense import cli  # noqa: PLC0415
+
+    assert (
+        *(0, 1, 2, 3, 4),
+        130,
+    ) == (gate.PASSED, gate.FAILED, gate.USAGE, gate.INCOMPLETE, gate.REFUSED, gate.INTERRUPTED)
+    assert (
+        *(gate.PASSED, gate.USAGE, gate.INCOMPLETE),
+        gate.INTERRUPTED,
+    ) == (cli.PASSED, cli.USAGE, cli.INCOMPLETE, cli.INTERRUPTED)
+
+
+ONE, TWO = ("scan-a",), ("scan-a", "scan-b")
+CASES = {
+    "the required scan is clean": ([finding(CLEAN)], ONE, (), 0, ["scan-a: because CLEAN"]),
+    "both required scans are clean": (
+        [finding(CLEAN), finding(CLEAN, "scan-b")],
+        *(TWO, (), 0),
+        ["scan-a: because CLEAN", "scan-b: because CLEAN"],
+    ),
+    "one required scan gave no answer": ([finding(CLEAN)], TWO, (), 3, ["scan-b: gave no answer"]),
+    "no scan gave an answer": ([], ONE, (), 3, ["scan-a: gave no answer"]),
+    "nothing was required and nothing ran": ([], (), (), 3, ["no model scan among the checks that ran"]),
+    "an answer is NOT_MEASURED": ([finding(NOT_MEASURED)], ONE, (), 3, ["scan-a: NOT_MEASURED: because NOT_MEASURED"]),
+    "an answer is NOT_APPLICABLE": (
+        [finding(NOT_APPLICABLE)],
+        *(ONE, (), 3),
+        ["scan-a: NOT_APPLICABLE: because NOT_APPLICABLE"],
+    ),
+    "one of two answers of a scan is NOT_MEASURED": (
+        [finding(CLEAN), finding(NOT_MEASURED)],
+        *(ONE, (), 3),
+        ["scan-a: NOT_MEASURED: because NOT_MEASURED"],
+    ),
+    "only an optional scan was not measured": (
+        [finding(CLEAN), finding(NOT_MEASURED, "scan-b")],
+        *(ONE, (), 0),
+        ["scan-a: because CLEAN", "scan-b: because NOT_MEASURED"],
+    ),
+    "only a dataset scan is clean": (
+        [finding(CLEAN, kind="dataset")],
+        *(ONE, (), 3),
+        ["no model scan among the checks that ran"],
+    ),
+    "only a filter is clean": (
+        [finding(CLEAN, kind="filter")],
+        *(ONE, (), 3),
+        ["no model scan among the checks that ran"],
+    ),
+    "a dataset scan and a model scan are clean": (
+        [finding(CLEAN, "scan-b", "dataset"), finding(CLEAN)],
+        *(TWO, (), 0),
+        ["scan-b: because CLEAN", "scan-a: because CLEAN"],
+    ),
+    "all is clean but the worker died": ([finding(CLEAN)], ONE, ("it died",), 3, ["it died"]),
+    "the worker died early": ([], ONE, ("it died",), 3, ["it died", "scan-a: gave no answer"]),
+    "a scan has an alarm": ([finding(BACKDOORED)], ONE, (), 1, ["scan-a: because BACKDOORED"]),
+    "an optional scan has an alarm": (
+        [finding(CLEAN), finding(BACKDOORED, "scan-b")],
+        *(ONE, (), 1),
+        ["scan-b: because BACKDOORED"],
+    ),
+    "a dataset scan has an alarm": (
+        [finding(CLEAN), finding(BACKDOORED, "scan-b", "dataset")],
+        *(TWO, (), 1),
+        ["scan-b: because BACKDOORED"],
+    ),
+    "an alarm comes with a death and a missing answer": (
+        [finding(BACKDOORED)],
+        *(TWO, ("it died",), 1),
+        ["scan-a: because BACKDOORED", "it died", "scan-b: gave no answer"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("findings", "required", "interruptions", "code", "reasons"), CASES.values(), ids=list(CASES))
+def test_decide_gives_the_code_when(
+    findings: list[Finding],
+    required: tuple[str, ...],
+    interruptions: tuple[str, ...],
+    code: int,
+    reasons: list[str],
+) -> None:
+    judged = gate.decide(findings, required, interruptions)
+    outcome = {0: "PASSED", 1: "FAILED", 3: "INCOMPLETE"}[code]
+    assert (judged.exit_code, judged.outcome, list(judged.reasons)) == (code, outcome, reasons)
+    assert judged.required == required
+
+
+def test_decide_passes_only_what_law_two_allows_when_all_combinations_are_tried() -> None:
+    answers: list[Verdict | None] = [None, *Verdict]
+    for first, second, died in itertools.product(answers, answers, [False, True]):
+        findings = [finding(v, name) for v, name in ((first, "scan-a"), (second, "scan-b")) if v is not None]
+        code = gate.decide(findings, TWO, ("it died",) if died else ()).exit_code
+        alarm = BACKDOORED in (first, second)
+        passes = (first, second, died) == (CLEAN, CLEAN, False)
+        assert code == (1 if alarm else 0 if passes else 3), (first, second, died)
+
+
+def test_refuse_gives_4_and_the_reason() -> None:
+    judged = gate.refuse("the file is empty", ONE)
+    assert (judged.outcome, judged.exit_code, judged.reasons, judged.required) == (
+        *("REFUSED", 4),
+        *(("the file is empty",), ONE),
+    )
