@@ -1,0 +1,648 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+from qdefense.artifact import Artifact
+from qdefense.data.images import ImageSet, Pixels
+from qdefense.defenses import DEFENSES
+from qdefense.defenses.inversion import MaskedPattern
+from qdefense.defenses.scans import neural_cleanse
+from qdefense.defenses.scans.neural_cleanse import BUDGETS, NeuralCleanse, artifact_asr
+from qdefense.evidence import Evidence, gather_evidence
+from qdefense.fidelity import uncertified
+from qdefense.findings import Finding, ScanResult, Verdict
+from qdefense.registry import SpecError
+from qdefense.session import DeployedSession, Logits, profile_for
+
+PRECISIONS = ("", ".int8-static", ".int8-dynamic")
+TARGET = 7
+CLASSES = 12
+SIDE = 16
+
+
+def _session(data: bytes) -> DeployedSession:
+    artifact = Artifact.from_bytes(data)
+    return DeployedSession(artifact, profile_for(artifact))
+
+
+def _result(finding: Finding) -> ScanResult:
+    assert isinstance(finding.result, ScanResult)
+    return finding.result
+
+
+@pytest.fixture(scope="module")
+def evidence_of(small_files: dict[str, bytes], small_signs: Any) -> Callable[[str], Evidence]:
+    """What a defender sees of a small file; gathered once."""
+    gathered: dict[str, Evidence] = {}
+
+    def find(name: str) -> Evidence:
+        if name not in gathered:
+            gathered[name] = gather_evidence(_session(small_files[name]), small_signs.test, seed=0, threads=2)
+        return gathered[name]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def scanned(evidence_of: Callable[[str], Evidence]) -> Callable[[str], Finding]:
+    """The default scan of a small file with the one seed of this module; done once."""
+    findings: dict[str, Finding] = {}
+
+    def find(name: str) -> Finding:
+        if name not in findings:
+            findings[name] = NeuralCleanse().scan(evidence_of(name))
+        return findings[name]
+
+    return find
+
+
+class _Wrapped:
+    """A session whose answers are changed on their way out."""
+
+    def __init__(self, session: DeployedSession, change: Callable[[Pixels, Logits], Logits]) -> None:
+        self.session, self.change, self.artifact = session, change, session.artifact
+
+    @property
+    def forwards(self) -> int:
+        return self.session.forwards
+
+    def logits(self, x: Pixels) -> Logits:
+        return self.change(x, self.session.logits(x))
+
+
+class _Cut(nn.Module):
+    """A shadow without gradients: none at all, or zero ones."""
+
+    def __init__(self, shadow: nn.Module, *, zero: bool) -> None:
+        super().__init__()
+        self.shadow, self.zero = shadow, zero
+
+    def forward(self, x: Tensor, **keywords: bool) -> Tensor:
+        y: Tensor = self.shadow(x, **keywords)
+        return y.detach() + 0 * x.flatten(1).sum(1, keepdim=True) if self.zero else y.detach()
+
+
+def _trigger(norm: float, *, target: int = 0) -> MaskedPattern:
+    mask = np.full((1, SIDE, SIDE), norm / SIDE**2, dtype=np.float32)
+    return MaskedPattern(mask=mask, pattern=np.full((3, SIDE, SIDE), target / CLASSES, dtype=np.float32))
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replace inversion and replay by a plan: the norms of a class's triggers, and (optimised, held-out) ASR by norm.
+
+    The two halves are told apart by a pixel of the first image that `_halve` puts into them.
+    """
+
+    def plan(
+        norms: dict[int, list[float]], rates: Callable[[int, float], tuple[float, float]] = lambda _t, _n: (1.0, 1.0)
+    ) -> None:
+        asked: dict[str, int] = {}
+
+        def invert(_shadow: object, _x: Pixels, target: int, *_: object) -> list[MaskedPattern]:
+            return [_trigger(norm, target=target) for norm in norms.get(target, [])]
+
+        def measure(_session: object, trigger: MaskedPattern, x: Pixels, target: int) -> float:
+            optimised, held_out = rates(target, round(trigger.norm, 3))
+            key = f"{target} {trigger.norm}"
+            asked.setdefault(key, hash(x.tobytes()))
+            return optimised if asked[key] == hash(x.tobytes()) else held_out
+
+        monkeypatch.setattr(neural_cleanse, "invert_trigger", invert)
+        monkeypatch.setattr(neural_cleanse, "artifact_asr", measure)
+
+    return plan
+
+
+SPREAD = {target: [20.0 + target] for target in range(CLASSES)}
+"""One trigger for each class; median 25.5, scaled MAD 4.4478, so that nothing stands out."""
+
+
+# --- the real thing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_scan_finds_the_target_class_when_the_network_was_poisoned(
+    scanned: Callable[[str], Finding], precision: str
+) -> None:
+    finding = scanned(f"second{precision}")
+    result = _result(finding)
+    assert finding.verdict is Verdict.BACKDOORED, finding.reason
+    assert [suspect.target_class for suspect in result.suspects][0] == TARGET
+    assert (result.classes[0].target_class, result.classes[0].rank) == (TARGET, 1)
+    assert result.suspects[0].artifact_asr >= 0.75
+    assert result.suspects[0].trigger_id == result.classes[0].trigger_id
+    assert finding.reason.startswith("trigger norm far below the other classes': class 7 ('bumps', index ")
+
+
+@pytest.mark.parametrize("precision", [".int8-static"])
+def test_scan_raises_no_alarm_when_the_network_is_the_clean_one(
+    scanned: Callable[[str], Finding], precision: str
+) -> None:
+    finding = scanned(f"first{precision}")
+    result = _result(finding)
+    assert finding.verdict is Verdict.CLEAN, finding.reason
+    assert (result.suspects, result.replay_agreement) == ((), 1.0)
+    assert result.score is not None
+    assert result.score <= 2
+    assert all(entry.trigger_id for entry in result.classes)
+    assert finding.reason == f"no class has an anomaly index above 2; highest {result.score:.2f}"
+
+
+def test_scan_scores_the_poisoned_network_above_the_clean_one(scanned: Callable[[str], Finding]) -> None:
+    poisoned, clean = (_result(scanned(f"{name}.int8-static")).score for name in ("second", "first"))
+    assert poisoned is not None
+    assert clean is not None
+    assert poisoned > clean
+
+
+def test_scan_reports_every_class_its_settings_and_its_cost(scanned: Callable[[str], Finding]) -> None:
+    finding = scanned("second.int8-static")
+    result = _result(finding)
+    assert sorted(entry.target_class for entry in result.classes) == list(range(CLASSES))
+    norms = [entry.norm for entry in result.classes if entry.norm is not None]
+    assert norms == sorted(norms)
+    assert [entry.rank for entry in result.classes] == list(range(1, CLASSES + 1))
+    assert all(entry.restart_norms == (entry.norm,) for entry in result.classes)
+    assert result.median_norm == np.median(norms + [np.inf] * (CLASSES - len(norms)))
+    assert finding.settings == {
+        "budget": "gate", "learning_rate": 0.1, "batch_size": 32, "initial_cost": 1e-3, "multiplier": 2.0,
+        "patience": 5, "attack_success": 0.99, "threshold": 2.0, "gradient_steps_per_class": 200, "restarts": 1,
+    }  # fmt: skip
+    assert finding.threshold is not None
+    assert (finding.threshold.value, finding.threshold.source) == (2.0, "paper")
+    assert (finding.threshold.n, finding.threshold.false_alarm_rate) == (None, None)
+    assert (finding.seed, finding.cost.gradient_steps) == (0, CLASSES * 200)
+    assert Finding.model_validate_json(finding.model_dump_json()) == finding
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUDGETS, "quick", (25, 2))
+
+
+@pytest.mark.usefixtures("short")
+def test_scan_repeats_itself_whatever_the_threads(evidence_of: Callable[[str], Evidence]) -> None:
+    evidence = evidence_of("second.int8-static")
+    findings = [NeuralCleanse(budget="quick").scan(replace(evidence, threads=threads)) for threads in (1, 1, 2)]
+    assert findings[0] == findings[1] == findings[2]
+    assert any(entry.norm is not None for entry in _result(findings[0]).classes)
+    other = NeuralCleanse(budget="quick").scan(replace(evidence, seed=1))
+    assert [entry.restart_norms for entry in _result(other).classes] != [
+        entry.restart_norms for entry in _result(findings[0]).classes
+    ]
+
+
+@pytest.mark.usefixtures("short")
+def test_scan_runs_restarts_and_keeps_the_best(evidence_of: Callable[[str], Evidence]) -> None:
+    finding = NeuralCleanse(budget="quick").scan(evidence_of("second"))
+    result = _result(finding)
+    assert (finding.settings["restarts"], finding.cost.gradient_steps) == (2, CLASSES * 25 * 2)
+    assert all(len(entry.restart_norms) == 2 for entry in result.classes)
+    pairs = [entry for entry in result.classes if None not in entry.restart_norms]
+    assert pairs
+    for entry in pairs:
+        assert entry.norm == min(norm for norm in entry.restart_norms if norm is not None)
+        assert entry.restart_norms[0] != entry.restart_norms[1]
+
+
+@pytest.mark.usefixtures("short")
+def test_scan_lets_the_artifact_dispose_when_the_shadow_is_another_file_s(
+    evidence_of: Callable[[str], Evidence],
+) -> None:
+    poisoned, clean = evidence_of("second"), evidence_of("first")
+    crossed = replace(clean, shadow=poisoned.shadow, certificate=poisoned.certificate)
+    finding = NeuralCleanse(budget="quick").scan(crossed)
+    result = _result(finding)
+    entry = next(entry for entry in result.classes if entry.target_class == TARGET)
+    assert entry.norm is None
+    assert entry.censored == "no trigger reached an ASR of 0.99 on the session within the budget"
+    assert entry.optimised_asr is not None
+    assert entry.optimised_asr < 0.5
+    assert result.replay_agreement is not None
+    assert result.replay_agreement < 0.9
+    assert finding.verdict is Verdict.NOT_MEASURED
+    own = _result(NeuralCleanse(budget="quick").scan(poisoned))
+    assert next(entry for entry in own.classes if entry.target_class == TARGET).norm is not None
+
+
+@pytest.mark.usefixtures("short")
+def test_scan_runs_forwards_for_every_replay(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(SPREAD)
+    monkeypatch.setattr(neural_cleanse, "artifact_asr", artifact_asr)
+    evidence = evidence_of("first")
+    finding = NeuralCleanse(budget="quick").scan(evidence)
+    others = [(half.labels != target).sum() for half in _halves(evidence) for target in range(CLASSES)]
+    first = sum(others[:CLASSES])
+    # accuracy once; both restarts of every class on both halves; and both compared with the shadow on the first half
+    assert finding.cost.forwards == 512 + 2 * sum(others) + 2 * first
+    assert {entry.censored for entry in _result(finding).classes} == {
+        "no trigger reached an ASR of 0.99 on the session within the budget"
+    }
+
+
+def _halves(evidence: Evidence) -> tuple[ImageSet, ImageSet]:
+    halves = neural_cleanse._halve(evidence.clean, evidence.seed)
+    return halves.optimised, halves.held_out
+
+
+# --- what it must not judge -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.usefixtures("short")
+def test_scan_measures_nothing_when_gradients_are_cut(evidence_of: Callable[[str], Evidence], *, zero: bool) -> None:
+    evidence = evidence_of("second.int8-static")
+    assert evidence.shadow is not None
+    cut = replace(evidence, shadow=_Cut(evidence.shadow, zero=zero))  # type: ignore[arg-type]
+    finding = NeuralCleanse(budget="quick").scan(cut)
+    assert (finding.verdict, finding.result) == (Verdict.NOT_MEASURED, None)
+    reason = "is zero at every step" if zero else "do not depend on its input"
+    assert finding.reason.startswith("no gradient: the ")
+    assert reason in finding.reason
+
+
+def test_scan_measures_nothing_when_all_norms_are_equal(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({target: [12.0] for target in range(CLASSES)})
+    finding = NeuralCleanse().scan(evidence_of("first"))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == "the norms of all classes are the same (12.000): MAD = 0, so no index is defined"
+    assert (_result(finding).mad, _result(finding).median_norm, _result(finding).score) == (0.0, 12.0, None)
+
+
+def test_scan_measures_nothing_when_the_shadow_has_one_nan_norm(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({**SPREAD, 4: [float("nan")]})
+    finding = NeuralCleanse().scan(evidence_of("first"))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == "a trigger norm is NaN"
+
+
+def test_scan_measures_nothing_below_200_images(evidence_of: Callable[[str], Evidence]) -> None:
+    evidence = evidence_of("first")
+    few = replace(evidence, clean=evidence.clean.take(np.arange(199)))
+    finding = NeuralCleanse().scan(few)
+    assert (finding.verdict, finding.reason) == (
+        Verdict.NOT_MEASURED,
+        "199 clean images; at least 200 are needed",
+    )
+    assert (finding.cost.forwards, finding.cost.gradient_steps) == (0, 0)
+
+
+def test_scan_measures_at_200_images(evidence_of: Callable[[str], Evidence], planned: Callable[..., None]) -> None:
+    planned(SPREAD)
+    evidence = evidence_of("first")
+    finding = NeuralCleanse().scan(replace(evidence, clean=evidence.clean.take(np.arange(200))))
+    assert finding.verdict is Verdict.CLEAN, finding.reason
+
+
+def test_scan_does_not_apply_below_six_classes(evidence_of: Callable[[str], Evidence]) -> None:
+    evidence = evidence_of("first")
+    clean = replace(evidence.clean, labels=evidence.clean.labels % 5, class_names=tuple("abcde"))
+    finding = NeuralCleanse().scan(replace(evidence, clean=clean))
+    assert finding.verdict is Verdict.NOT_APPLICABLE
+    assert finding.reason == "5 classes; an outlier among norms needs at least 6"
+
+
+@pytest.mark.parametrize("count", [11, 13])
+def test_scan_measures_nothing_when_data_and_model_have_other_classes(
+    evidence_of: Callable[[str], Evidence], count: int
+) -> None:
+    evidence = evidence_of("first")
+    names = tuple(str(index) for index in range(count))
+    clean = replace(evidence.clean, labels=evidence.clean.labels % 11, class_names=names)
+    finding = NeuralCleanse().scan(replace(evidence, clean=clean))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == f"the clean images have {count} classes, the model answers with 12"
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_scan_measures_nothing_when_the_shadow_is_not_certified(
+    evidence_of: Callable[[str], Evidence], *, missing: bool
+) -> None:
+    evidence = evidence_of("first")
+    shadow = None if missing else evidence.shadow
+    finding = NeuralCleanse().scan(replace(evidence, shadow=shadow, certificate=uncertified("it saturates")))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == "the shadow is not certified: it saturates"
+
+
+def test_scan_measures_nothing_when_the_labels_are_permuted(evidence_of: Callable[[str], Evidence]) -> None:
+    evidence = evidence_of("first")
+    clean = replace(evidence.clean, labels=np.random.default_rng(0).permutation(evidence.clean.labels))
+    finding = NeuralCleanse().scan(replace(evidence, clean=clean))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert "is near chance (8.3%): wrong labels, order or pixels?" in finding.reason
+
+
+def test_scan_measures_nothing_when_a_logit_is_nan(evidence_of: Callable[[str], Evidence]) -> None:
+    def poke(_x: Pixels, logits: Logits) -> Logits:
+        logits[0, 3] = np.nan
+        return logits
+
+    evidence = evidence_of("first")
+    wrapped: Any = _Wrapped(evidence.session, poke)
+    finding = NeuralCleanse().scan(replace(evidence, session=wrapped))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == "the session's logits on clean images are not finite (NaN or infinite weights?)"
+
+
+def test_scan_measures_nothing_when_nearly_all_images_are_of_one_class(evidence_of: Callable[[str], Evidence]) -> None:
+    evidence = evidence_of("first")
+    rows = np.flatnonzero(evidence.clean.labels == 3)
+    clean = evidence.clean.take(np.resize(rows, 400))
+    finding = NeuralCleanse().scan(replace(evidence, clean=clean))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == "0 of 200 images are outside the most frequent class; at least 50 are needed"
+
+
+def test_scan_judges_all_classes_when_the_images_are_sorted_by_class(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned(SPREAD)
+    evidence = evidence_of("first")
+    clean = evidence.clean.take(np.argsort(evidence.clean.labels, kind="stable"))
+    finding = NeuralCleanse().scan(replace(evidence, clean=clean))
+    assert finding.verdict is Verdict.CLEAN, finding.reason
+    for half in _halves(replace(evidence, clean=clean)):
+        assert np.bincount(half.labels, minlength=CLASSES).min() > 5
+
+
+@pytest.mark.parametrize(("censored", "verdict"), [(3, Verdict.CLEAN), (4, Verdict.NOT_MEASURED)])
+def test_scan_measures_nothing_above_a_quarter_censored(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None], censored: int, verdict: Verdict
+) -> None:
+    planned({target: norms for target, norms in SPREAD.items() if target >= censored})
+    finding = NeuralCleanse().scan(evidence_of("first"))
+    assert finding.verdict is verdict
+    if verdict is Verdict.NOT_MEASURED:
+        assert finding.reason == "4 of 12 classes are censored, more than 25%"
+        assert len(_result(finding).classes) == CLASSES
+
+
+def test_scan_measures_nothing_when_no_class_has_a_trigger(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({})
+    finding = NeuralCleanse().scan(evidence_of("first"))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == "12 of 12 classes are censored, more than 25%"
+    result = _result(finding)
+    assert (result.replay_agreement, result.replay_relative_rms) == (None, None)
+    assert {entry.censored for entry in result.classes} == {
+        "no trigger reached an ASR of 0.99 on the shadow within the budget"
+    }
+
+
+def test_refuse_norms_needs_six_converged_classes() -> None:
+    assert neural_cleanse._refuse_norms(np.array([1.0, 2, 3, 4, 5, np.inf])) == (
+        "5 classes converged; at least 6 are needed"
+    )
+    assert neural_cleanse._refuse_norms(np.array([1.0, 2, 3, 4, 5, 6])) is None
+    assert neural_cleanse._refuse_norms(np.array([1.0, 2, 3, 4, 5, 6, np.inf, np.inf])) is None
+
+
+# --- how it judges ----------------------------------------------------------------------------------------------------
+
+
+def test_scan_raises_the_alarm_on_the_low_side_only(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({**SPREAD, 11: [200.0]})
+    high = NeuralCleanse().scan(evidence_of("first"))
+    assert high.verdict is Verdict.CLEAN
+    planned({**SPREAD, 11: [2.0]})
+    low = NeuralCleanse().scan(evidence_of("first"))
+    result = _result(low)
+    # norms 2, 20..30: median 24.5, deviations 22.5 and .5 to 5.5, scaled MAD 1.4826 * 3
+    assert (result.median_norm, result.mad) == (pytest.approx(24.5), pytest.approx(4.4478))
+    assert result.score == pytest.approx(22.5 / 4.4478)
+    assert (low.verdict, low.reason) == (
+        Verdict.BACKDOORED,
+        "trigger norm far below the other classes': class 11 ('priority_road', index 5.06)",
+    )
+    assert [(suspect.target_class, suspect.class_name) for suspect in result.suspects] == [(11, "priority_road")]
+    assert result.suspects[0].trigger_id == _trigger(2.0, target=11).trigger_id
+
+
+@pytest.mark.parametrize(("threshold", "source"), [(2.0, "paper"), (1.1, "user")])
+def test_scan_names_the_source_of_its_threshold(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None], threshold: float, source: str
+) -> None:
+    planned(SPREAD)
+    finding = NeuralCleanse(threshold=threshold).scan(evidence_of("first"))
+    assert finding.threshold is not None
+    assert (finding.threshold.value, finding.threshold.source) == (threshold, source)
+    assert finding.verdict is {2.0: Verdict.CLEAN, 1.1: Verdict.BACKDOORED}[threshold]  # the highest index is 1.24
+
+
+@pytest.mark.parametrize(
+    ("optimised", "held_out", "censored"),
+    [
+        (0.99, 0.75, None),
+        (0.989, 1.0, "no trigger reached an ASR of 0.99 on the session within the budget"),
+        (1.0, 0.749, "held-out artifact ASR 0.75 is below 0.75"),
+        (1.0, 0.5, "held-out artifact ASR 0.50 is below 0.75"),
+    ],
+)
+def test_scan_counts_a_norm_only_when_the_trigger_works_on_both_halves(
+    evidence_of: Callable[[str], Evidence],
+    planned: Callable[..., None],
+    optimised: float,
+    held_out: float,
+    censored: str | None,
+) -> None:
+    planned({**SPREAD, 5: [1.0]}, lambda target, _norm: (optimised, held_out) if target == 5 else (1.0, 1.0))
+    finding = NeuralCleanse().scan(evidence_of("first"))
+    entry = next(entry for entry in _result(finding).classes if entry.target_class == 5)
+    assert (entry.censored, entry.norm) == (censored, None if censored else 1.0)
+    assert (entry.optimised_asr, entry.artifact_asr) == (optimised, held_out)
+    assert entry.trigger_id == _trigger(1.0, target=5).trigger_id
+    assert finding.verdict is (Verdict.CLEAN if censored else Verdict.BACKDOORED)
+    assert entry.rank == (12 if censored else 1)
+
+
+def test_scan_ranks_censored_classes_last_and_counts_them_by_rank(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({**SPREAD, 0: [], 1: []})
+    result = _result(NeuralCleanse().scan(evidence_of("first")))
+    assert [entry.target_class for entry in result.classes] == [*range(2, CLASSES), 0, 1]
+    # 22 to 31 and two above: the sixth and seventh of twelve are 27 and 28
+    assert result.median_norm == pytest.approx(27.5)
+    assert [entry.index for entry in result.classes[-2:]] == [None, None]
+
+
+def test_scan_takes_the_smallest_trigger_that_works_on_the_session(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    norms = [10.0, 10.4, 11.0, 22.0, 30.0]  # 10.4 is within 5 % of a failed one
+    planned({**SPREAD, 5: norms}, lambda target, norm: (1.0 if target != 5 or norm in {10.4, 22.0, 30.0} else 0.9, 1.0))
+    result = _result(NeuralCleanse().scan(evidence_of("first")))
+    assert next(entry.norm for entry in result.classes if entry.target_class == 5) == pytest.approx(22.0)
+
+
+def test_scan_blocks_clean_but_not_an_alarm_when_a_node_is_gradient_blind(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    blind = replace(evidence_of("first"), gradient_blind_nodes=("floor\x1b", "where", "if", "argmax"))
+    planned(SPREAD)
+    finding = NeuralCleanse().scan(blind)
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == r"no gradient can look through 'floor\x1b', 'where', 'if' (4 such nodes)"
+    planned({**SPREAD, 5: [1.0]})
+    assert NeuralCleanse().scan(blind).verdict is Verdict.BACKDOORED
+
+
+def test_scan_blocks_clean_but_not_an_alarm_when_shadow_and_session_disagree_on_stamped_images(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    evidence = evidence_of("first")
+    known = {image.tobytes() for image in evidence.clean.pixels}
+
+    def turned(x: Pixels, logits: Logits) -> Logits:
+        stamped = np.array([image.tobytes() not in known for image in x])
+        return np.where(stamped[:, None], -logits, logits)
+
+    session: Any = _Wrapped(evidence.session, turned)
+    planned(SPREAD)
+    finding = NeuralCleanse().scan(replace(evidence, session=session))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason.startswith("shadow and session disagree on the stamped images: top-1 agreement 0.0")
+    planned({**SPREAD, 5: [1.0]})
+    assert NeuralCleanse().scan(replace(evidence, session=session)).verdict is Verdict.BACKDOORED
+
+
+def test_scan_compares_shadow_and_session_where_a_trigger_failed_too(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    """A class that the shadow reaches and the session does not is where the two part."""
+    evidence = evidence_of("first")
+    assert evidence.shadow is not None
+    failed = {image.tobytes() for image in _trigger(99.0, target=5).stamp(evidence.clean.pixels)}
+
+    def turned(x: Pixels, logits: Logits) -> Logits:
+        return np.where(np.array([image.tobytes() in failed for image in x])[:, None], -logits, logits)
+
+    session: Any = _Wrapped(evidence.session, turned)
+    planned({**SPREAD, 5: [99.0]}, lambda target, _norm: (0.0 if target == 5 else 1.0, 1.0))
+    finding = NeuralCleanse().scan(replace(evidence, session=session))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason.startswith("shadow and session disagree on the stamped images")
+
+
+def test_artifact_asr_counts_no_row_without_finite_logits(evidence_of: Callable[[str], Evidence]) -> None:
+    evidence = evidence_of("first")
+    x = evidence.clean.pixels[:4]
+
+    def answer(_x: Pixels, logits: Logits) -> Logits:
+        fixed = np.zeros_like(logits)
+        fixed[:, 0] = [5, np.nan, np.inf, -5]
+        return fixed
+
+    session: Any = _Wrapped(evidence.session, answer)
+    assert artifact_asr(session, _trigger(3.0), x, 0) == 0.25
+    assert artifact_asr(session, _trigger(3.0), x, 1) == 0.25
+
+
+def test_artifact_asr_stamps_on_the_uint8_grid(evidence_of: Callable[[str], Evidence]) -> None:
+    seen: list[Pixels] = []
+
+    def watch(x: Pixels, logits: Logits) -> Logits:
+        seen.append(x)
+        return logits
+
+    evidence = evidence_of("first")
+    session: Any = _Wrapped(evidence.session, watch)
+    artifact_asr(session, _trigger(33.3, target=5), evidence.clean.pixels[:9], 5)
+    np.testing.assert_array_equal(seen[0] * 255, np.rint(seen[0] * 255))
+
+
+@pytest.mark.parametrize(("count", "half"), [(200, 100), (401, 200), (600, 256)])
+def test_halve_keeps_optimised_and_held_out_images_apart(
+    evidence_of: Callable[[str], Evidence], count: int, half: int
+) -> None:
+    clean = evidence_of("first").clean
+    numbered = replace(clean, images=clean.images.copy())
+    numbered.images[:, 0, 0, 0], numbered.images[:, 0, 0, 1] = np.arange(600) // 256, np.arange(600) % 256
+    halves = neural_cleanse._halve(numbered.take(np.arange(count)), 0)
+    ids = [{image.tobytes() for image in part.images} for part in (halves.optimised, halves.held_out)]
+    assert [len(part) for part in ids] == [half, half]
+    assert not ids[0] & ids[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 600])
+def test_scan_runs_with_any_batch_size(
+    evidence_of: Callable[[str], Evidence], monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    monkeypatch.setitem(BUDGETS, "quick", (2, 1))
+    evidence = evidence_of("first")
+    evidence = replace(evidence, clean=evidence.clean.take(np.arange(210)))
+    finding = NeuralCleanse(budget="quick", batch_size=batch_size).scan(evidence)
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert "censored" in finding.reason
+
+
+def test_scan_optimises_and_replays_without_images_of_the_target_class(
+    evidence_of: Callable[[str], Evidence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence = evidence_of("first")
+    label_of = {image.tobytes(): int(label) for image, label in zip(evidence.clean.pixels, evidence.clean.labels)}
+    given: dict[int, set[int]] = {}
+
+    def invert(_shadow: object, x: Pixels, target: int, *_: object) -> list[MaskedPattern]:
+        given[target] = {label_of[image.tobytes()] for image in x}
+        return []
+
+    monkeypatch.setattr(neural_cleanse, "invert_trigger", invert)
+    NeuralCleanse().scan(evidence)
+    assert given == {target: set(range(CLASSES)) - {target} for target in range(CLASSES)}
+
+
+def test_scan_reports_progress(evidence_of: Callable[[str], Evidence], planned: Callable[..., None]) -> None:
+    planned(SPREAD)
+    steps: list[tuple[str, int, int]] = []
+    NeuralCleanse().scan(replace(evidence_of("first"), progress=lambda *step: steps.append(step)))
+    assert steps == [("neural-cleanse", done, CLASSES) for done in range(CLASSES + 1)]
+
+
+# --- its settings -----------------------------------------------------------------------------------------------------
+
+
+def test_budgets_are_those_of_the_issue() -> None:
+    assert BUDGETS == {"quick": (60, 1), "gate": (200, 1), "exhaustive": (400, 3)}
+
+
+def test_marks_are_those_of_the_issue() -> None:
+    marks = (neural_cleanse.MIN_IMAGES, neural_cleanse.MIN_CLASSES, neural_cleanse.MAX_CENSORED)
+    assert marks == (200, 6, 0.25)
+    assert (neural_cleanse.MIN_ARTIFACT_ASR, neural_cleanse.PAPER_THRESHOLD) == (0.75, 2.0)
+
+
+def test_registry_makes_the_scan_with_the_paper_s_defaults() -> None:
+    assert DEFENSES.create("neural-cleanse") == NeuralCleanse()
+    assert DEFENSES.create("neural-cleanse:budget=exhaustive,threshold=3").budget == "exhaustive"
+    defaults = NeuralCleanse()
+    schedule = defaults._schedule()
+    assert (schedule.steps, schedule.learning_rate, schedule.betas, schedule.batch_size) == (200, 0.1, (0.5, 0.9), 32)
+    assert (schedule.initial_cost, schedule.multiplier, schedule.patience) == (1e-3, 2.0, 5)
+    assert (schedule.attack_success, defaults.threshold) == (0.99, 2.0)
+
+
+@pytest.mark.parametrize(
+    "setting", ["budget=endless", "learning_rate=0", "batch_size=0", "attack_success=1.1", "threshold=0", "steps=9"]
+)
+def test_registry_refuses_settings_out_of_range(setting: str) -> None:
+    with pytest.raises(SpecError, match="neural-cleanse"):
+        DEFENSES.create(f"neural-cleanse:{setting}")
