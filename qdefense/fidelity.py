@@ -7,7 +7,7 @@ Four input sets of at least 256 images go through both: clean images; uniformly 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -275,7 +275,7 @@ def input_gradients(
 
 
 def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
-    return cast("Tensor", logits.log_softmax(1).gather(1, targets)[:, 0])
+    return logits.log_softmax(1).gather(1, targets)[:, 0]
 
 
 def check_gradients(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> GradientCheck:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,8 +50,8 @@ def noise(make_noise: Callable[..., ImageSet]) -> ImageSet:
     return make_noise(256, size=2, classes=CLASSES)
 
 
-def test_gather_evidence_certifies_the_optimized_shadow(small_files: dict[str, bytes], small_signs: object) -> None:
-    images: ImageSet = small_signs.test  # type: ignore[attr-defined]
+def test_gather_evidence_certifies_the_optimized_shadow(small_files: dict[str, bytes], small_signs: Any) -> None:
+    images: ImageSet = small_signs.test
     session = _session(small_files["first.int8-static"])
     evidence = gather_evidence(session, images, seed=3, threads=2)
     assert evidence.shadow is not None

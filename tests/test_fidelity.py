@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -62,19 +62,19 @@ class _Altered(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def certified(small_files: dict[str, bytes], small_signs: object) -> dict[str, tuple[_Recorder, FidelityCertificate]]:
+def certified(small_files: dict[str, bytes], small_signs: Any) -> dict[str, tuple[_Recorder, FidelityCertificate]]:
     """Every small file with its certificate, and what its session was asked for it."""
     found = {}
     for name in NAMES:
         session = _Recorder(small_files[name])
         shadow = build_shadow(small_files[name], source="optimized")
-        found[name] = session, certify(session, shadow, small_signs.test, seed=0)  # type: ignore[attr-defined]
+        found[name] = session, certify(session, shadow, small_signs.test, seed=0)
     return found
 
 
 @pytest.fixture
-def clean(small_signs: object) -> ImageSet:
-    images: ImageSet = small_signs.test  # type: ignore[attr-defined]
+def clean(small_signs: Any) -> ImageSet:
+    images: ImageSet = small_signs.test
     return images
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -141,13 +142,13 @@ def test_find_cause_names_the_batch_when_it_is_fixed_in_the_file(noise: ImageSet
 
 
 def test_find_cause_does_not_blame_the_batch_when_no_scale_is_shared(
-    small_files: dict[str, bytes], small_signs: object
+    small_files: dict[str, bytes], small_signs: Any
 ) -> None:
     data = small_files["first.int8-static"]
     cause = find_cause(
         _deployed(data),
         build_shadow(data, source="optimized"),
-        small_signs.test.pixels[:8],  # type: ignore[attr-defined]
+        small_signs.test.pixels[:8],
         saturate=False,
     )
     assert cause.kind != "batch"
@@ -202,14 +203,14 @@ def test_certify_names_the_optimization_level_when_the_session_runs_unoptimized(
 
 @pytest.mark.parametrize("at", [3, -1])
 def test_certify_names_the_first_tensor_that_differs_when_a_constant_was_tampered_with(
-    small_files: dict[str, bytes], small_signs: object, at: int
+    small_files: dict[str, bytes], small_signs: Any, at: int
 ) -> None:
     data = small_files["first"]
     shadow = build_shadow(data, source="optimized")
     steps = [step for step in shadow._plan.steps if step.node.op_type in {"Conv", "FusedConv", "Gemm"}]
     with torch.no_grad():
         shadow._parameter_of[steps[at].inputs[1]].mul_(-1)
-    certificate = certify(_deployed(data), shadow, small_signs.test, seed=0)  # type: ignore[attr-defined]
+    certificate = certify(_deployed(data), shadow, small_signs.test, seed=0)
     assert not certificate.certified
     assert certificate.cause is not None
     assert (certificate.cause.kind, certificate.cause.layers) == ("numerics", (steps[at].outputs[0],))
@@ -217,34 +218,34 @@ def test_certify_names_the_first_tensor_that_differs_when_a_constant_was_tampere
 
 
 def test_find_cause_locates_a_difference_when_the_file_is_dynamic(
-    small_files: dict[str, bytes], small_signs: object
+    small_files: dict[str, bytes], small_signs: Any
 ) -> None:
     data = small_files["first.int8-dynamic"]
     shadow = build_shadow(data, source="optimized")
     step = next(step for step in shadow._plan.steps if step.node.op_type == "Div")
     with torch.no_grad():
         shadow._parameter_of[step.inputs[1]].mul_(4)
-    x = small_signs.test.pixels[:16]  # type: ignore[attr-defined]
+    x = small_signs.test.pixels[:16]
     for batch in (1, 16):
         cause = find_cause(_deployed(data, batch=batch), shadow, x, saturate=False)
         assert (cause.kind, cause.layers) == ("numerics", (step.outputs[0],))
 
 
 def test_find_cause_says_so_when_no_tensor_can_be_tapped(
-    small_files: dict[str, bytes], small_signs: object, monkeypatch: pytest.MonkeyPatch
+    small_files: dict[str, bytes], small_signs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = small_files["first"]
     shadow = build_shadow(data, source="optimized")
     with torch.no_grad():
         next(iter(shadow.parameters_by_initializer.values())).mul_(3)
     monkeypatch.setattr(shadow, "tensor_names", ())
-    x = small_signs.test.pixels[:8]  # type: ignore[attr-defined]
+    x = small_signs.test.pixels[:8]
     cause = find_cause(_deployed(data), shadow, x, saturate=False)
     assert (cause.kind, cause.layers) == ("numerics", ())
     assert cause.detail == "no tensor that can be tapped differs"
 
 
-def test_find_cause_escapes_names_when_they_are_hostile(small_files: dict[str, bytes], small_signs: object) -> None:
+def test_find_cause_escapes_names_when_they_are_hostile(small_files: dict[str, bytes], small_signs: Any) -> None:
     model = onnx.load_from_string(small_files["first"])
     first = next(node for node in model.graph.node if node.op_type == "Conv")
     old, new = first.output[0], "evil\x1b[31m\n" + "x" * 500
@@ -256,14 +257,14 @@ def test_find_cause_escapes_names_when_they_are_hostile(small_files: dict[str, b
     step = next(step for step in shadow._plan.steps if step.node.op_type == "Conv")
     with torch.no_grad():
         shadow._parameter_of[step.inputs[1]].mul_(-1)
-    x = small_signs.test.pixels[:8]  # type: ignore[attr-defined]
+    x = small_signs.test.pixels[:8]
     cause = find_cause(_deployed(data), shadow, x, saturate=False)
     assert all(name.isprintable() and len(name) <= 120 for name in cause.layers)
     assert cause.detail.isprintable()
 
 
 def test_certify_looks_for_the_cause_where_the_failure_is(
-    small_files: dict[str, bytes], small_signs: object, monkeypatch: pytest.MonkeyPatch
+    small_files: dict[str, bytes], small_signs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backdoored shadow of a clean file differs on the stamped images only, say; clean ones would show nothing."""
     data = small_files["first"]
@@ -282,7 +283,7 @@ def test_certify_looks_for_the_cause_where_the_failure_is(
         "find_cause",
         lambda session, shadow, x, *, saturate: asked.append(x) or find_cause(session, shadow, x, saturate=saturate),
     )
-    certificate = certify(_deployed(data), shadow, small_signs.test, seed=0)  # type: ignore[attr-defined]
+    certificate = certify(_deployed(data), shadow, small_signs.test, seed=0)
     assert [entry.passes for entry in certificate.sets][1] is False
     worst = min(certificate.sets, key=lambda entry: entry.top1_agreement)
     assert worst.name == "uniform"

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,8 +46,8 @@ def _with_fixed_batch(data: bytes, batch: int) -> bytes:
 
 
 @pytest.fixture
-def pixels(small_signs: object) -> np.ndarray:
-    x: np.ndarray = small_signs.test.pixels[:70]  # type: ignore[attr-defined]
+def pixels(small_signs: Any) -> np.ndarray:
+    x: np.ndarray = small_signs.test.pixels[:70]
     return x
 
 

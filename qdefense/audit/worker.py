@@ -21,12 +21,13 @@ from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
 from qdefense.audit.provenance import environment
 from qdefense.converters.contract import ContractError
 from qdefense.converters.reading import FileRefusedError
+from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.opening import open_data
 from qdefense.evidence import gather_evidence
 from qdefense.files import reason_of
 from qdefense.registry import SpecError
-from qdefense.report.escaping import harmless_lines, shortened
+from qdefense.report.escaping import harmless_lines, internal_error, shortened
 from qdefense.report.model import Accuracy, DataFacts, Subject
 from qdefense.session import DeployedSession, Logits, SessionError, profile_for
 
@@ -75,9 +76,9 @@ def _stopped(error: Exception) -> Stopped:
         return Stopped(exit_code=USAGE, message=shortened(reason_of(error)))
     if isinstance(error, (DataError, SpecError, ContractError)):
         return Stopped(exit_code=USAGE, message=shortened(str(error)))
-    if isinstance(error, (FileRefusedError, SessionError)):
+    if isinstance(error, (FileRefusedError, RuntimeGraphError, SessionError)):
         return Stopped(exit_code=REFUSED, message=shortened(str(error)))
-    return Stopped(exit_code=INCOMPLETE, message=shortened(f"internal error: {type(error).__name__}: {error}"))
+    return Stopped(exit_code=INCOMPLETE, message=internal_error(error))
 
 
 def run(job: Job, emit: Emit) -> None:

@@ -7,14 +7,15 @@ from qdefense.audit.supervisor import UsageProblemError
 from qdefense.converters.contract import ContractError
 from qdefense.converters.quantize import QuantizationError
 from qdefense.converters.reading import FileRefusedError
+from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.data.images import DataError
 from qdefense.files import reason_of
 from qdefense.registry import SpecError
-from qdefense.report.escaping import harmless, shortened
+from qdefense.report.escaping import harmless, internal_error, shortened
 from qdefense.session import SessionError
 
 _USAGE = (UsageProblemError, DataError, SpecError, ContractError, QuantizationError)
-_REFUSED = (FileRefusedError, SessionError)
+_REFUSED = (FileRefusedError, RuntimeGraphError, SessionError)
 
 
 def exit_code_of(error: Exception) -> int:
@@ -29,5 +30,5 @@ def message_of(error: Exception) -> str:
     if isinstance(error, OSError):
         return harmless(shortened(reason_of(error)))
     if exit_code_of(error) == INCOMPLETE:
-        return harmless(shortened(f"internal error: {type(error).__name__}: {error}") + "; run with -v and report it")
+        return harmless(f"{internal_error(error)}; run with -v and report it")
     return harmless(shortened(str(error)))

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from qdefense.artifact import Artifact
-from qdefense.cli.options import output_console
 from qdefense.converters.quantize import Method, Scheme, quantize
 from qdefense.data.opening import open_data, training_split
 from qdefense.files import check_writable, write_atomically
@@ -63,7 +62,6 @@ def command(
         method=method,
     )
     write_atomically(output, data)
-    console = output_console()
-    console.print(f"{harmless(output.name)}: {len(data):,} bytes")
+    click.echo(f"{harmless(output.name)}: {len(data):,} bytes")
     for name, value in inspection_rows(Artifact.from_bytes(data).inspection):
-        console.print(f"  {name}: {harmless(value)}")
+        click.echo(f"  {name}: {harmless(value)}")

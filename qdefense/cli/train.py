@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qdefense.attacks import ATTACKS
-from qdefense.cli.options import output_console, progress_bar, run_options
+from qdefense.cli.options import progress_bar, run_options
 from qdefense.data.opening import open_data, training_split
 from qdefense.files import check_writable
 from qdefense.report.escaping import harmless
@@ -58,6 +58,5 @@ def command(
             threads=threads,
             on_epoch=lambda done, total, _loss: advance("epochs", done, total),
         )
-    console = output_console()
-    console.print(f"{harmless(output.name)}: sha256 {truth.artifact_sha256}")
-    console.print(f"{harmless(truth_path(output).name)}: the truth, for evaluators only")
+    click.echo(f"{harmless(output.name)}: sha256 {truth.artifact_sha256}")
+    click.echo(f"{harmless(truth_path(output).name)}: the truth, for evaluators only")

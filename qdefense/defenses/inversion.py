@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -85,14 +86,33 @@ class CostController:
             self.cost /= self.schedule.multiplier**1.5
 
 
+class PassAverage:
+    """Mean of the last ``length`` mini-batches' success, 0 until there are so many.
+
+    The published code averages over a pass of 1,000 images before it decides. One mini-batch of 32 is no substitute:
+    "32 of 32, five times in a row" and "a miss, five times in a row" balance at a success of .978, so that it would
+    settle below the .99 by which its triggers are judged on the session.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._recent: deque[float] = deque(maxlen=length)
+
+    def add(self, success: float) -> float:
+        """Take in one mini-batch and return the average."""
+        self._recent.append(success)
+        whole = len(self._recent) == self._recent.maxlen
+        return sum(self._recent) / len(self._recent) if whole else 0.0
+
+
 def invert_trigger(
     shadow: Shadow, images: Pixels, target_class: int, schedule: Schedule, rng: np.random.Generator
 ) -> list[MaskedPattern]:
     """Every improvement found in one run, smallest mask first.
 
     Minimises ``CE(f(x'), t) + cost * ||m||_1`` over ``m = tanh(a) / 2 + 1/2`` and ``p = tanh(b) / 2 + 1/2`` with
-    ``x' = (1 - m) x + m p``; a step is one Adam update on one mini-batch of ``images: (N, 3, H, W)``. A pair is kept
-    when its mini-batch reached the wanted success and its mask is the smallest so far.
+    ``x' = (1 - m) x + m p``; a step is one Adam update on one mini-batch of ``images: (N, 3, H, W)``. The success that
+    drives the cost is the average over the last pass through the images; a pair is kept when that average reached the
+    wanted success and its mask is the smallest so far.
 
     Raises:
         NoGradientError: the classification loss gives the input no gradient.
@@ -103,6 +123,7 @@ def invert_trigger(
     controller = CostController(schedule)
     targets = torch.full((schedule.batch_size,), target_class)
     kept: list[MaskedPattern] = []
+    recent = PassAverage(-(-len(images) // schedule.batch_size))
     alive = False
     for rows in _mini_batches(len(images), schedule, rng):
         mask, pattern = torch.tanh(raw_mask) / 2 + 0.5, torch.tanh(raw_pattern) / 2 + 0.5
@@ -110,7 +131,7 @@ def invert_trigger(
         logits = cast("Tensor", shadow(stamped))
         gradient = _input_gradient(F.cross_entropy(logits, targets), stamped)
         alive = alive or bool(gradient.any())
-        success = float((logits.argmax(1) == target_class).float().mean())
+        success = recent.add(float((logits.argmax(1) == target_class).float().mean()))
         norm = float(mask.detach().sum(dtype=torch.float64))
         if success >= schedule.attack_success and (not kept or norm < kept[-1].norm):
             kept.append(_snapshot(mask, pattern))

@@ -15,6 +15,11 @@ def harmless_lines(text: str) -> str:
     return "".join(f"{harmless(line)}\n" for line in text.splitlines())
 
 
+def internal_error(error: Exception) -> str:
+    """What an error of our own is called, on one line."""
+    return shortened(f"internal error: {type(error).__name__}: {error}").removesuffix(":")
+
+
 def shortened(text: str) -> str:
     """One line of at most 600 characters: what a runtime says of a file can fill screens."""
     line = " ".join(text.split())

@@ -38,7 +38,7 @@ def _gate(report: Report) -> RenderableType:
 
 
 def _indented(content: RenderableType) -> Padding:
-    return Padding(content, (0, 0, 0, 2))
+    return Padding(content, (0, 0, 0, 2), expand=False)
 
 
 def fact_grid(rows: Iterable[tuple[str, str]]) -> Table:

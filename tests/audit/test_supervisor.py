@@ -216,7 +216,8 @@ class Watched:
     def __init__(self, folder: Path, model: Path) -> None:
         self.log = folder / "opened.log"
         (folder / "sitecustomize.py").write_text(WATCHER)
-        watching = {"PYTHONPATH": str(folder), "WATCH_LOG": str(self.log), "WATCH_MODEL": str(model)}
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        watching = {"PYTHONPATH": path, "WATCH_LOG": str(self.log), "WATCH_MODEL": str(model)}
         self.environment = os.environ | watching | {"OMP_NUM_THREADS": "1"}
 
     def opened(self) -> dict[str, set[str]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -124,6 +125,9 @@ SPREAD = {target: [20.0 + target] for target in range(CLASSES)}
 """One trigger for each class; median 25.5, scaled MAD 4.4478, so that nothing stands out."""
 
 
+# The default budget and the first seed, nothing tuned. It is no safe bet: a single start can end in a poor minimum, and
+# with twelve classes the index cannot pass median / MAD, here 3 to 4, however small the trigger.
+
 # --- the real thing ---------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +138,7 @@ def test_scan_finds_the_target_class_when_the_network_was_poisoned(
     finding = scanned(f"second{precision}")
     result = _result(finding)
     assert finding.verdict is Verdict.BACKDOORED, finding.reason
-    assert [suspect.target_class for suspect in result.suspects][0] == TARGET
+    assert result.suspects[0].target_class == TARGET
     assert (result.classes[0].target_class, result.classes[0].rank) == (TARGET, 1)
     assert result.suspects[0].artifact_asr >= 0.75
     assert result.suspects[0].trigger_id == result.classes[0].trigger_id
@@ -182,64 +186,75 @@ def test_scan_reports_every_class_its_settings_and_its_cost(scanned: Callable[[s
     assert Finding.model_validate_json(finding.model_dump_json()) == finding
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUDGETS, "quick", (25, 2))
+@contextmanager
+def _budget(steps: int, restarts: int) -> Iterator[NeuralCleanse]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUDGETS, "quick", (steps, restarts))
+        yield NeuralCleanse(budget="quick")
 
 
-@pytest.mark.usefixtures("short")
-def test_scan_repeats_itself_whatever_the_threads(evidence_of: Callable[[str], Evidence]) -> None:
+@pytest.fixture(scope="module")
+def short_scan(evidence_of: Callable[[str], Evidence]) -> Finding:
+    """25 steps on one thread: enough for the planted trigger and a few others."""
+    with _budget(25, 1) as scan:
+        return scan.scan(replace(evidence_of("second.int8-static"), threads=1))
+
+
+def test_scan_repeats_itself_whatever_the_threads(evidence_of: Callable[[str], Evidence], short_scan: Finding) -> None:
     evidence = evidence_of("second.int8-static")
-    findings = [NeuralCleanse(budget="quick").scan(replace(evidence, threads=threads)) for threads in (1, 1, 2)]
-    assert findings[0] == findings[1] == findings[2]
-    assert any(entry.norm is not None for entry in _result(findings[0]).classes)
-    other = NeuralCleanse(budget="quick").scan(replace(evidence, seed=1))
-    assert [entry.restart_norms for entry in _result(other).classes] != [
-        entry.restart_norms for entry in _result(findings[0]).classes
-    ]
+    with _budget(25, 1) as scan:
+        assert scan.scan(replace(evidence, threads=2)) == short_scan
+        other = scan.scan(replace(evidence, threads=2, seed=1))
+    norms = [[entry.norm for entry in _result(finding).classes] for finding in (short_scan, other)]
+    assert any(norm is not None for norm in norms[0])
+    assert norms[0] != norms[1]
 
 
-@pytest.mark.usefixtures("short")
-def test_scan_runs_restarts_and_keeps_the_best(evidence_of: Callable[[str], Evidence]) -> None:
-    finding = NeuralCleanse(budget="quick").scan(evidence_of("second"))
+def test_scan_runs_restarts_and_keeps_the_best(evidence_of: Callable[[str], Evidence], short_scan: Finding) -> None:
+    with _budget(25, 2) as scan:
+        finding = scan.scan(evidence_of("second.int8-static"))
     result = _result(finding)
     assert (finding.settings["restarts"], finding.cost.gradient_steps) == (2, CLASSES * 25 * 2)
-    assert all(len(entry.restart_norms) == 2 for entry in result.classes)
-    pairs = [entry for entry in result.classes if None not in entry.restart_norms]
-    assert pairs
-    for entry in pairs:
-        assert entry.norm == min(norm for norm in entry.restart_norms if norm is not None)
-        assert entry.restart_norms[0] != entry.restart_norms[1]
+    first = {entry.target_class: entry.norm for entry in _result(short_scan).classes}
+    assert {entry.target_class: entry.restart_norms[0] for entry in result.classes} == first
+    for entry in result.classes:
+        converged = [norm for norm in entry.restart_norms if norm is not None]
+        assert len(entry.restart_norms) == 2
+        assert len(set(converged)) == len(converged)
+        assert entry.norm == (min(converged) if converged else None)
+        assert (entry.censored is None) == bool(converged)
+    assert any(entry.norm != entry.restart_norms[0] for entry in result.classes)
 
 
-@pytest.mark.usefixtures("short")
 def test_scan_lets_the_artifact_dispose_when_the_shadow_is_another_file_s(
-    evidence_of: Callable[[str], Evidence],
+    evidence_of: Callable[[str], Evidence], short_scan: Finding
 ) -> None:
-    poisoned, clean = evidence_of("second"), evidence_of("first")
-    crossed = replace(clean, shadow=poisoned.shadow, certificate=poisoned.certificate)
-    finding = NeuralCleanse(budget="quick").scan(crossed)
-    result = _result(finding)
-    entry = next(entry for entry in result.classes if entry.target_class == TARGET)
-    assert entry.norm is None
-    assert entry.censored == "no trigger reached an ASR of 0.99 on the session within the budget"
+    poisoned, clean = evidence_of("second.int8-static"), evidence_of("first.int8-static")
+    with _budget(25, 1) as scan:
+        finding = scan.scan(replace(clean, shadow=poisoned.shadow, certificate=poisoned.certificate))
+    own = next(entry for entry in _result(short_scan).classes if entry.target_class == TARGET)
+    entry = next(entry for entry in _result(finding).classes if entry.target_class == TARGET)
+    assert own.norm is not None
+    assert (entry.norm, entry.censored) == (
+        None,
+        "no trigger reached an ASR of 0.99 on the session within the budget",
+    )
     assert entry.optimised_asr is not None
     assert entry.optimised_asr < 0.5
-    assert result.replay_agreement is not None
-    assert result.replay_agreement < 0.9
+    agreement = _result(finding).replay_agreement
+    assert agreement is not None
+    assert agreement < 0.9
     assert finding.verdict is Verdict.NOT_MEASURED
-    own = _result(NeuralCleanse(budget="quick").scan(poisoned))
-    assert next(entry for entry in own.classes if entry.target_class == TARGET).norm is not None
 
 
-@pytest.mark.usefixtures("short")
 def test_scan_runs_forwards_for_every_replay(
     evidence_of: Callable[[str], Evidence], planned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned(SPREAD)
     monkeypatch.setattr(neural_cleanse, "artifact_asr", artifact_asr)
     evidence = evidence_of("first")
-    finding = NeuralCleanse(budget="quick").scan(evidence)
+    with _budget(25, 2) as scan:
+        finding = scan.scan(evidence)
     others = [(half.labels != target).sum() for half in _halves(evidence) for target in range(CLASSES)]
     first = sum(others[:CLASSES])
     # accuracy once; both restarts of every class on both halves; and both compared with the shadow on the first half
@@ -258,12 +273,12 @@ def _halves(evidence: Evidence) -> tuple[ImageSet, ImageSet]:
 
 
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.usefixtures("short")
 def test_scan_measures_nothing_when_gradients_are_cut(evidence_of: Callable[[str], Evidence], *, zero: bool) -> None:
     evidence = evidence_of("second.int8-static")
     assert evidence.shadow is not None
     cut = replace(evidence, shadow=_Cut(evidence.shadow, zero=zero))  # type: ignore[arg-type]
-    finding = NeuralCleanse(budget="quick").scan(cut)
+    with _budget(3, 1) as scan:
+        finding = scan.scan(cut)
     assert (finding.verdict, finding.result) == (Verdict.NOT_MEASURED, None)
     reason = "is zero at every step" if zero else "do not depend on its input"
     assert finding.reason.startswith("no gradient: the ")
@@ -582,14 +597,12 @@ def test_halve_keeps_optimised_and_held_out_images_apart(
     assert not ids[0] & ids[1]
 
 
-@pytest.mark.parametrize("batch_size", [1, 600])
-def test_scan_runs_with_any_batch_size(
-    evidence_of: Callable[[str], Evidence], monkeypatch: pytest.MonkeyPatch, batch_size: int
-) -> None:
-    monkeypatch.setitem(BUDGETS, "quick", (2, 1))
+@pytest.mark.parametrize("batch_size", [1, 250])
+def test_scan_runs_with_any_batch_size(evidence_of: Callable[[str], Evidence], batch_size: int) -> None:
     evidence = evidence_of("first")
     evidence = replace(evidence, clean=evidence.clean.take(np.arange(210)))
-    finding = NeuralCleanse(budget="quick", batch_size=batch_size).scan(evidence)
+    with _budget(2, 1) as scan:
+        finding = replace(scan, batch_size=batch_size).scan(evidence)
     assert finding.verdict is Verdict.NOT_MEASURED
     assert "censored" in finding.reason
 

@@ -6,7 +6,7 @@ deviations, ``(median - norm) / (1.4826 * MAD)``, on the low side only; above 2 
 
 Deviations from the paper and its code:
 - The budget counts gradient steps per class (one mini-batch of 32 each), and the cost schedule's patience counts the
-  same steps, where the code counts passes over 1,000 samples.
+  same steps, where the code counts passes over 1,000 samples; the success it looks at is a pass's average, as there.
 - The clean images are shuffled by the seed (files are often sorted by class) and cut in two halves of at most 256:
   one for the inversion, one for the held-out ASR. Images of the target class take no part: they are there already.
 - The convergence criterion (ASR >= 0.99) is judged on the deployed session with the stamped images rounded to the uint8
@@ -100,9 +100,9 @@ class NeuralCleanse:
         if refusal is not None:
             return self._finding(evidence, refusal[0], refusal[1], before, steps=0)
         halves = _halve(evidence.clean, evidence.seed)
-        refusal = _refuse_halves(evidence.session, halves)
-        if refusal is not None:
-            return self._finding(evidence, Verdict.NOT_MEASURED, refusal, before, steps=0)
+        problem = _refuse_halves(evidence.session, halves)
+        if problem is not None:
+            return self._finding(evidence, Verdict.NOT_MEASURED, problem, before, steps=0)
         try:
             outcomes = self._invert_all(evidence, halves)
         except NoGradientError as error:
@@ -263,7 +263,7 @@ class NeuralCleanse:
         steps: int,
         result: ScanResult | None = None,
     ) -> Finding:
-        chosen = asdict(self)  # type: ignore[call-overload]
+        chosen = asdict(self)
         steps_per_class, restarts = BUDGETS[self.budget]
         return Finding(
             defense=self.name,

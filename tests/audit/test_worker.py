@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+import pytest
+
+from qdefense.audit import worker
+from qdefense.audit.events import Advanced, Answered, Certified, Described, Event, Finished, Found, Job, Opened
+from qdefense.converters.contract import ContractError
+from qdefense.converters.reading import FileRefusedError
+from qdefense.data.images import DataError, ImageSet
+from qdefense.data.npz import load_npz, save_npz
+from qdefense.findings import Verdict
+from qdefense.registry import SpecError
+from qdefense.session import SessionError
+
+WORKER = [sys.executable, "-P", "-m", "qdefense.audit.worker"]
+
+
+class Toy(Protocol):
+    clean: Path
+    backdoored: Path
+    data: Path
+    few: Path
+    scan: str
+
+
+def done(job: Job) -> list[Event]:
+    """The events of a job, run in this process."""
+    events: list[Event] = []
+    worker.run(job, events.append)
+    return events
+
+
+def of_kind(events: list[Event], kind: type[Event]) -> Any:
+    (event,) = [event for event in events if isinstance(event, kind)]
+    return event
+
+
+def toy_images(toy: Toy) -> ImageSet:
+    return load_npz(toy.data, split=None, limit=None, seed=0)
+
+
+def changed_model(toy: Toy, target: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    model = onnx.load(toy.clean)
+    change(model)
+    onnx.save(model, target)
+    return target
+
+
+# --- what a job sends -------------------------------------------------------------------------------------------------
+
+
+def test_run_sends_every_answer_in_order_when_all_goes_well(toy: Toy) -> None:
+    events = done(Job(model=str(toy.clean), data=str(toy.data), defenses=(toy.scan,), memory_bytes=10**15))
+    kinds = [event.event for event in events if not isinstance(event, Advanced)]
+    assert kinds == ["opened", "described", "answered", "certified", "found", "finished"]
+    described, found = of_kind(events, Described), of_kind(events, Found)
+    assert described.subject.sha256 == hashlib.sha256(toy.clean.read_bytes()).hexdigest()
+    assert (described.subject.file, described.subject.size_bytes) == ("clean.onnx", toy.clean.stat().st_size)
+    assert (described.subject.data.images, described.subject.data.classes) == (320, 8)
+    assert described.environment.memory_limited is (sys.platform == "linux")
+    assert of_kind(events, Answered).clean_accuracy.value > 0.8
+    assert (found.finding.verdict, found.finding.defense) == (Verdict.CLEAN, "neural-cleanse")
+    stages = [event.stage for event in events if isinstance(event, Advanced)]
+    assert set(stages) == {"neural-cleanse"}
+    assert list(of_kind(events, Finished).seconds_per_stage) == ["load", "certificate", "neural-cleanse"]
+
+
+def test_run_stops_at_the_certificate_when_the_job_has_no_defenses(toy: Toy) -> None:
+    kinds = [event.event for event in done(Job(model=str(toy.clean), data=str(toy.data)))]
+    assert kinds == ["opened", "described", "answered", "certified", "finished"]
+
+
+def test_run_says_not_measured_when_there_are_only_50_images(toy: Toy) -> None:
+    events = done(Job(model=str(toy.clean), data=str(toy.few), defenses=(toy.scan,)))
+    finding, certificate = of_kind(events, Found).finding, of_kind(events, Certified).certificate
+    assert (finding.verdict, finding.reason) == (Verdict.NOT_MEASURED, "50 clean images; at least 200 are needed")
+    assert not certificate.certified
+
+
+def test_run_says_not_measured_when_the_limit_leaves_50_images(toy: Toy) -> None:
+    events = done(Job(model=str(toy.clean), data=str(toy.data), limit=50, defenses=(toy.scan,)))
+    assert of_kind(events, Found).finding.reason.startswith("50 clean images")
+
+
+def test_run_gives_no_accuracy_and_no_verdict_when_weights_are_nan(toy: Toy, tmp_path: Path) -> None:
+    def poison(model: onnx.ModelProto) -> None:
+        array = onnx.numpy_helper.to_array(model.graph.initializer[2]).copy()
+        array[0, 0] = np.nan
+        model.graph.initializer[2].CopyFrom(onnx.numpy_helper.from_array(array, "weight"))
+
+    model = changed_model(toy, tmp_path / "nan.onnx", poison)
+    events = done(Job(model=str(model), data=str(toy.data), defenses=(toy.scan,)))
+    assert of_kind(events, Described).subject.inspection.nonfinite_initializers == ("weight",)
+    assert of_kind(events, Answered).clean_accuracy is None, "argmax would take a NaN for an answer"
+    finding = of_kind(events, Found).finding
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert "not finite" in finding.reason
+
+
+def test_run_opens_the_file_before_anything_can_be_wrong_with_it(tmp_path: Path, toy: Toy) -> None:
+    file = tmp_path / "cut.onnx"
+    file.write_bytes(toy.clean.read_bytes()[:1000])
+    events: list[Event] = []
+    with pytest.raises(FileRefusedError, match="cut short"):
+        worker.run(Job(model=str(file), data="nowhere"), events.append)
+    (opened,) = events
+    assert isinstance(opened, Opened)
+    assert opened.subject.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def misfit(toy: Toy, tmp_path: Path, images: ImageSet) -> str:
+    """The message when the toy model meets these images."""
+    save_npz(tmp_path / "other.npz", images)
+    with pytest.raises(DataError) as caught:
+        done(Job(model=str(toy.clean), data=str(tmp_path / "other.npz")))
+    return str(caught.value)
+
+
+def test_run_names_both_sizes_when_images_are_of_another_size(toy: Toy, tmp_path: Path) -> None:
+    images = toy_images(toy)
+    message = misfit(toy, tmp_path, replace(images, images=np.ascontiguousarray(images.images[:, :12])))
+    assert message == "npz other.npz: images are 12x16, the model takes 16x16; give data of that size"
+
+
+def test_run_names_both_counts_when_there_are_other_classes(toy: Toy, tmp_path: Path) -> None:
+    images = toy_images(toy)
+    message = misfit(toy, tmp_path, replace(images, class_names=(*images.class_names, "zone 8")))
+    assert message == (
+        "npz other.npz has 9 classes, the model answers with 8; give the data set that the model was made for"
+    )
+
+
+def test_run_names_the_first_class_when_the_classes_are_in_another_order(toy: Toy, tmp_path: Path) -> None:
+    images = toy_images(toy)
+    message = misfit(toy, tmp_path, replace(images, class_names=images.class_names[::-1]))
+    assert message == (
+        "npz other.npz has the model's classes in another order: class 0 is 'zone 7' there and 'zone 0' in the "
+        "model; number the labels as the model does"
+    )
+
+
+def test_run_takes_the_numbers_when_the_data_names_its_classes_otherwise(toy: Toy, tmp_path: Path) -> None:
+    save_npz(tmp_path / "other.npz", replace(toy_images(toy), class_names=tuple("abcdefgh")))
+    events = done(Job(model=str(toy.clean), data=str(tmp_path / "other.npz")))
+    assert of_kind(events, Answered).clean_accuracy.value > 0.8
+
+
+def test_run_suggests_a_name_when_the_defense_is_misspelt(toy: Toy) -> None:
+    with pytest.raises(SpecError, match="did you mean 'neural-cleanse'"):
+        done(Job(model=str(toy.clean), data=str(toy.data), defenses=("neural-clense",)))
+
+
+# --- from exception to exit code --------------------------------------------------------------------------------------
+
+
+def _missing_file() -> Exception:
+    try:
+        Path("/no/such/model.onnx").read_bytes()
+    except OSError as error:
+        return error
+    raise AssertionError
+
+
+STOPS = {
+    "data": (DataError("no labels"), 2, "no labels"),
+    "a spec": (SpecError("no such defense"), 2, "no such defense"),
+    "the contract": (ContractError("two inputs"), 2, "two inputs"),
+    "a missing file": (
+        *(_missing_file(), 2),
+        "/no/such/model.onnx: No such file or directory; check the path and its permissions",
+    ),
+    "a refused file": (FileRefusedError("no ONNX"), 4, "no ONNX"),
+    "a file the runtime refuses": (SessionError("no kernel"), 4, "no kernel"),
+    "memory": (MemoryError("40 TB"), 3, "internal error: MemoryError: 40 TB"),
+    "mapped memory": (OSError(12, "Cannot allocate memory"), 3, "internal error: OSError: [Errno 12] Cannot"),
+    "a bug": (KeyError("x"), 3, "internal error: KeyError: 'x'"),
+    "a long text": (RuntimeError("one\ntwo\n" * 1000), 3, "internal error: RuntimeError: one two one two"),
+}
+
+
+@pytest.mark.parametrize(("error", "code", "message"), STOPS.values(), ids=list(STOPS))
+def test_stopped_gives_code_and_one_line_when_the_trouble_is(error: Exception, code: int, message: str) -> None:
+    stop = worker._stopped(error)
+    assert stop.exit_code == code
+    assert stop.message.startswith(message)
+    assert "\n" not in stop.message
+    assert len(stop.message) <= 600
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_thinned_out_but_keeps_first_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(np.arange(100) * 0.03)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    sent: list[Any] = []
+    progress = worker._throttled(sent.append)
+    for step in range(21):
+        progress("stage", step, 20)
+    assert [event.done for event in sent] == [0, 4, 8, 12, 16, 20]
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def spoken(job: Job | bytes, **options: Any) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[bytes]]:
+    """The events of a worker process of its own, whose supervisor listens to the end."""
+    line = job if isinstance(job, bytes) else job.model_dump_json().encode() + b"\n"
+    with subprocess.Popen(WORKER, stdin=-1, stdout=-1, stderr=-1, env=quiet(), **options) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(line)
+        process.stdin.flush()
+        output, errors = process.stdout.read(), process.stderr.read()
+    ran = subprocess.CompletedProcess(WORKER, process.returncode, output, errors)
+    return [json.loads(event) for event in output.splitlines()], ran
+
+
+def quiet(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def test_main_stops_with_the_reason_and_tells_stderr_the_rest_when_the_file_is_missing(tmp_path: Path) -> None:
+    path = str(tmp_path / "größe\x1b[31m\u202e.onnx")
+    events, ran = spoken(Job(model=path, data="signs"))
+    (stop,) = events
+    assert (stop["event"], stop["exit_code"]) == ("stopped", 2)
+    assert stop["message"] == f"{path}: No such file or directory; check the path and its permissions"
+    assert ran.stderr.startswith(b"Traceback (most recent call last):\n")
+    assert "größe\\x1b[31m\\u202e.onnx" in ran.stderr.decode(), "what goes to a terminal is escaped"
+    assert b"\x1b" not in ran.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory limits are Linux only")
+def test_main_leaves_the_file_unmeasured_when_it_wants_more_memory_than_the_limit(toy: Toy, tmp_path: Path) -> None:
+    def blow_up(model: onnx.ModelProto) -> None:
+        size = np.array([2**30], np.int64)  # 4 GiB of zeros, which fit the machine but not the limit
+        model.graph.initializer.append(onnx.numpy_helper.from_array(size, "size"))
+        make = onnx.helper.make_node
+        model.graph.node[-1].output[0] = "plain"
+        model.graph.node.extend(
+            [
+                make("ConstantOfShape", ["size"], ["huge"], name="huge"),
+                make("ReduceSum", ["huge"], ["zero"], name="zero", keepdims=0),
+                make("Add", ["plain", "zero"], ["logits"], name="add"),
+            ]
+        )
+
+    model = changed_model(toy, tmp_path / "huge.onnx", blow_up)
+    events, _ = spoken(Job(model=str(model), data=str(toy.data), memory_bytes=3 * 2**30))
+    assert [event["event"] for event in events] == ["opened", "described", "stopped"]
+    assert "allocate memory" in events[-1]["message"]
+
+
+def test_limit_resources_keeps_to_a_lower_limit_when_there_is_one() -> None:
+    """`ulimit -d` in a build job must not turn into an internal error."""
+    code = (
+        "import resource\nfrom qdefense.audit.worker import _limit_resources as limit\n"
+        f"limit({2**62}); print(*resource.getrlimit(resource.RLIMIT_DATA), *resource.getrlimit(resource.RLIMIT_CORE))\n"
+        f"limit({2**32}); print(*resource.getrlimit(resource.RLIMIT_DATA))"
+    )
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (2**33, 2**33))
+
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", code], preexec_fn=lower, capture_output=True, text=True, check=True, env=quiet()
+    )
+    assert ran.stdout.splitlines() == [f"{2**33} {2**33} 0 0", f"{2**32} {2**32}"]
+
+
+def test_main_ends_at_once_when_the_supervisor_is_gone_though_it_could_go_on(toy: Toy, tmp_path: Path) -> None:
+    """Its output goes to a file here: no broken pipe ends it, only the end of its stdin does."""
+    job = Job(model=str(toy.clean), data=str(toy.data), defenses=("neural-cleanse:budget=exhaustive",))
+    with (
+        (tmp_path / "events").open("wb") as events,
+        subprocess.Popen(WORKER, stdin=-1, stdout=events, stderr=-1, env=quiet()) as process,
+    ):
+        assert process.stdin is not None
+        process.stdin.write(job.model_dump_json().encode() + b"\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while b'"advanced"' not in (tmp_path / "events").read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(timeout=20) == 3
+    seen = [json.loads(line)["event"] for line in (tmp_path / "events").read_bytes().splitlines()]
+    assert seen[:4] == ["opened", "described", "answered", "certified"]
+    assert set(seen[4:]) == {"advanced"}

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qdefense.cli.options import output_console
+from qdefense.report.escaping import harmless, harmless_lines, internal_error, shortened
+from qdefense.report.model import Report
+from qdefense.report.reading import read_report
+from qdefense.report.text import print_report
+
+GOLDEN = Path(__file__).with_name("golden")
+HOSTILE = "\x1b[2J\x1b]0;title\x07\u202eCLEAN\u2066\r\nPASSED  (exit code 0)\x9b31m[red]x[/red][link=http://e]y"
+ESCAPED = r"\x1b[2J\x1b]0;title\x07\u202eCLEAN\u2066\r\nPASSED  (exit code 0)\x9b31m[red]x[/red][link=http://e]y"
+
+
+def shown(report: Report, width: int = 200, *, colours: bool = False) -> str:
+    """The report as a terminal of that width gets it."""
+    stream = io.StringIO()
+    console = Console(
+        file=stream, width=width, force_terminal=colours, color_system="standard" if colours else None, highlight=False
+    )
+    print_report(report, console)
+    return stream.getvalue()
+
+
+def golden(name: str) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((GOLDEN / f"1.0-{name}.json").read_bytes())
+    return body
+
+
+# --- foreign text -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain name_1/Conv", "plain name_1/Conv"),
+        ("größe 速度 é", "größe 速度 é"),
+        ("\x1b[31mred", r"\x1b[31mred"),
+        ("\x9b31m", r"\x9b31m"),
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\u202eevil\u2069", r"\u202eevil\u2069"),
+        ("zero\u200bwidth\ufeff", r"zero\u200bwidth\ufeff"),
+        ("\u2028line", r"\u2028line"),
+        ("\ud800", r"\ud800"),
+        ("\x00\x7f", r"\x00\x7f"),
+        ("[red]x[/red]", "[red]x[/red]"),
+        ("", ""),
+    ],
+)
+def test_harmless_escapes_what_a_terminal_acts_on(text: str, expected: str) -> None:
+    assert harmless(text) == expected
+
+
+def test_harmless_lines_keeps_line_ends_but_nothing_else() -> None:
+    assert harmless_lines("one\x1b[2J\n  two\u202e\n") == "one\\x1b[2J\n  two\\u202e\n"
+
+
+def test_shortened_gives_one_line_of_600_characters_when_there_are_more() -> None:
+    assert shortened("one\n  two\t\tthree ") == "one two three"
+    assert shortened("x" * 600) == "x" * 600
+    assert shortened("x" * 601) == "x" * 596 + " ..."
+
+
+def test_internal_error_names_the_type_when_there_is_no_text() -> None:
+    assert internal_error(MemoryError()) == "internal error: MemoryError"
+    assert internal_error(KeyError("x")) == "internal error: KeyError: 'x'"
+
+
+def hostile_report() -> Report:
+    """Every string of the failed report that another may have chosen."""
+    body = golden("failed")
+    subject, finding, certificate = body["subject"], body["findings"][0], body["certificate"]
+    subject["file"] = HOSTILE
+    subject["data"]["source"] = HOSTILE
+    subject["inspection"] |= {
+        "structure_warnings": [HOSTILE],
+        "nonfinite_initializers": [HOSTILE],
+        "gradient_blind_nodes": [{"name": HOSTILE, "operator": HOSTILE, "reason": HOSTILE}],
+    }
+    body["environment"]["saturating_operators"] = [HOSTILE]
+    body["environment"]["runtime"] |= {"onnxruntime": HOSTILE, "machine": HOSTILE, "isa": [HOSTILE]}
+    certificate["reason"] = HOSTILE
+    finding |= {"defense": HOSTILE, "reason": HOSTILE}
+    finding["settings"]["budget"] = HOSTILE
+    finding["result"]["classes"][0]["class_name"] = HOSTILE
+    body["gate"]["reasons"] = [HOSTILE]
+    return Report.model_validate(body)
+
+
+def test_print_report_shows_names_as_text_when_they_are_hostile() -> None:
+    text = shown(hostile_report(), width=2000)
+    assert text.count(ESCAPED) == 16
+    allowed = set(text) - {"\n"}
+    assert all(char.isprintable() for char in allowed)
+    assert [line for line in text.splitlines() if line.startswith("PASSED")] == []
+
+
+def test_print_report_sends_no_escapes_but_its_own_when_names_are_hostile_and_colours_are_on() -> None:
+    text = shown(hostile_report(), width=2000, colours=True)
+    plain = shown(hostile_report(), width=2000)
+    assert "\x1b[" in text, "colours are on"
+    for foreign in ("\x1b[2J", "\x1b]0", "\x07", "\x9b", "\u202e", "\u2066", "\x1b]8"):
+        assert foreign not in text
+    stripped = "".join(part.partition("m")[2] if place else part for place, part in enumerate(text.split("\x1b[")))
+    assert [line.rstrip() for line in stripped.splitlines()] == [line.rstrip() for line in plain.splitlines()]
+
+
+def test_output_console_takes_no_markup_and_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    output_console().print("[red]x[/red] :warning: 12")
+    assert capsys.readouterr().out == "[red]x[/red] :warning: 12\n"
+
+
+# --- what a report shows ----------------------------------------------------------------------------------------------
+
+
+def test_print_report_begins_with_verdict_and_reason_when_failed() -> None:
+    lines = shown(Report.model_validate(golden("failed"))).splitlines()
+    assert lines[0].rstrip() == "FAILED  (exit code 1)"
+    assert lines[1].startswith("  neural-cleanse: trigger norm far below the other classes': class 3 ('zone 3'")
+
+
+def test_print_report_shows_what_the_verdict_rests_on_when_failed() -> None:
+    text = shown(Report.model_validate(golden("failed")))
+    for part in (
+        "clean accuracy  100.00% of 320",
+        "runtime         onnxruntime 1.32.0, x86_64 avx2 fma avx512f avx512_vnni",
+        "this CPU        no operator saturates in int16",
+        "shadow certified: all four input sets and the gradient checks pass",
+        "threshold 2 (paper), false-alarm rate unknown",
+        "budget quick, 480 gradient steps",
+    ):
+        assert part in text
+
+
+def test_print_report_shows_no_accuracy_and_no_numbers_when_logits_are_not_finite() -> None:
+    text = shown(Report.model_validate(golden("incomplete")))
+    assert text.startswith("INCOMPLETE  (exit code 3)\n  neural-cleanse: NOT_MEASURED: ")
+    assert "clean accuracy" not in text
+    assert "not finite" in text
+    assert "n/a" in text
+    assert "shadow NOT certified" in text
+
+
+def test_print_report_shows_digest_and_reason_when_refused() -> None:
+    text = shown(Report.model_validate(golden("refused")))
+    assert text.startswith("REFUSED  (exit code 4)\n  the file (2220 bytes) is no ONNX model or is cut short")
+    assert "sha256   1eb408c9" in text
+    assert "memory" not in text
+
+
+def test_print_report_says_unknown_when_shares_and_layers_are_unknown() -> None:
+    body = golden("failed")
+    body["subject"]["inspection"] |= {"integer_mac_share": None, "integer_weight_share": None}
+    assert "integer share   unknown of MACs, unknown of weights" in shown(Report.model_validate(body))
+
+
+def test_print_report_says_so_when_there_was_no_memory_limit() -> None:
+    body = golden("failed")
+    assert "memory" not in shown(Report.model_validate(body))
+    body["environment"]["memory_limited"] = False
+    assert "memory          the file ran without a memory limit" in shown(Report.model_validate(body))
+
+
+def test_print_report_counts_what_it_leaves_out_when_lists_are_long() -> None:
+    body = golden("failed")
+    body["subject"]["inspection"]["nonfinite_initializers"] = [f"w{index}" for index in range(8)]
+    result = body["findings"][0]["result"]
+    result["classes"] = result["classes"] * 5
+    text = shown(Report.model_validate(body))
+    assert "not finite      w0, w1, w2, w3, w4 and 3 more" in text
+    assert "and 28 more classes; --format json lists them all" in text
+
+
+def test_print_report_shows_censored_classes_without_numbers() -> None:
+    body = golden("failed")
+    entry = body["findings"][0]["result"]["classes"][7]
+    entry |= {"norm": None, "index": None, "optimised_asr": None, "artifact_asr": None, "censored": "no trigger"}
+    (line,) = [line for line in shown(Report.model_validate(body)).splitlines() if "censored" in line]
+    assert line.split() == ["8", str(entry["target_class"]), "zone", str(entry["target_class"]), "censored"]
+
+
+def test_print_report_shows_a_part_that_could_not_be_read_as_missing() -> None:
+    body = golden("failed")
+    body["certificate"]["source"] = "guessed"
+    body["findings"][0]["result"]["kind"] = "graph"
+    text = shown(read_report(json.dumps(body)))
+    assert "shadow" not in text
+    assert "rank" not in text
+
+
+# --- width ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_print_report_keeps_tables_whole_when_the_terminal_has_columns(width: int) -> None:
+    text = shown(Report.model_validate(golden("failed")), width=width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for whole in (
+        "  images            n   top-1  RMS/spread  max |diff|  bit-exact rows",
+        "  rank  class     norm (px)  index  optimised ASR  held-out ASR",
+        golden("failed")["subject"]["sha256"],
+    ):
+        assert whole in text
+    assert "…" not in text
+
+
+def test_print_report_folds_only_the_class_when_its_name_is_long() -> None:
+    body = golden("failed")
+    body["findings"][0]["result"]["classes"][0]["class_name"] = "a very long name of a class " * 3
+    lines = shown(Report.model_validate(body), width=80).splitlines()
+    head = next(place for place, line in enumerate(lines) if line.startswith("  rank  class"))
+    assert lines[head].split() == ["rank", "class", "norm", "(px)", "index", "optimised", "ASR", "held-out", "ASR"]
+    assert lines[head + 1].split()[-4:] == ["1.1", "6.42", "1.000", "1.000"]
+    assert "…" not in "".join(lines)
