@@ -238,14 +238,18 @@ def quiet(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
-def test_main_stops_with_the_reason_and_tells_stderr_the_rest_when_the_file_is_missing(tmp_path: Path) -> None:
-    path = str(tmp_path / "größe\x1b[31m\u202e.onnx")
-    events, ran = spoken(Job(model=path, data="signs"))
-    (stop,) = events
-    assert (stop["event"], stop["exit_code"]) == ("stopped", 2)
-    assert stop["message"] == f"{path}: No such file or directory; check the path and its permissions"
+def test_main_stops_with_the_reason_and_tells_stderr_the_rest_when_the_split_is_missing(
+    toy: Toy, tmp_path: Path
+) -> None:
+    name = "größe\x1b[31m\u202e.npz"
+    save_npz(tmp_path / name, toy_images(toy))
+    events, ran = spoken(Job(model=str(toy.clean), data=str(tmp_path / name), split="train"))
+    stop = events[-1]
+    assert [event["event"] for event in events] == ["opened", "stopped"]
+    assert stop["exit_code"] == 2
+    assert stop["message"].startswith(f"npz {name}: no split 'train'"), "a report holds the text as it is"
     assert ran.stderr.startswith(b"Traceback (most recent call last):\n")
-    assert "größe\\x1b[31m\\u202e.onnx" in ran.stderr.decode(), "what goes to a terminal is escaped"
+    assert r"größe\x1b[31m\u202e.npz" in ran.stderr.decode(), "what goes to a terminal is escaped"
     assert b"\x1b" not in ran.stderr
 
 

@@ -44,10 +44,10 @@ class Toy(Protocol):
 
 def script(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run the installed script."""
-    options = {"capture_output": True, "timeout": 120} | options
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    settings: dict[str, Any] = {"capture_output": True, "timeout": 120} | options
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | settings.pop("env", {})
     ran: subprocess.CompletedProcess[bytes] = subprocess.run(
-        [SCRIPT, *arguments], check=False, env=environment, **options
+        [SCRIPT, *arguments], check=False, env=environment, **settings
     )
     return ran
 
@@ -266,6 +266,14 @@ def test_audit_exits_4_with_digest_and_reason_when(
     assert reason in report["gate"]["reasons"][0]
     assert report["subject"]["size_bytes"] == model.stat().st_size
     assert len(report["subject"]["sha256"]) == 64
+
+
+def test_audit_writes_json_in_utf_8_when_the_terminal_speaks_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "größe.onnx").touch()
+    options = ("--data", "signs", "--format", "json")
+    ran = script("audit", tmp_path / "größe.onnx", *options, env={"PYTHONIOENCODING": "latin-1"})
+    assert (ran.returncode, ran.stderr) == (4, b"")
+    assert json.loads(ran.stdout.decode())["subject"]["file"] == "größe.onnx"
 
 
 # --- the other commands -----------------------------------------------------------------------------------------------
