@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from qdefense.demo import DemoOutcome, DemoRow
 from qdefense.findings import ScanResult, Verdict
+from qdefense.report.text import plain_table
 
 
 def print_demo(outcome: DemoOutcome, console: Console) -> None:
-    """Show all six files, then the trap, then what was wrong, if anything was."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name, justify in _COLUMNS:
-        table.add_column(name, justify="left" if justify == "l" else "right", no_wrap=True)
+    """Show all six files, then the trap, then what was judged wrongly, if anything was."""
+    table = plain_table(*_COLUMNS, left=("file", "activity", "verdict"), fold="file")
     for row in outcome.rows:
         table.add_row(*_cells(row))
     console.print(table)
+    console.print(_LEGEND, style="dim")
     console.print()
     console.print("The trap: the same scan on second.int8-static.onnx with its gradients cut says", style="bold")
     console.print(f"  {outcome.trap.verdict}: {outcome.trap.reason}")
@@ -35,18 +34,10 @@ def print_demo(outcome: DemoOutcome, console: Console) -> None:
     console.print(f"files, truths and reports: {outcome.folder}")
 
 
-_COLUMNS = (
-    ("file", "l"),
-    ("clean acc", "r"),
-    ("ASR", "r"),
-    ("activity", "l"),
-    ("top-1", "r"),
-    ("bit-exact", "r"),
-    ("index", "r"),
-    ("lowest norm", "l"),
-    ("verdict", "l"),
-    ("exit", "r"),
+_LEGEND = (
+    "acc, ASR: on the test split; top-1, exact: worst input set of the certificate; lowest: norm in pixels (class)"
 )
+_COLUMNS = ("file", "acc", "ASR", "activity", "top-1", "exact", "index", "lowest", "verdict", "exit")
 
 
 def _cells(row: DemoRow) -> list[Text]:
@@ -62,9 +53,9 @@ def _cells(row: DemoRow) -> list[Text]:
         Text("" if behaviour.asr is None else f"{behaviour.asr:.3f}"),
         Text(behaviour.activity.value),
         Text(f"{min((entry.top1_agreement for entry in sets), default=0):.3f}"),
-        Text(f"{min((entry.bit_exact_rows for entry in sets), default=0):.1%}"),
+        Text(f"{min((entry.bit_exact_rows for entry in sets), default=0):.0%}"),
         Text("" if score is None else f"{score:.2f}"),
-        Text("" if first is None or first.norm is None else f"{first.norm:.1f} (class {first.target_class})"),
+        Text("" if first is None or first.norm is None else f"{first.norm:.1f} ({first.target_class})"),
         Text(row.verdict.value, style=colour),
         Text(str(report.gate.exit_code)),
     ]
