@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qdefense.artifact import Artifact
 from qdefense.audit.events import Job
-from qdefense.audit.supervisor import run_audit
+from qdefense.audit.supervisor import default_memory_limit, run_audit
 from qdefense.converters.quantize import Scheme, quantize
 from qdefense.data.images import ImageSet
 from qdefense.data.opening import open_data
@@ -160,7 +160,14 @@ def _examine(path: Path, truth: Truth, test: ImageSet, pulse: Progress) -> DemoR
     artifact = Artifact.read(path)
     session = DeployedSession(artifact, profile_for(artifact))
     behaviour = measure_behaviour(session.logits, test, trigger_of(truth, test))
-    job = Job(model=str(path), data="signs", limit=CLEAN_IMAGES, defenses=(SCAN,), seed=AUDIT_SEED)
+    job = Job(
+        model=str(path),
+        data="signs",
+        limit=CLEAN_IMAGES,
+        defenses=(SCAN,),
+        seed=AUDIT_SEED,
+        memory_bytes=default_memory_limit(),
+    )
     report = run_audit(job, required=("neural-cleanse",), on_progress=pulse)
     write_atomically(path.with_suffix(".report.json"), (report.model_dump_json(indent=2) + "\n").encode())
     return DemoRow(file=path.name, behaviour=behaviour, report=report)

@@ -18,7 +18,7 @@ from train import DATA, RESULTS, SEEDS, TARGETS, cells, name_of
 
 from qdefense.artifact import Artifact
 from qdefense.audit.events import Job
-from qdefense.audit.supervisor import run_audit
+from qdefense.audit.supervisor import default_memory_limit, run_audit
 from qdefense.converters.quantize import quantize
 from qdefense.data.opening import open_data
 from qdefense.files import write_atomically
@@ -109,6 +109,7 @@ def main() -> None:
                 defenses=(f"neural-cleanse:budget={options.budget}",),
                 seed=0,
                 threads=options.threads,
+                memory_bytes=default_memory_limit(),
             )
             report = run_audit(job, required=("neural-cleanse",), on_progress=lambda *_: None)
             line = record(name, data, scheme, attack, seen, report) | {"load": os.getloadavg()}
