@@ -120,6 +120,6 @@ def test_command_line_imports_no_torch_when_it_needs_none(arguments: list[str], 
 
 def test_import_writes_no_telemetry_identifier_when_onnxruntime_is_loaded(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
-    command = [sys.executable, "-c", "import qdefense.session"]
+    command = [sys.executable, "-P", "-c", "import qdefense.session"]
     subprocess.run(command, check=True, env=environment | {"TMPDIR": str(tmp_path)}, timeout=120)
     assert list(tmp_path.iterdir()) == []

@@ -87,5 +87,5 @@ def test_runtime_operators_counts_fused_operators() -> None:
 def test_inspection_imports_no_torch() -> None:
     code = "import sys, qdefense.converters.inspection as i, pathlib; i.inspect_model(sys.stdin.buffer.read()); "
     code += "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'sympy')))"
-    done = subprocess.run([sys.executable, "-c", code], input=STATIC, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], input=STATIC, capture_output=True, check=True)
     assert done.stdout.decode().strip() == "[]"

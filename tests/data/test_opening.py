@@ -61,7 +61,7 @@ def test_open_data_names_the_ending_when_a_file_has_no_known_format(tmp_path: Pa
 
 def test_opening_never_imports_torch() -> None:
     code = "import sys, qdefense.data.opening; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 @pytest.fixture

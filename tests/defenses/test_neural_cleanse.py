@@ -125,8 +125,8 @@ SPREAD = {target: [20.0 + target] for target in range(CLASSES)}
 """One trigger for each class; median 25.5, scaled MAD 4.4478, so that nothing stands out."""
 
 
-# The default budget and the first seed, nothing tuned. It is no safe bet: a single start can end in a poor minimum, and
-# with twelve classes the index cannot pass median / MAD, here 3 to 4, however small the trigger.
+# The default budget and the first seed, nothing tuned. No index can pass median / MAD, here 4 to 7, however small the
+# trigger; one start may still end in a poor minimum.
 
 # --- the real thing ---------------------------------------------------------------------------------------------------
 

@@ -138,4 +138,4 @@ def test_operator_without_rows_refuses_a_scale_of_each_image() -> None:
 
 def test_importing_converters_does_not_import_torch() -> None:
     code = "import sys, qdefense.converters; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
