@@ -358,13 +358,14 @@ def _others(images: ImageSet, target: int) -> Pixels:
 def _compare_replays(evidence: Evidence, halves: _Halves, outcomes: list[list[_Replay]]) -> LogitComparison | None:
     """Shadow against session on the optimised images, stamped with every trigger that was replayed (law 1)."""
     assert evidence.shadow is not None  # noqa: S101 (refused before)
+    emulated = evidence.certificate.saturation_emulated
     expected, measured = [], []
     for target, restarts in enumerate(outcomes):
         for replay in restarts:
             if replay.trigger is not None:
                 stamped = replay.trigger.stamp(_others(halves.optimised, target))
                 measured.append(evidence.session.logits(stamped))
-                expected.append(shadow_logits(evidence.shadow, stamped))
+                expected.append(shadow_logits(evidence.shadow, stamped, saturate=emulated))
     return compare_logits(np.concatenate(measured), np.concatenate(expected)) if measured else None
 
 
