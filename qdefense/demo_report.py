@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qdefense.demo import DemoOutcome, DemoRow
+from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import ScanResult, Verdict
 from qdefense.report.text import plain_table
 
@@ -35,27 +36,33 @@ def print_demo(outcome: DemoOutcome, console: Console) -> None:
 
 
 _LEGEND = (
-    "acc, ASR: on the test split; top-1, exact: worst input set of the certificate; lowest: norm in pixels (class)"
+    "acc, ASR: test split; shadow: exact on every row, or worst top-1 agreement;\n"
+    "index, class: of the smallest trigger norm"
 )
-_COLUMNS = ("file", "acc", "ASR", "activity", "top-1", "exact", "index", "lowest", "verdict", "exit")
+_COLUMNS = ("file", "acc", "ASR", "activity", "shadow", "index", "class", "verdict")
 
 
 def _cells(row: DemoRow) -> list[Text]:
     behaviour, report = row.behaviour, row.report
-    sets = report.certificate.sets if report.certificate is not None else ()
     result = report.findings[0].result if report.findings else None
     first = result.classes[0] if isinstance(result, ScanResult) and result.classes else None
     score = result.score if isinstance(result, ScanResult) else None
     colour = {"BACKDOORED": "bold red", "CLEAN": "green"}.get(row.verdict.value, "yellow")
     return [
-        Text(row.file),
+        Text(row.file.removesuffix(".onnx")),
         Text(f"{behaviour.clean_accuracy:.3f}"),
         Text("" if behaviour.asr is None else f"{behaviour.asr:.3f}"),
         Text(behaviour.activity.value),
-        Text(f"{min((entry.top1_agreement for entry in sets), default=0):.3f}"),
-        Text(f"{min((entry.bit_exact_rows for entry in sets), default=0):.0%}"),
+        Text(_shadow(report.certificate)),
         Text("" if score is None else f"{score:.2f}"),
-        Text("" if first is None or first.norm is None else f"{first.norm:.1f} ({first.target_class})"),
+        Text("" if first is None else str(first.target_class)),
         Text(row.verdict.value, style=colour),
-        Text(str(report.gate.exit_code)),
     ]
+
+
+def _shadow(certificate: FidelityCertificate | None) -> str:
+    if certificate is None or not certificate.certified:
+        return "failed"
+    if all(entry.bit_exact_rows == 1 for entry in certificate.sets):
+        return "exact"
+    return f"{min(entry.top1_agreement for entry in certificate.sets):.3f}"
