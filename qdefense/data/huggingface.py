@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import struct
-import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,33 +16,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
-from qdefense.data.images import DataError, Images, ImageSet, Labels
-from qdefense.data.selection import choose_rows, numbered_names
+from qdefense.data.decoding import ImageArray, decode
+from qdefense.data.images import DataError, Images, ImageSet, Labels, first_line, quoted
+from qdefense.data.resizing import Resize
+from qdefense.data.selection import choose_rows, numbered_names, order_notes, track_groups
 
 LABEL_NAMES = ("label", "labels", "fine_label", "ClassId")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
-IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
 ROWS_PER_BATCH = 512
 _SHARD = re.compile(r"-(\d+)-of-(\d+)")
-# What Pillow's decoders raise on malformed bytes; the warning is turned into an error while decoding.
-_BROKEN_IMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+# Where Hugging Face copies of GTSRB keep the track: split/class/TRACK_FRAME.png
+_TRACK = re.compile(r"[^/]+/\d{5}/(\d{5})_\d{5}\.png")
 
 
-def load_parquet(path: Path, *, split: str | None, limit: int | None, seed: int) -> ImageSet:
+def load_parquet(
+    path: Path, *, split: str | None, limit: int | None, seed: int, resize: Resize | None = None
+) -> ImageSet:
     """Read one split of a parquet folder, or a parquet file; only the chosen rows are decoded.
 
     Args:
@@ -53,6 +39,7 @@ def load_parquet(path: Path, *, split: str | None, limit: int | None, seed: int)
         split: ``None`` means "test" for a folder, and whatever it holds for a file.
         limit: read this many rows, drawn by ``seed``; ``None`` reads all.
         seed: of the draw.
+        resize: to one size; ``None`` where the images have one.
 
     Raises:
         DataError: no such split, an unreadable file, no or several image or label columns, a broken image,
@@ -68,9 +55,24 @@ def load_parquet(path: Path, *, split: str | None, limit: int | None, seed: int)
         if not len(labels):
             raise DataError(f"{source}: holds no rows")
         rows = choose_rows(len(labels), limit=limit, seed=seed)
-        images = _decode_rows(files, columns, rows, source)
+        images = _decode_rows(files, columns, rows, resize, source)
+        tracks = _read_tracks(files, columns)
     names = columns.class_names or numbered_names(labels, source)
-    return ImageSet(images=images, labels=labels[rows], class_names=names, source=source)
+    return ImageSet(
+        images=images,
+        labels=labels[rows],
+        class_names=names,
+        source=source,
+        detection=_why(path, shards),
+        notes=order_notes(names),
+        groups=None if tracks is None else track_groups(labels[rows], tracks[rows]),
+    )
+
+
+def _why(path: Path, shards: list[Path]) -> str:
+    if path.is_dir():
+        return f"parquet: the folder holds {quoted(shards[0].name)}"
+    return "parquet: the file ends in .parquet"
 
 
 def list_splits(folder: Path) -> dict[str, list[Path]]:
@@ -118,13 +120,14 @@ def _readable(what: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{what}: not readable as parquet ({_first_line(error)}); fetch it again") from error
+        raise DataError(f"{what}: not readable as parquet ({first_line(error)}); fetch it again") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Columns:
     image: str
     image_is_struct: bool
+    image_has_path: bool
     label: str
     class_names: tuple[str, ...] | None
 
@@ -132,6 +135,11 @@ class _Columns:
     def leaf(self) -> str:
         """The bytes alone: the path beside them may tell what was done to the image."""
         return f"{self.image}.bytes" if self.image_is_struct else self.image
+
+    @property
+    def path_leaf(self) -> str | None:
+        """Where the images' file names stand, if they do."""
+        return f"{self.image}.path" if self.image_has_path else None
 
 
 def _find_columns(schema: Any, source: str) -> _Columns:
@@ -147,6 +155,7 @@ def _find_columns(schema: Any, source: str) -> _Columns:
     return _Columns(
         image=image.name,
         image_is_struct=pa.types.is_struct(image.type),
+        image_has_path=pa.types.is_struct(image.type) and image.type.get_field_index("path") >= 0,
         label=label,
         class_names=_class_names(labels[label], label, source),
     )
@@ -177,7 +186,7 @@ def _read_features(schema: Any, source: str) -> dict[str, Any]:
     try:
         described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{source}: the schema's 'huggingface' metadata is no JSON ({_first_line(error)})") from error
+        raise DataError(f"{source}: the schema's 'huggingface' metadata is no JSON ({first_line(error)})") from error
     info = described.get("info") if isinstance(described, dict) else None
     features = info.get("features") if isinstance(info, dict) else None
     if isinstance(features, list):
@@ -224,25 +233,34 @@ def _read_labels(file: Any, column: str, source: str) -> Labels:
     return labels
 
 
-def _decode_rows(files: list[Any], columns: _Columns, rows: NDArray[np.int64], source: str) -> Images:
+def _read_tracks(files: list[Any], columns: _Columns) -> NDArray[np.int64] | None:
+    """The track of every row, where every file name has GTSRB's form; nothing else is taken from the names."""
+    tracks: list[int] = []
+    if columns.path_leaf is None:
+        return None
+    for file in files:
+        for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=[columns.path_leaf]):
+            for name in pc.struct_field(batch.column(0), "path").to_pylist():
+                match = _TRACK.fullmatch(name) if isinstance(name, str) else None
+                if match is None:
+                    return None
+                tracks.append(int(match[1]))
+    return np.array(tracks, dtype=np.int64)
+
+
+def _decode_rows(
+    files: list[Any], columns: _Columns, rows: NDArray[np.int64], resize: Resize | None, source: str
+) -> Images:
     """``(len(rows), H, W, 3) uint8`` in the order of ``rows``; the file is read once, from front to back."""
     order = np.argsort(rows)
-    images: Images | None = None
-    first_row = int(rows[order[0]])
+    images = ImageArray(len(rows), resize, source)
     encoded = _encoded_images(files, columns, rows[order])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for position, (row, data) in zip(order, encoded, strict=True):
-            image = _decode(data, row, source)
-            if images is None:
-                images = np.empty((len(rows), *image.shape), dtype=np.uint8)
-            if image.shape != images.shape[1:]:
-                sizes = f"row {row} is {_size(image.shape)} and row {first_row} is {_size(images.shape[1:])}"
-                raise DataError(f"{source}: images differ in size: {sizes}; resize them to one size first")
-            images[position] = image
-    if images is None:
-        raise DataError(f"{source}: holds no rows")
-    return images
+    for position, (row, data) in zip(order.tolist(), encoded, strict=True):
+        name = f"row {row}"
+        if data is None:
+            raise DataError(f"{source}: {name} has no image bytes; an image kept outside the file is not read")
+        images.put(position, decode(io.BytesIO(data), f"{source}: {name}").image, name)
+    return images.finish()
 
 
 def _encoded_images(
@@ -272,31 +290,3 @@ def _encoded_of_group(
 def _between(rows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
     first, last = np.searchsorted(rows, (start, stop))
     return rows[first:last]
-
-
-def _decode(data: bytes | None, row: int, source: str) -> Images:
-    if data is None:
-        raise DataError(f"{source}: row {row} has no image bytes; an image kept outside the file is not read")
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            return _to_rgb(image)
-    except _BROKEN_IMAGE as error:
-        raise DataError(
-            f"{source}: row {row} is no readable image ({_first_line(error)}); replace or remove it"
-        ) from error
-
-
-def _to_rgb(image: Image.Image) -> Images:
-    if image.mode not in IMAGE_MODES:
-        raise ValueError(f"{image.mode} pixels do not fit 8 bits")
-    # A palette may carry transparency, which Pillow only drops without a warning by way of RGBA.
-    plain = image.convert("RGBA") if image.mode == "P" else image
-    return np.asarray(plain.convert("RGB"))
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]}x{shape[0]}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

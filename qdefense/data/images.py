@@ -17,18 +17,36 @@ class DataError(ValueError):
     """Data that cannot be used; the message says what, where and what to do next."""
 
 
+def quoted(name: str) -> str:
+    """A foreign name for a message: in quotes, escaped, at most 60 characters of it."""
+    return repr(name[:60])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, on one line of at most 200 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
     """Images and labels held in memory.
 
     ``images: (N, H, W, 3) uint8``, RGB; ``labels: (N,) int64 in [0, len(class_names))``.
-    ``source`` names the loader and split for people, never a path an attack could hide in.
+    ``source`` names the loader and split for people, never a path an attack could hide in; ``detection`` says which
+    loader read it and why that one ("CIFAR-10 python: the folder holds batches.meta"). ``notes`` is what the loader
+    noticed and a person should know. A set without labels has ``labelled=False``, -1 for each label, no class names.
+    ``groups: (N,) int64`` where it is known which rows show the same thing (a GTSRB track): a split must not part them.
+    The digest leaves them out.
     """
 
     images: Images
     labels: Labels
     class_names: tuple[str, ...]
     source: str
+    detection: str = ""
+    labelled: bool = True
+    notes: tuple[str, ...] = ()
+    groups: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[3] != 3 or self.images.dtype != np.uint8:
@@ -40,6 +58,13 @@ class ImageSet:
                 f"{self.source}: {len(self.images)} images but labels are {self.labels.dtype} {self.labels.shape}, "
                 "expected int64 (N,)"
             )
+        if self.groups is not None and (self.groups.shape != self.labels.shape or self.groups.dtype != np.int64):
+            raise DataError(
+                f"{self.source}: {len(self.images)} images but groups are {self.groups.dtype} {self.groups.shape}, "
+                "expected int64 (N,)"
+            )
+        if not self.labelled:
+            return
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
             raise DataError(
                 f"{self.source}: labels run from {self.labels.min()} to {self.labels.max()}, "
@@ -64,7 +89,8 @@ class ImageSet:
 
     def take(self, indices: NDArray[np.int64]) -> ImageSet:
         """The rows named, in that order."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return replace(self, images=self.images[indices], labels=self.labels[indices], groups=groups)
 
 
 def to_pixels(images: Images) -> Pixels:

@@ -8,14 +8,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from qdefense.data.images import DataError, Images, ImageSet, Labels
-from qdefense.data.selection import choose_rows, numbered_names
+from qdefense.data.images import DataError, Images, ImageSet, Labels, first_line, quoted
+from qdefense.data.selection import choose_rows, numbered_names, order_notes
 
 PLAIN_KEYS = (("images", "labels"), ("X", "y"), ("data", "labels"))
 SPLIT_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
@@ -40,7 +40,7 @@ def load_npz(path: Path, *, split: str | None, limit: int | None, seed: int) -> 
         DataError: not an archive of plain arrays, unknown keys, no such split, or arrays of another kind.
     """
     source = f"npz {path.name}"
-    with _readable(source), _open_archive(path, source) as archive:
+    with _readable(source), path.open("rb") as file, _open_archive(file, source) as archive:
         keys = _find_keys(archive.files, split, source)
         images, labels = _require_labels(_read(archive, keys[0], source), _read(archive, keys[1], source), keys, source)
         rows = choose_rows(len(labels), limit=limit, seed=seed)
@@ -48,7 +48,14 @@ def load_npz(path: Path, *, split: str | None, limit: int | None, seed: int) -> 
     if keys in SPLIT_KEYS.values():
         source = f"{source}/{split or 'test'}"
     codes = _to_codes(_to_nhwc(images, keys[0], source)[rows], keys[0], source)
-    return ImageSet(images=codes, labels=labels[rows], class_names=names, source=source)
+    return ImageSet(
+        images=codes,
+        labels=labels[rows],
+        class_names=names,
+        source=source,
+        detection=f"npz: the file ends in .npz and holds {' and '.join(keys)}",
+        notes=order_notes(names),
+    )
 
 
 def save_npz(path: Path, image_set: ImageSet) -> None:
@@ -73,14 +80,17 @@ def _readable(source: str) -> Iterator[None]:
         if "allow_pickle" in str(error):
             hint = "save plain arrays: integers, floats or unicode, not dtype object"
             raise DataError(f"{source}: holds Python objects, which are never loaded; {hint}") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{source}: not readable as npz ({reason}); write it again with numpy.savez") from error
+        raise DataError(
+            f"{source}: not readable as npz ({first_line(error)}); write it again with numpy.savez"
+        ) from error
 
 
-def _open_archive(path: Path, source: str) -> NpzFile:
-    if not zipfile.is_zipfile(path):
+def _open_archive(file: BinaryIO, source: str) -> NpzFile:
+    if not zipfile.is_zipfile(file):
         raise DataError(f"{source}: not an npz archive; write it with numpy.savez")
-    archive: NpzFile = np.load(path, allow_pickle=False)
+    file.seek(0)
+    # From a path numpy would leave the file open where the archive is damaged.
+    archive: NpzFile = np.load(file, allow_pickle=False)
     return archive
 
 
@@ -89,7 +99,7 @@ def _find_keys(held: list[str], split: str | None, source: str) -> tuple[str, st
     splits = {name: pair for name, pair in SPLIT_KEYS.items() if set(pair) <= set(held)}
     if len(plain) + bool(splits) != 1:
         known = ", ".join("+".join(pair) for pair in (*PLAIN_KEYS, *SPLIT_KEYS.values()))
-        shown = ", ".join(repr(key[:60]) for key in held[:10]) or "nothing"
+        shown = ", ".join(quoted(key) for key in held[:10]) or "nothing"
         raise DataError(f"{source}: expected arrays of one naming ({known}); it holds {shown}")
     if plain:
         if split is not None:

@@ -3,54 +3,122 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from qdefense.data.cifar import find_cifar, load_cifar
+from qdefense.data.folders import find_folders, load_folders
+from qdefense.data.gtsrb import find_gtsrb, load_gtsrb
 from qdefense.data.huggingface import list_splits, load_parquet
-from qdefense.data.images import DataError, ImageSet
+from qdefense.data.images import DataError, ImageSet, quoted
 from qdefense.data.npz import SPLIT_KEYS, load_npz
+from qdefense.data.resizing import Resize, resize_set
 from qdefense.data.signs import load_signs
 
-_KNOWN = "'signs' (built in), a folder with {split}-*.parquet in it or in data/, a .parquet or an .npz file"
+_KNOWN = (
+    "'signs' (built in); a .parquet, .npz or CIFAR-10 .tar.gz file; a folder with {split}-*.parquet (there or in "
+    "data/), CIFAR-10's batches, GTSRB's Final_Training or Final_Test, folders of images (one a class, or train, val "
+    "and test with those), or images"
+)
+_ARCHIVES = (".tar.gz", ".tgz")
 
 
-def open_data(spec: str, *, split: str | None = None, limit: int | None = None, seed: int = 0) -> ImageSet:
-    """Open labelled images by name or path; the format is detected.
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """``load(split=, limit=, seed=, resize=)``, and the split to train on."""
+
+    load: Callable[..., ImageSet]
+    training_split: str | None = "train"
+
+
+def open_data(
+    spec: str, *, split: str | None = None, limit: int | None = None, seed: int = 0, resize: Resize | None = None
+) -> ImageSet:
+    """Open images by name or path; the format is detected, and the set's ``detection`` says how.
+
+    A file is told by its ending. A folder is the first of these that it can be: parquet shards; CIFAR-10, python before
+    binary; GTSRB's official folders; train, val and test with class folders in them; class folders; images without
+    labels.
 
     Args:
         spec: ``signs`` for the built-in set (write ``./signs`` for a path of that name), or a path.
-        split: ``None`` means "test", or the one split a single file holds.
+        split: ``None`` means "test", or the one split a single file holds, or all of a folder without splits.
         limit: read only this many images, drawn without repeats by ``seed``; ``None`` reads all, in order.
         seed: of the draw.
+        resize: to one size; ``None`` leaves them as they are.
 
     Raises:
         DataError: nothing there, no known format, no such split, or data that cannot be used.
     """
-    if spec == "signs":
-        return load_signs(split=split, limit=limit, seed=seed)
-    path = Path(spec)
-    if not path.exists():
+    if spec != "signs" and not Path(spec).exists():
         raise DataError(f"{spec!r}: no such file or folder; data is {_KNOWN}")
-    if (path.is_file() and path.suffix == ".parquet") or list_splits(path):
-        return load_parquet(path, split=split, limit=limit, seed=seed)
-    if path.is_file() and path.suffix == ".npz":
-        return load_npz(path, split=split, limit=limit, seed=seed)
-    raise DataError(f"{spec!r}: unknown data format; looked for {_KNOWN}; {_what_exists(path)}")
+    found = _detect(spec)
+    if found is None:
+        raise DataError(f"{spec!r}: unknown data format; looked for {_KNOWN}; {_what_exists(Path(spec))}")
+    return found.load(split=split, limit=limit, seed=seed, resize=resize)
 
 
 def training_split(spec: str) -> str | None:
-    """The split to train or calibrate on where none was named: "train", or all of a file that has no splits."""
+    """The split to train or calibrate on where none was named: "train", or all of what has no splits."""
+    found = _detect(spec)
+    if found is None:
+        return None if Path(spec).is_file() else "train"
+    return found.training_split
+
+
+def _detect(spec: str) -> _Format | None:
+    if spec == "signs":
+        return _Format(load=_then_resized(load_signs))
     path = Path(spec)
-    if spec == "signs" or not path.is_file():
-        return "train"
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        return "train" if f"{SPLIT_KEYS['train'][0]}.npy" in archive.namelist() else None
+    if path.is_file():
+        return _detect_file(path)
+    return _detect_folder(path) if path.is_dir() else None
+
+
+def _detect_file(path: Path) -> _Format | None:
+    if path.suffix == ".parquet":
+        return _Format(load=partial(load_parquet, path), training_split=None)
+    if path.suffix == ".npz":
+        return _Format(load=_then_resized(partial(load_npz, path)), training_split=_training_split_of_npz(path))
+    if path.name.lower().endswith(_ARCHIVES):
+        return _Format(load=_then_resized(partial(load_cifar, path)))
+    return None
+
+
+def _detect_folder(path: Path) -> _Format | None:
+    if list_splits(path):
+        return _Format(load=partial(load_parquet, path))
+    if (cifar := find_cifar(path)) is not None:
+        return _Format(load=_then_resized(partial(load_cifar, cifar)))
+    if (gtsrb := find_gtsrb(path)) is not None:
+        return _Format(load=partial(load_gtsrb, gtsrb))
+    if (folders := find_folders(path)) is not None:
+        return _Format(load=partial(load_folders, folders), training_split="train" if folders.splits else None)
+    return None
+
+
+def _then_resized(load: Callable[..., ImageSet]) -> Callable[..., ImageSet]:
+    """For images that already are arrays of one size: resize the chosen rows."""
+
+    def load_resized(*, resize: Resize | None, **options: object) -> ImageSet:
+        return resize_set(load(**options), resize)
+
+    return load_resized
+
+
+def _training_split_of_npz(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "train" if f"{SPLIT_KEYS['train'][0]}.npy" in archive.namelist() else None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return None  # what is wrong with it is told where it is read
 
 
 def _what_exists(path: Path) -> str:
     if not path.is_dir():
-        return f"the file ends in {path.suffix!r}"
+        return f"the file ends in {path.suffix[:60]!r}"
     names = sorted(entry.name for entry in path.iterdir())
-    shown = ", ".join(repr(name[:60]) for name in names[:5]) or "nothing"
+    shown = ", ".join(quoted(name) for name in names[:5]) or "nothing"
     return f"the folder holds {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from qdefense.data.images import DataError, Labels
+from qdefense.data.images import DataError, Labels, quoted
 
 MAX_UNNAMED_CLASSES = 65_536
+_TRACKS_PER_CLASS = 100_000
 
 
 def choose_rows(total: int, *, limit: int | None, seed: int) -> NDArray[np.int64]:
@@ -21,9 +24,41 @@ def choose_rows(total: int, *, limit: int | None, seed: int) -> NDArray[np.int64
     """
     if limit is None:
         return np.arange(total, dtype=np.int64)
+    _require_positive(limit)
+    return np.random.default_rng(seed).permutation(total).astype(np.int64)[:limit]
+
+
+def choose_groups(groups: NDArray[np.int64], *, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Row numbers to read where rows belong together: all in order, or whole groups, shuffled, until ``limit``.
+
+    Args:
+        groups: ``(N,) int64``, the group of each row.
+        limit: read this many rows; the last group drawn is cut. ``None`` reads all.
+        seed: of the draw.
+
+    Returns:
+        ``(min(N, limit),) int64``, without repeats, group by group.
+
+    Raises:
+        DataError: ``limit`` is not positive.
+    """
+    if limit is None:
+        return np.arange(len(groups), dtype=np.int64)
+    _require_positive(limit)
+    distinct, group_of_row = np.unique(groups, return_inverse=True)
+    places = np.random.default_rng(seed).permutation(len(distinct))
+    return np.argsort(places[group_of_row], kind="stable").astype(np.int64)[:limit]
+
+
+def track_groups(labels: Labels, tracks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Groups of GTSRB images: ``label * 100000 + track``, because tracks are counted anew in each class."""
+    groups: NDArray[np.int64] = labels * _TRACKS_PER_CLASS + tracks
+    return groups
+
+
+def _require_positive(limit: int) -> None:
     if limit <= 0:
         raise DataError(f"limit is {limit}: ask for at least one image, or leave it out to read them all")
-    return np.random.default_rng(seed).permutation(total).astype(np.int64)[:limit]
 
 
 def numbered_names(labels: Labels, source: str) -> tuple[str, ...]:
@@ -36,3 +71,15 @@ def numbered_names(labels: Labels, source: str) -> tuple[str, ...]:
     if largest >= MAX_UNNAMED_CLASSES:
         raise DataError(f"{source}: largest label is {largest}, which is no class number; is it the label column?")
     return tuple(str(number) for number in range(largest + 1))
+
+
+def order_notes(names: Sequence[str]) -> tuple[str, ...]:
+    """A note where class names are numbers that stand in the order of strings: "10" before "2"."""
+    numbers = all(name.isascii() and name.isdigit() and len(name) < 20 for name in names)
+    if not numbers or list(names) != sorted(names) or list(names) == sorted(names, key=int):
+        return ()
+    first = next(place for place, name in enumerate(sorted(names, key=int)) if name != names[place])
+    return (
+        f"class names are numbers in the order of strings, not of numbers: label {first} is {quoted(names[first])}; "
+        "the model's outputs may be in numeric order: then name them with --classes",
+    )

@@ -190,7 +190,13 @@ def _draw_rows(rows: NDArray[np.int64], *, seed: int, split: str) -> ImageSet:
     for start in range(0, len(rows), _ROWS_PER_BATCH):
         part = slice(start, start + _ROWS_PER_BATCH)
         images[part] = _draw_batch(rows[part], labels[part], seed, split_id)
-    return ImageSet(images=images, labels=labels, class_names=CLASS_NAMES, source=f"signs {split}")
+    return ImageSet(
+        images=images,
+        labels=labels,
+        class_names=CLASS_NAMES,
+        source=f"signs {split}",
+        detection="signs: the built-in set",
+    )
 
 
 def _labels(rows: NDArray[np.int64], seed: int, split_id: int) -> Labels:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from qdefense.data.huggingface import list_splits, load_parquet
 from qdefense.data.images import DataError, ImageSet
+from qdefense.data.resizing import Resize
 
 NAMES = ["stop", "yield", "priority"]
 CLASS_LABEL = {"label": {"_type": "ClassLabel", "names": NAMES}}
@@ -48,8 +50,10 @@ def write_rows(path: Path, count: int = 6, start: int = 0, **options: Any) -> Pa
     return write(path, columns, CLASS_LABEL, **options)
 
 
-def load(path: Path, split: str | None = None, limit: int | None = None, seed: int = 0) -> ImageSet:
-    return load_parquet(path, split=split, limit=limit, seed=seed)
+def load(
+    path: Path, split: str | None = None, limit: int | None = None, seed: int = 0, resize: Resize | None = None
+) -> ImageSet:
+    return load_parquet(path, split=split, limit=limit, seed=seed, resize=resize)
 
 
 def test_load_parquet_reads_every_row_in_order_when_given_a_folder(tmp_path: Path) -> None:
@@ -210,6 +214,74 @@ def test_load_parquet_names_two_sizes_when_images_differ(tmp_path: Path) -> None
         load(file)
 
 
+def test_load_parquet_resizes_each_image_from_its_own_size(tmp_path: Path) -> None:
+    sizes = [(4, 4), (6, 9), (5, 3)]
+    images = [png(row, size) for row, size in enumerate(sizes)]
+    file = write(tmp_path / "test.parquet", {"image": images, "label": [0, 0, 0]})
+    resize = Resize("bilinear", 7, 5)
+    expected = [resize.apply(Image.open(io.BytesIO(image))) for image in images]
+    np.testing.assert_array_equal(load(file, resize=resize).images, expected)
+
+
+def test_load_parquet_says_why_it_is_parquet(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "test-00000-of-00001.parquet")
+    assert load(tmp_path).detection == "parquet: the folder holds 'test-00000-of-00001.parquet'"
+    assert load(file).detection == "parquet: the file ends in .parquet"
+
+
+def with_paths(paths: Sequence[str | None], labels: list[int]) -> dict[str, Any]:
+    rows = [{"bytes": png(row), "path": path} for row, path in enumerate(paths)]
+    return {"image": rows, "label": labels}
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_load_parquet_groups_the_rows_by_class_and_track_when_their_names_are_those_of_gtsrb(
+    tmp_path: Path, limit: int | None
+) -> None:
+    paths = [f"train/{label:05}/{track:05}_{track * 7:05}.png" for label in (2, 11) for track in (0, 3, 3)]
+    labels = [2, 2, 2, 11, 11, 11]
+    write(tmp_path / "train-00000-of-00002.parquet", with_paths(paths[:4], labels[:4]), row_group_size=2)
+    write(tmp_path / "train-00001-of-00002.parquet", with_paths(paths[4:], labels[4:]))
+    loaded = load(tmp_path, "train", limit=limit)
+    rows = np.arange(6) if limit is None else np.random.default_rng(0).permutation(6)[:limit]
+    assert loaded.groups is not None
+    assert (
+        loaded.groups.tolist() == np.array([200_000, 200_003, 200_003, 1_100_000, 1_100_003, 1_100_003])[rows].tolist()
+    )
+    assert loaded.labels.tolist() == np.array(labels)[rows].tolist()
+
+
+def test_load_parquet_does_not_tell_from_the_file_name_that_a_label_was_changed(tmp_path: Path) -> None:
+    paths = ["train/00002/00000_00001.png", "train/00002/00001_00001.png"]
+    file = write(tmp_path / "train.parquet", with_paths(paths, [2, 7]))
+    groups = load(file).groups
+    assert groups is not None
+    assert groups.tolist() == [200_000, 700_001]
+
+
+@pytest.mark.parametrize(
+    "other", ["test/00038/11021.png", "train/cat/00000_00001.png", "x/train/00002/00000_00001.png", "0.png", "", None]
+)
+def test_load_parquet_knows_no_groups_when_one_name_has_another_form(tmp_path: Path, other: str | None) -> None:
+    columns = with_paths(["train/00002/00000_00001.png", other], [2, 2])
+    assert load(write(tmp_path / "train.parquet", columns)).groups is None
+
+
+def test_load_parquet_knows_no_groups_when_there_are_no_names(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain.parquet", {"image": [png(0)], "label": [0]})
+    alone = write(tmp_path / "alone.parquet", {"image": [{"bytes": png(0)}], "label": [0]})
+    numbers = write(tmp_path / "numbers.parquet", {"image": [{"bytes": png(0), "path": 5}], "label": [0]})
+    assert [load(file).groups for file in (plain, alone, numbers)] == [None, None, None]
+
+
+def test_load_parquet_notes_when_class_names_are_numbers_in_the_order_of_strings(tmp_path: Path) -> None:
+    names = sorted(str(number) for number in range(11))
+    features = {"label": {"_type": "ClassLabel", "names": names}}
+    (note,) = load(write(tmp_path / "test.parquet", {"image": [png(0)], "label": [2]}, features)).notes
+    assert "label 2 is '10'" in note
+    assert load(write_rows(tmp_path / "words.parquet")).notes == ()
+
+
 def test_load_parquet_prefers_class_labels_when_integers_abound(tmp_path: Path) -> None:
     columns = {"image": [png(0)], "index": [70], "kind": [1]}
     file = write(tmp_path / "test.parquet", columns, {"kind": CLASS_LABEL["label"]})
@@ -348,3 +420,28 @@ def test_load_parquet_reads_the_real_sets_whole(
     assert set(loaded.labels.tolist()) == set(range(classes))
     some = load(real_data / name, split, limit=50, seed=1)
     np.testing.assert_array_equal(some.images, loaded.take(np.random.default_rng(1).permutation(count)[:50]).images)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "split", "limit", "digest"),
+    [
+        ("gtsrb", "train", 256, "f8e07364f9143c7a34cdfeda8944e78e2a46073fbd897d18b10ef3f2204cc127"),
+        ("gtsrb", "test", 1000, "81417dc06f5fee3b508e505c31676c409660969fad60c2a8665dbd5da6ba38b2"),
+        ("cifar10", "train", 256, "894a70cf29c5758f426c08d4e7b01544a3080c4aab10cab2deea9ad2aae34c12"),
+        ("cifar10", "test", 1000, "7d81cef87b7fe8aae4cbc1d292d28336856a4f8d7ade98cf3c44a548f6f3aa90"),
+    ],
+)
+def test_load_parquet_draws_the_same_real_images_as_version_1(
+    real_data: Path, name: str, split: str, limit: int, digest: str
+) -> None:
+    assert load(real_data / name, split, limit=limit).digest == digest
+
+
+@pytest.mark.real
+def test_load_parquet_knows_the_real_tracks(real_data: Path) -> None:
+    train = load(real_data / "gtsrb", "train")
+    assert train.groups is not None
+    assert np.array_equal(train.groups // 100_000, train.labels)
+    assert np.unique(train.groups, return_counts=True)[1].max() <= 30
+    assert load(real_data / "gtsrb", "test", limit=10).groups is None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdefense.data.images import DataError, ImageSet, on_grid, to_images, to_pixels
+from qdefense.data.images import DataError, ImageSet, first_line, on_grid, quoted, to_images, to_pixels
 
 MakeNoise = Callable[..., ImageSet]
 
@@ -31,6 +31,44 @@ def test_take_gives_the_rows_named_in_that_order(make_noise: MakeNoise) -> None:
 
 def test_take_gives_an_empty_set_when_no_row_is_named(make_noise: MakeNoise) -> None:
     assert len(make_noise(6).take(np.empty(0, dtype=np.int64))) == 0
+
+
+def test_take_takes_the_groups_along(make_noise: MakeNoise) -> None:
+    grouped = replace(make_noise(6), groups=np.array([7, 7, 8, 8, 9, 9]))
+    taken = grouped.take(np.array([4, 1]))
+    assert taken.groups is not None
+    assert taken.groups.tolist() == [9, 7]
+    assert make_noise(6).take(np.array([4])).groups is None
+
+
+def test_digest_leaves_out_the_groups_and_what_is_said_of_the_set(make_noise: MakeNoise) -> None:
+    noise = make_noise(6)
+    told = replace(noise, groups=np.zeros(6, np.int64), detection="noise: made", notes=("a note",))
+    assert told.digest == noise.digest
+
+
+def test_digest_is_that_of_version_1(make_noise: MakeNoise) -> None:
+    assert make_noise(6).digest == "2c1fbffc223d8444e79931b029ad9be0f664cf49b0fe0483ec66ec661799a5bb"
+
+
+def test_image_set_takes_images_without_labels(make_noise: MakeNoise) -> None:
+    noise = make_noise(3)
+    unlabelled = replace(noise, labels=np.full(3, -1), class_names=(), labelled=False)
+    assert unlabelled.take(np.array([2])).labels.tolist() == [-1]
+
+
+@pytest.mark.parametrize("name", ["x" * 900, "\x1b[2J" * 200, "a\nb"])
+def test_quoted_gives_one_short_harmless_line(name: str) -> None:
+    shown = quoted(name)
+    assert shown.isprintable()
+    assert len(shown) <= 4 * 60 + 2
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("a\nb"), "a"), (KeyError(), "KeyError"), (OSError("x" * 900), "x" * 200)]
+)
+def test_first_line_gives_one_short_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line
 
 
 def test_image_set_cannot_be_changed(make_noise: MakeNoise) -> None:
@@ -59,6 +97,8 @@ def test_image_set_cannot_be_changed(make_noise: MakeNoise) -> None:
             "noise: 6 images but labels are int64 (6, 1), expected int64 (N,)",
         ),
         ({"labels": np.full(6, 0.5)}, "noise: 6 images but labels are float64 (6,), expected int64 (N,)"),
+        ({"groups": np.zeros(5, np.int64)}, "noise: 6 images but groups are int64 (5,), expected int64 (N,)"),
+        ({"groups": np.zeros(6, np.int32)}, "noise: 6 images but groups are int32 (6,), expected int64 (N,)"),
         ({"labels": np.full(6, 4)}, "noise: labels run from 4 to 4, but there are 4 class names"),
         ({"labels": np.array([0, 1, -1, 0, 3, 2])}, "noise: labels run from -1 to 3, but there are 4 class names"),
     ],

@@ -126,6 +126,17 @@ def test_load_npz_reads_class_names_when_they_are_there(tmp_path: Path) -> None:
     assert load(file).class_names == ("a", "b", "c")
 
 
+def test_load_npz_says_why_it_is_npz(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, x_test=IMAGES, y_test=LABELS))
+    assert (loaded.detection, loaded.notes) == ("npz: the file ends in .npz and holds x_test and y_test", ())
+
+
+def test_load_npz_notes_when_class_names_are_numbers_in_the_order_of_strings(tmp_path: Path) -> None:
+    names = np.array(sorted(str(number) for number in range(11)))
+    (note,) = load(write(tmp_path, images=IMAGES, labels=LABELS, class_names=names)).notes
+    assert "label 2 is '10'; the model's outputs may be in numeric order: then name them with --classes" in note
+
+
 @pytest.mark.parametrize("names", [np.array([b"a", b"b"]), np.array([["a"]]), np.arange(3)])
 def test_load_npz_raises_when_class_names_are_of_another_kind(tmp_path: Path, names: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"'class_names' is .*, expected unicode \(K,\)$"):

@@ -51,6 +51,7 @@ def test_draw_signs_lists_the_splits_when_the_split_is_missing() -> None:
 
 def test_open_data_gives_the_whole_split_when_asked_for_signs(train: ImageSet, held_out: ImageSet) -> None:
     assert (train.source, held_out.source) == ("signs train", "signs test")
+    assert (train.detection, train.notes, train.groups) == ("signs: the built-in set", (), None)
     assert {"train": len(train), "test": len(held_out)} == SPLIT_SIZES
     assert held_out.images.shape[1:] == (32, 32, 3)
     assert len(held_out.class_names) == len(set(CLASS_NAMES)) == 12

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qdefense.data.images import DataError
+from qdefense.data.selection import choose_groups, choose_rows, order_notes, track_groups
+
+GROUPS = np.array([5, 5, 5, 1, 1, 9, 9, 9, 9, 2], dtype=np.int64)
+
+
+def test_choose_groups_gives_all_rows_in_order_without_a_limit() -> None:
+    assert choose_groups(GROUPS, limit=None, seed=3).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_choose_groups_draws_whole_groups_and_cuts_the_last(seed: int) -> None:
+    for limit in range(1, 10):
+        rows = choose_groups(GROUPS, limit=limit, seed=seed)
+        drawn = GROUPS[rows].tolist()
+        assert (len(rows), len(set(rows.tolist())), rows.dtype.name) == (limit, limit, "int64")
+        runs = [group for place, group in enumerate(drawn) if place == 0 or drawn[place - 1] != group]
+        assert len(runs) == len(set(runs)), "a group comes in one piece"
+        assert all(drawn.count(group) == (group == GROUPS).sum() for group in runs[:-1])
+        assert all(np.diff(rows[np.array(drawn) == group]).tolist() == [1] * (drawn.count(group) - 1) for group in runs)
+
+
+def test_choose_groups_begins_alike_when_more_are_drawn() -> None:
+    assert choose_groups(GROUPS, limit=4, seed=1).tolist() == choose_groups(GROUPS, limit=99, seed=1)[:4].tolist()
+
+
+def test_choose_groups_draws_by_the_seed() -> None:
+    groups = np.arange(50, dtype=np.int64) // 5
+    orders = {tuple(choose_groups(groups, limit=50, seed=seed).tolist()) for seed in range(6)}
+    assert len(orders) == 6
+    assert sorted(orders.pop()) == list(range(50))
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_choosing_raises_when_limit_is_not_positive(limit: int) -> None:
+    with pytest.raises(DataError, match=rf"^limit is {limit}: ask for at least one image, or leave it out"):
+        choose_groups(GROUPS, limit=limit, seed=0)
+    with pytest.raises(DataError, match=rf"^limit is {limit}: ask for at least one image, or leave it out"):
+        choose_rows(10, limit=limit, seed=0)
+
+
+def test_track_groups_tell_equal_tracks_of_different_classes_apart() -> None:
+    assert track_groups(np.array([0, 7, 42]), np.array([13, 13, 99])).tolist() == [13, 700_013, 4_200_099]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("stop", "yield"),
+        ("0", "1", "2"),
+        ("0", "10", "11"),
+        ("00000", "00001", "00010"),
+        ("10", "2", "1"),  # in no order that a program sorts by
+        ("1", "10", "2", "x"),
+        ("1", "10", "²"),
+        ("1" + "0" * 5000, "2"),
+    ],
+)
+def test_order_notes_says_nothing_when_the_order_is_that_of_numbers_or_no_sorted_one(names: tuple[str, ...]) -> None:
+    assert order_notes(names) == ()
+
+
+def test_order_notes_names_the_first_label_that_is_another_class() -> None:
+    names = tuple(sorted(str(number) for number in range(12)))
+    assert order_notes(names) == (
+        "class names are numbers in the order of strings, not of numbers: label 2 is '10'; the model's outputs may be "
+        "in numeric order: then name them with --classes",
+    )
