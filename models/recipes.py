@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from qdefense.models.normalization import Normalization
+from qdefense.models.preact_resnet import PreActResNet
 from qdefense.models.resnet import ResNet
 
 
@@ -27,12 +29,33 @@ class Recipe:
     flip: bool = False
 
 
-_BLOCKS = {"resnet8": 1}
+@dataclass(frozen=True)
+class _Architecture:
+    build: Callable[..., nn.Module]
+    blocks: int
+    width: int
+
+
+_ARCHITECTURES = {
+    "preactresnet18": _Architecture(PreActResNet, blocks=2, width=64),
+    "resnet20": _Architecture(ResNet, blocks=3, width=16),
+    "resnet8": _Architecture(ResNet, blocks=1, width=16),
+}
+"""Blocks per stage, and the default number of channels in the first one."""
 
 
 def architectures() -> tuple[str, ...]:
     """Names that `build_model` knows."""
-    return tuple(sorted(_BLOCKS))
+    return tuple(_ARCHITECTURES)
+
+
+def default_width(architecture: str) -> int:
+    """Channels of the first stage unless told otherwise.
+
+    Raises:
+        KeyError: the architecture is not in the zoo.
+    """
+    return _ARCHITECTURES[architecture].width
 
 
 def recipe_for(architecture: str) -> Recipe:
@@ -41,16 +64,20 @@ def recipe_for(architecture: str) -> Recipe:
     Raises:
         KeyError: the architecture is not in the zoo.
     """
-    if architecture not in _BLOCKS:
+    if architecture not in _ARCHITECTURES:
         raise KeyError(architecture)
     return Recipe()
 
 
-def build_model(architecture: str, *, classes: int, width: int = 16) -> nn.Module:
+def build_model(architecture: str, *, classes: int, width: int | None = None) -> nn.Module:
     """An untrained network; weights come from torch's global generator, so seed that first.
+
+    ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
     Raises:
         KeyError: the architecture is not in the zoo.
     """
+    chosen = _ARCHITECTURES[architecture]
     normalization = Normalization(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    return ResNet(classes=classes, blocks=_BLOCKS[architecture], width=width, normalization=normalization)
+    channels = chosen.width if width is None else width
+    return chosen.build(classes=classes, blocks=chosen.blocks, width=channels, normalization=normalization)

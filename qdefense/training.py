@@ -35,10 +35,13 @@ def train(
     recipe: Recipe,
     attack: DataAttack | None,
     seed: int,
+    width: int | None = None,
     threads: int = 2,
     on_epoch: Progress | None = None,
 ) -> TrainingResult:
     """Train from scratch; ``on_epoch(done, total, mean_loss)`` is called after each epoch.
+
+    ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
     Raises:
         DataError: the set is smaller than one batch, or training diverged.
@@ -47,7 +50,7 @@ def train(
         raise DataError(f"{dataset.source}: {len(dataset)} images are fewer than one batch of {recipe.batch_size}")
     poisoned = _poison(dataset, attack, seed)
     with _deterministic(seed, threads):
-        module = build_model(architecture, classes=len(dataset.class_names))
+        module = build_model(architecture, classes=len(dataset.class_names), width=width)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.train()
         _fit(module, poisoned, recipe, np.random.default_rng([seed, _BATCH_STREAM]), on_epoch)

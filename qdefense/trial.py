@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from qdefense.attacks.interfaces import Trigger
 from qdefense.data.images import DataError, ImageSet, Pixels
@@ -38,6 +38,9 @@ class Truth(BaseModel):
     attack_settings: dict[str, Any]
     poison_indices: tuple[int, ...]
     architecture: str
+    width: int | None = Field(
+        default=None, description="channels of the first stage; null in truths older than it, made at the default"
+    )
     recipe: dict[str, Any]
     seed: int
     data: str

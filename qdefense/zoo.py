@@ -14,7 +14,7 @@ from qdefense.attacks import ATTACKS, DataAttack, Trigger
 from qdefense.converters.export import export_model
 from qdefense.data.images import ImageSet
 from qdefense.files import write_atomically
-from qdefense.models import Recipe, architectures, recipe_for
+from qdefense.models import Recipe, architectures, default_width, recipe_for
 from qdefense.training import Progress, train
 from qdefense.trial import Truth, truth_path
 
@@ -30,31 +30,37 @@ def train_artifact(
     attack: str | None,
     seed: int,
     threads: int,
+    width: int | None = None,
     on_epoch: Progress | None = None,
 ) -> Truth:
     """Train on ``dataset`` and write ``target`` and its truth; neither file appears before both are complete.
+
+    ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
     Raises:
         SpecError: ``attack`` names nothing known.
         DataError: the data do not fit the attack or the recipe.
     """
     attacker = None if attack is None else ATTACKS.create(attack)
+    channels = default_width(architecture) if width is None else width
     result = train(
         dataset,
         architecture=architecture,
         recipe=recipe,
         attack=attacker,
         seed=seed,
+        width=channels,
         threads=threads,
         on_epoch=on_epoch,
     )
-    height, width = dataset.images.shape[1:3]
-    data = export_model(result.module, height=height, width=width, class_names=dataset.class_names)
+    rows, columns = dataset.images.shape[1:3]
+    data = export_model(result.module, height=rows, width=columns, class_names=dataset.class_names)
     truth = Truth(
         attack=None if attacker is None else attacker.name,
         attack_settings={} if attacker is None else dataclasses.asdict(attacker),
         poison_indices=tuple(int(row) for row in result.poison_indices),
         architecture=architecture,
+        width=channels,
         recipe=dataclasses.asdict(recipe),
         seed=seed,
         data=dataset.source,

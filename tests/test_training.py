@@ -109,6 +109,17 @@ def test_train_gives_a_contiguous_network_in_eval_mode(make_noise: MakeNoise) ->
     assert module(torch.zeros(3, 3, 8, 8)).shape == (3, 4)
 
 
+def test_train_gives_other_weights_only_when_the_width_is_another(make_noise: MakeNoise) -> None:
+    def weights(width: int | None) -> bytes:
+        noise = make_noise(16)
+        return _weights(
+            train(noise, architecture="resnet8", recipe=RECIPE, attack=None, seed=0, threads=1, width=width)
+        )
+
+    assert weights(None) == weights(16) == _weights(_train(make_noise(16)))
+    assert len(weights(4)) < len(weights(None)) / 8
+
+
 def test_train_raises_when_images_are_fewer_than_a_batch(make_noise: MakeNoise) -> None:
     with pytest.raises(DataError, match=r"^noise: 15 images are fewer than one batch of 16$"):
         _train(make_noise(15))
@@ -158,6 +169,7 @@ class _Smoothing:
     """Leaves images and hard labels alone and gives every row the soft labels named."""
 
     name: ClassVar[str] = "smoothing"
+    paper: ClassVar[str] = "none"
     label_policy: ClassVar[LabelPolicy] = "clean-label"
 
     def __init__(self, soft: NDArray[np.float32]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,15 @@ def test_truth_path_lies_beside_the_model(model: str, truth: str) -> None:
     assert truth_path(Path("folder") / model) == Path("folder") / truth
 
 
-def test_truth_survives_json() -> None:
-    truth = Truth.model_validate(TRUTH)
+@pytest.mark.parametrize("width", [None, 24])
+def test_truth_survives_json(width: int | None) -> None:
+    truth = Truth.model_validate({**TRUTH, "width": width})
+    assert truth.width == width
     assert Truth.model_validate_json(truth.model_dump_json()) == truth
+
+
+def test_truth_knows_no_width_when_the_file_is_older_than_widths() -> None:
+    assert Truth.model_validate_json(json.dumps(TRUTH)).width is None
 
 
 def test_truth_refuses_unknown_fields_and_changes() -> None:

@@ -8,11 +8,12 @@ from typing import Protocol
 import numpy as np
 import onnx
 import pytest
+from torch import nn
 
 import qdefense.zoo
 from qdefense.converters.contract import METADATA_KEY
 from qdefense.data.images import DataError, ImageSet
-from qdefense.models import Recipe
+from qdefense.models import Recipe, architectures
 from qdefense.registry import SpecError
 from qdefense.trial import Truth, truth_path
 from qdefense.zoo import train_artifact
@@ -23,6 +24,7 @@ RECIPE = Recipe(epochs=1, batch_size=16)
 
 class Zoo(Protocol):
     path: Path
+    module: nn.Module
     dataset: ImageSet
     poison_indices: tuple[int, ...]
 
@@ -32,8 +34,12 @@ def _cheap_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qdefense.zoo, "export_model", lambda module, **keywords: b"exported")
 
 
-def _train(dataset: ImageSet, target: Path, attack: str | None) -> Truth:
-    return train_artifact(dataset, target, architecture="resnet8", recipe=RECIPE, attack=attack, seed=0, threads=1)
+def _train(
+    dataset: ImageSet, target: Path, attack: str | None, architecture: str = "resnet8", width: int | None = None
+) -> Truth:
+    return train_artifact(
+        dataset, target, architecture=architecture, recipe=RECIPE, attack=attack, seed=0, threads=1, width=width
+    )
 
 
 def test_train_artifact_writes_the_truth_beside_the_model(zoo_file: Zoo) -> None:
@@ -47,6 +53,29 @@ def test_train_artifact_writes_the_truth_beside_the_model(zoo_file: Zoo) -> None
     assert (truth.data, truth.data_sha256, truth.seed) == (dataset.source, dataset.digest, 3)
     assert (truth.architecture, truth.recipe["epochs"], truth.recipe["batch_size"]) == ("resnet8", 1, 40)
     assert sorted(truth.versions) == ["onnx", "onnxruntime", "torch"]
+
+
+def test_train_artifact_records_the_width_when_it_was_left_to_the_architecture(zoo_file: Zoo) -> None:
+    assert Truth.model_validate_json(truth_path(zoo_file.path).read_bytes()).width == 16
+    classifier = zoo_file.module.get_submodule("classifier")
+    assert classifier.weight.shape == (12, 64)
+
+
+@pytest.mark.parametrize("architecture", architectures())
+def test_train_artifact_builds_and_records_the_architecture_and_width_asked_for(
+    make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    exported: list[nn.Module] = []
+
+    def export(module: nn.Module, **_: object) -> bytes:
+        exported.append(module)
+        return b"exported"
+
+    monkeypatch.setattr(qdefense.zoo, "export_model", export)
+    truth = _train(make_noise(16, size=16), tmp_path / "model.onnx", None, architecture, width=3)
+    assert (truth.architecture, truth.width) == (architecture, 3)
+    first = next(part for part in exported[0].modules() if isinstance(part, nn.Conv2d))
+    assert first.out_channels == 3
 
 
 @pytest.mark.parametrize(

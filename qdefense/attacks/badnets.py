@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
+from qdefense.attacks.poisoning import AllToOne, poison_to_one
 from qdefense.attacks.registered import ATTACKS
-from qdefense.data.images import DataError, ImageSet, Labels, Pixels, to_images
+from qdefense.data.images import DataError, ImageSet, Pixels
 
 Position = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchTrigger:
+class PatchTrigger(AllToOne):
     """Overwrites a rectangle: ``x[:, :, top:top+h, left:left+w] = patch``; ``patch: (3, h, w)``, uint8-exact."""
 
     patch: Pixels
     top: int
     left: int
-    target_class: int
 
     def stamp(self, x: Pixels) -> Pixels:
         """Put the patch on ``x: (N, 3, H, W) float32 in [0, 1]``; pixels outside stay bit-equal."""
@@ -32,15 +31,6 @@ class PatchTrigger:
         height, width = self.patch.shape[1:]
         stamped[:, :, self.top : self.top + height, self.left : self.left + width] = self.patch
         return stamped
-
-    def eligible(self, y: Labels) -> NDArray[np.bool_]:
-        """All images but those of the target class."""
-        others: NDArray[np.bool_] = y != self.target_class
-        return others
-
-    def goal(self, y: Labels) -> Labels:
-        """All to one."""
-        return np.full_like(y, self.target_class)
 
 
 @ATTACKS.register
@@ -55,6 +45,7 @@ class BadNets:
     """
 
     name: ClassVar[str] = "badnets"
+    paper: ClassVar[str] = "Gu et al. 2017, arXiv 1708.06733"
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
 
     size: Annotated[int, Field(ge=1)] = 3
@@ -89,24 +80,8 @@ class BadNets:
         Raises:
             DataError: no such target class, or not enough images outside it.
         """
-        if self.target_class >= len(dataset.class_names):
-            raise DataError(
-                f"badnets: target class {self.target_class}, but {dataset.source} has classes 0 to "
-                f"{len(dataset.class_names) - 1}"
-            )
         trigger = self.trigger(*dataset.images.shape[1:3])
-        candidates = np.flatnonzero(trigger.eligible(dataset.labels))
-        count = round(self.poison_rate * len(dataset))
-        if count > len(candidates):
-            raise DataError(f"badnets: {count} poisons wanted, {len(candidates)} images are outside the target class")
-        chosen = rng.choice(candidates, size=count, replace=False)
-        images, labels = dataset.images.copy(), dataset.labels.copy()
-        if count:
-            images[chosen] = to_images(trigger.stamp(dataset.take(chosen).pixels))
-        labels[chosen] = self.target_class
-        order = rng.permutation(len(dataset))
-        poisoned = replace(dataset, images=images[order], labels=labels[order])
-        return PoisonedSet(images=poisoned, poison_indices=np.flatnonzero(np.isin(order, chosen)))
+        return poison_to_one(dataset, rng, trigger=trigger, rate=self.poison_rate, attack=self.name)
 
     def _patch(self) -> Pixels:
         patch = np.ones((3, self.size, self.size), dtype=np.float32)

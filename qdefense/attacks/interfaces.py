@@ -45,6 +45,7 @@ class DataAttack(Protocol):
     """An attack that needs nothing but the training data."""
 
     name: ClassVar[str]
+    paper: ClassVar[str]
     label_policy: ClassVar[LabelPolicy]
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:

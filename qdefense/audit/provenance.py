@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
+from qdefense.audit.versions import versions
+from qdefense.calibration import Conditions
 from qdefense.report.model import Environment
 from qdefense.session import SessionProfile, runtime
-
-_PACKAGES = ("qdefense", "onnxruntime", "onnx", "torch", "numpy")
 
 
 def environment(profile: SessionProfile | None = None, memory_limited: bool | None = None) -> Environment:
@@ -18,11 +17,21 @@ def environment(profile: SessionProfile | None = None, memory_limited: bool | No
         from qdefense.converters.shadow import runtime_saturation  # noqa: PLC0415 (imports torch)
 
         operators = tuple(sorted(runtime_saturation()))
-    versions = {name: version(name) for name in _PACKAGES}
     return Environment(
-        versions={"python": platform.python_version(), **versions},
+        versions={"python": platform.python_version(), **versions()},
         runtime=runtime(),
         profile=profile,
         saturating_operators=operators,
         memory_limited=memory_limited,
+    )
+
+
+def conditions_of(surroundings: Environment, seed: int) -> Conditions:
+    """What of it a score rests on."""
+    return Conditions(
+        seed=seed,
+        versions=surroundings.versions,
+        runtime=surroundings.runtime,
+        profile=surroundings.profile,
+        saturating_operators=surroundings.saturating_operators,
     )

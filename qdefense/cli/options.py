@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Never, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Never, TextIO, TypeVar, cast
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qdefense.data.resizing import RULES, Resize
+
+if TYPE_CHECKING:
+    from qdefense.converters.contract import ResizeRule
 
 F = TypeVar("F", bound=Callable[..., Any])
 ProgressBar = Callable[[str, int, int], None]
@@ -21,7 +28,9 @@ def data_options(function: F) -> F:
     for option in (
         click.option("--limit", type=click.IntRange(min=1), help="Use this many images, drawn by the seed."),
         click.option("--split", help="Which split of the data.  [default: test]"),
-        click.option("--data", required=True, help="'signs' (built in), a parquet folder, or an .npz file."),
+        click.option(
+            "--data", required=True, help="'signs' (built in), or a path; `qdefense data show` says what it is."
+        ),
     ):
         function = option(function)
     return function
@@ -41,6 +50,36 @@ def run_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def resize_options(function: F) -> F:
+    """``--resize`` and ``--size``, which go together; the command gets them as ``resize``."""
+
+    @functools.wraps(function)
+    def gathered(*, rule: ResizeRule | None, size: str | None, **values: Any) -> Any:
+        if (rule is None) != (size is None):
+            raise click.UsageError("--resize and --size go together, such as --resize bilinear --size 32x32")
+        resize = None if rule is None or size is None else Resize(rule, *parse_size(size))
+        return function(resize=resize, **values)
+
+    for option in (
+        click.option("--size", metavar="HxW", help="Height and width, for --resize."),
+        click.option("--resize", "rule", type=click.Choice(RULES), help="Resize images to --size by this rule."),
+    ):
+        gathered = option(gathered)
+    return cast("F", gathered)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from ``224x224``.
+
+    Raises:
+        click.BadParameter: it is not that.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text, re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{text[:60]!r} is not HEIGHTxWIDTH, such as 32x32", param_hint="--size")
+    return int(match[1]), int(match[2])
 
 
 def default_threads() -> int:

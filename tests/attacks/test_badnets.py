@@ -82,6 +82,11 @@ def test_poison_is_the_same_when_the_seed_is(make_noise: MakeNoise) -> None:
     assert first.images.digest != other.images.digest
 
 
+def test_poison_chooses_the_rows_that_committed_truths_rest_on(make_noise: MakeNoise) -> None:
+    poisoned = BadNets(poison_rate=0.25, target_class=2).poison(make_noise(40), np.random.default_rng([7, 1]))
+    assert poisoned.poison_indices.tolist() == [0, 8, 11, 12, 13, 17, 18, 33, 35, 36]
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("pattern", ["white", "checkerboard"])
 def test_stamp_writes_the_pattern_where_it_should_and_nothing_else(position: str, pattern: str) -> None:

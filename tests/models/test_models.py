@@ -1,20 +1,25 @@
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from qdefense.models import Recipe, architectures, build_model, recipe_for
+from qdefense.models import Recipe, architectures, build_model, default_width, recipe_for
 from qdefense.models.normalization import Normalization
+from qdefense.models.preact_resnet import PreActivationBlock
 from qdefense.models.resnet import BasicBlock
 
+EVERY = pytest.mark.parametrize("architecture", architectures())
 
-def _build(classes: int = 5, width: int = 4, seed: int = 0) -> nn.Module:
+
+def _build(classes: int = 5, width: int | None = 4, seed: int = 0, architecture: str = "resnet8") -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_model("resnet8", classes=classes, width=width)
+        return build_model(architecture, classes=classes, width=width)
 
 
 def test_normalization_subtracts_the_mean_and_divides_by_the_deviation_of_each_channel() -> None:
@@ -24,13 +29,15 @@ def test_normalization_subtracts_the_mean_and_divides_by_the_deviation_of_each_c
     assert sorted(normalize.state_dict()) == ["mean", "std"]
 
 
+@EVERY
 @pytest.mark.parametrize("size", [8, 32, 33])
-def test_build_model_gives_logits_at_any_image_size(size: int) -> None:
-    assert _build().eval()(torch.rand(2, 3, size, size)).shape == (2, 5)
+def test_build_model_gives_logits_at_any_image_size(architecture: str, size: int) -> None:
+    assert _build(architecture=architecture).eval()(torch.rand(2, 3, size, size)).shape == (2, 5)
 
 
-def test_build_model_normalises_inside() -> None:
-    module = _build().eval()
+@EVERY
+def test_build_model_normalises_inside(architecture: str) -> None:
+    module = _build(architecture=architecture).eval()
     assert isinstance(module.normalization, Normalization)
     inside: list[torch.Tensor] = []
     stem = module.get_submodule("stem")
@@ -39,14 +46,63 @@ def test_build_model_normalises_inside() -> None:
     assert inside[0][0, :, 0, 0].tolist() == [-2.0, 0.0, 2.0]
 
 
-def test_build_model_gives_eight_layers_with_weights_when_resnet8_is_asked_for() -> None:
-    layers = [
-        part
-        for name, part in _build(width=16).named_modules()
-        if isinstance(part, nn.Conv2d | nn.Linear) and "shortcut" not in name
-    ]
-    assert len(layers) == 8
-    assert [part.out_channels for part in layers if isinstance(part, nn.Conv2d)] == [16, 16, 16, 32, 32, 64, 64]
+@pytest.mark.parametrize(
+    ("architecture", "channels"),
+    [
+        ("resnet8", [16] * 3 + [32] * 2 + [64] * 2),
+        ("resnet20", [16] * 7 + [32] * 6 + [64] * 6),
+        ("preactresnet18", [64] * 5 + [128] * 4 + [256] * 4 + [512] * 4),
+    ],
+)
+def test_build_model_gives_the_layers_that_the_name_counts(architecture: str, channels: list[int]) -> None:
+    module = _build(architecture=architecture, width=None)
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)}
+    counted = [part for name, part in layers.items() if "shortcut" not in name]
+    assert len(counted) == int(re.sub(r"\D", "", architecture))
+    assert [part.out_channels for part in counted if isinstance(part, nn.Conv2d)] == channels
+    assert default_width(architecture) == channels[0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count"), [("resnet8", 78_042), ("resnet20", 272_474), ("preactresnet18", 11_172_170)]
+)
+def test_build_model_has_as_many_parameters_as_the_networks_of_the_literature(architecture: str, count: int) -> None:
+    module = _build(architecture=architecture, width=None, classes=10)
+    assert sum(part.numel() for part in module.parameters()) == count
+
+
+@EVERY
+def test_build_model_scales_every_stage_with_the_width(architecture: str) -> None:
+    def channels(width: int) -> list[int]:
+        module = _build(architecture=architecture, width=width)
+        return [part.out_channels for part in module.modules() if isinstance(part, nn.Conv2d)]
+
+    assert channels(6) == [3 * outputs for outputs in channels(2)]
+    assert channels(6)[0] == 6
+
+
+def _weights_drawn_in_the_order_of_the_committed_files(width: int, classes: int) -> list[Tensor]:
+    """The convolutions and the linear layer of the first ResNet-8, drawn one after the other."""
+    drawn: list[nn.Conv2d | nn.Linear] = [nn.Conv2d(3, width, 3, 1, 1, bias=False)]
+    inputs = width
+    for stage, outputs in enumerate((width, 2 * width, 4 * width)):
+        drawn += [nn.Conv2d(inputs, outputs, 3, bias=False), nn.Conv2d(outputs, outputs, 3, bias=False)]
+        drawn += [nn.Conv2d(inputs, outputs, 1, bias=False)] if stage else []
+        inputs = outputs
+    drawn.append(nn.Linear(inputs, classes))
+    return [weight for layer in drawn for weight in layer.parameters()]
+
+
+@pytest.mark.parametrize("width", [None, 4])
+def test_build_model_gives_resnet8_the_weights_that_committed_files_began_with(width: int | None) -> None:
+    module = _build(architecture="resnet8", width=width, classes=12, seed=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = _weights_drawn_in_the_order_of_the_committed_files(width or 16, 12)
+    named = [(name, weight) for name, weight in module.named_parameters() if "norm" not in name and weight.ndim != 1]
+    named += [(name, weight) for name, weight in module.named_parameters() if name == "classifier.bias"]
+    assert [tuple(weight.shape) for _, weight in named] == [tuple(weight.shape) for weight in expected]
+    assert [name for (name, weight), other in zip(named, expected) if not torch.equal(weight, other)] == []
 
 
 def test_build_model_pools_so_that_a_mirrored_feature_map_gives_the_same_logits() -> None:
@@ -66,8 +122,9 @@ def test_build_model_gives_the_same_weights_when_the_generator_is_seeded_alike()
     assert not torch.equal(first, other)
 
 
-def test_build_model_lets_gradients_reach_input_and_every_parameter() -> None:
-    module = _build()
+@EVERY
+def test_build_model_lets_gradients_reach_input_and_every_parameter(architecture: str) -> None:
+    module = _build(architecture=architecture)
     x = torch.rand(4, 3, 8, 8, requires_grad=True)
     module(x).square().sum().backward()
     assert x.grad is not None
@@ -94,18 +151,58 @@ def test_basic_block_is_its_rectified_input_when_the_residual_is_zero() -> None:
     assert torch.equal(block(x), x.relu())
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "stride", "shape"),
+    [(4, 4, 1, (1, 4, 6, 6)), (4, 8, 2, (1, 8, 3, 3)), (4, 8, 1, (1, 8, 6, 6))],
+)
+def test_preactivation_block_projects_its_shortcut_only_when_the_shape_changes(
+    inputs: int, outputs: int, stride: int, shape: tuple[int, ...]
+) -> None:
+    block = PreActivationBlock(inputs, outputs, stride).eval()
+    assert (block.shortcut is None) is (inputs == outputs and stride == 1)
+    assert block(torch.rand(1, inputs, 6, 6)).shape == shape
+
+
+def test_preactivation_block_is_its_input_when_the_residual_is_zero() -> None:
+    block = PreActivationBlock(4, 4, 1).eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(block(x), x)
+
+
+def test_preactivation_block_projects_what_is_normalised_and_rectified() -> None:
+    block = PreActivationBlock(4, 8, 2).eval()
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.constant_(block.norm1.bias, 0.5)
+    assert block.shortcut is not None
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.allclose(block(x), block.shortcut(F.relu(block.norm1(x))))
+    assert not torch.allclose(block(x), block.shortcut(x))
+
+
+def test_preactresnet18_normalises_and_rectifies_before_it_pools() -> None:
+    module = _build(architecture="preactresnet18", classes=3).eval()
+    features = torch.randn(2, 32, 4, 4)
+    module.stages, module.stem, module.normalization = nn.Identity(), nn.Identity(), nn.Identity()
+    nn.init.constant_(module.get_submodule("norm").bias, 0.5)  # type: ignore[arg-type]
+    expected = F.relu(module.norm(features)).mean(dim=(2, 3))  # type: ignore[operator]
+    assert torch.allclose(module(features), module.classifier(expected))  # type: ignore[operator]
+
+
 def test_architectures_can_all_be_built_and_have_a_recipe() -> None:
-    assert architectures() == ("resnet8",)
+    assert architectures() == ("preactresnet18", "resnet20", "resnet8")
     for name in architectures():
-        assert build_model(name, classes=2)(torch.rand(2, 3, 8, 8)).shape == (2, 2)
+        assert build_model(name, classes=2, width=2)(torch.rand(2, 3, 16, 16)).shape == (2, 2)
         assert recipe_for(name) == Recipe()
 
 
-def test_build_model_and_recipe_for_raise_when_the_architecture_is_unknown() -> None:
+def test_zoo_raises_when_the_architecture_is_unknown() -> None:
     with pytest.raises(KeyError, match=r"^'vgg16'$"):
         build_model("vgg16", classes=2)
     with pytest.raises(KeyError, match=r"^'vgg16'$"):
         recipe_for("vgg16")
+    with pytest.raises(KeyError, match=r"^'vgg16'$"):
+        default_width("vgg16")
 
 
 def test_recipe_is_frozen_and_does_not_mirror_signs() -> None:

@@ -1,0 +1,22 @@
+"""`qdefense defenses`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from qdefense.cli.listing import show_registered
+from qdefense.defenses.registered import DEFENSES
+
+
+@click.command("defenses")
+@click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
+    """List the defenses of `audit --defense NAME:key=value,...`, with their settings and defaults."""
+    show_registered(DEFENSES, _needs, format_)
+
+
+def _needs(defense: Any) -> list[str]:
+    return sorted(need.value for need in defense.needs)

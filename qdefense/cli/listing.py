@@ -1,0 +1,61 @@
+"""What `qdefense attacks` and `qdefense defenses` show: name, paper, needs, and settings with their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import TypeAdapter
+from rich.table import Table
+from rich.text import Text
+
+from qdefense.cli.options import output_console, write_json
+from qdefense.registry import Registry
+
+Needs = Callable[[Any], Iterable[str]]
+
+
+def show_registered(registry: Registry[Any], needs: Needs, format_: str) -> None:
+    """Print everything in a registry; ``needs`` says of one entry what it draws on."""
+    entries = [_entry(registry.create(name), needs) for name in registry.names()]
+    if format_ == "json":
+        write_json(json.dumps(entries, indent=2))
+    else:
+        output_console().print(_table(registry.kind, entries))
+
+
+def _entry(example: Any, needs: Needs) -> dict[str, Any]:
+    cls = type(example)
+    return {
+        "name": cls.name,
+        "paper": cls.paper,
+        "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
+        "needs": list(needs(cls)),
+        "settings": {field.name: _setting(example, field.name) for field in dataclasses.fields(example)},
+    }
+
+
+def _setting(example: Any, name: str) -> dict[str, Any]:
+    schema = TypeAdapter(type(example)).json_schema()["properties"][name]
+    return {key: value for key, value in schema.items() if key != "title"} | {"default": getattr(example, name)}
+
+
+def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 1, 0))
+    table.add_column(kind, no_wrap=True)
+    table.add_column("paper", overflow="fold", max_width=20)
+    table.add_column("needs", overflow="fold", max_width=16)
+    table.add_column("settings and defaults", overflow="fold")
+    for entry in entries:
+        settings = [_shown(key, value["default"]) for key, value in entry["settings"].items()]
+        parts = (entry["name"], entry["paper"], "\n".join(entry["needs"]), "\n".join(settings))
+        table.add_row(*(Text(part) for part in parts))
+    return table
+
+
+def _shown(key: str, default: object) -> str:
+    name = key.replace("_", "-")
+    return f"{name} (unset)" if default is None else f"{name}={default}"
