@@ -1,0 +1,92 @@
+"""Rates of few models and how sure they are: conformal p-values, Wilson intervals, AUROC. Plain functions of arrays."""
+
+from __future__ import annotations
+
+from decimal import ROUND_CEILING, Context
+from fractions import Fraction
+from math import ceil, floor, sqrt
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def conformal_p(score: float, clean: ArrayLike) -> float:
+    """How often a clean model scores at least as high: ``(1 + #{clean >= score}) / (n + 1)``, never below 1/(n + 1).
+
+    It bounds the false-alarm rate where the new model, if clean, is exchangeable with the ``clean: (n,)`` ones.
+
+    Raises:
+        ValueError: a score is NaN, or there is no clean one.
+    """
+    values = _checked(clean, "clean")
+    if np.isnan(score):
+        raise ValueError("the score is NaN: it has no p-value")
+    return (1 + int(np.sum(values >= score))) / (len(values) + 1)
+
+
+def alarm_rank(rate: float, n: int) -> int:
+    """``k = floor(rate * (n + 1))``: a score above the k-th largest of n clean ones has a p-value of at most ``rate``.
+
+    0 where n is too small for the rate. ``rate`` is taken for the decimal number that it is written as, so that 0.05
+    of 20 is 1.
+
+    Raises:
+        ValueError: the rate is not between 0 and 1, or n is negative.
+    """
+    if n < 0:
+        raise ValueError(f"n is {n}: a number of models is not negative")
+    return floor(_decimal(rate) * (n + 1))
+
+
+def models_needed(rate: float) -> int:
+    """The fewest clean models that can promise this false-alarm rate: ``ceil(1 / rate) - 1``.
+
+    Raises:
+        ValueError: the rate is not between 0 and 1.
+    """
+    return ceil(1 / _decimal(rate)) - 1
+
+
+def rounded_up(rate: float) -> str:
+    """Two significant digits and never less than the rate itself: 1/23 is "0.044", for 0.043 would claim too much."""
+    return format(Context(prec=2, rounding=ROUND_CEILING).create_decimal(repr(float(rate))), "f")
+
+
+def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of the proportion ``hits / n``, which stays in [0, 1] and is no point at 0 or n hits.
+
+    Raises:
+        ValueError: n is not positive, or hits are not between 0 and n.
+    """
+    if not 0 <= hits <= n or n == 0:
+        raise ValueError(f"{hits} of {n} is no proportion")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, weight = hits / n, z * z / n
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
+    # Rounding may leave the exact bounds of no hit and of nothing but hits.
+    return (0.0 if hits == 0 else middle - half), (1.0 if hits == n else middle + half)
+
+
+def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
+    """Share of pairs in which the positive scores higher than the negative; a tie counts half.
+
+    Raises:
+        ValueError: a score is NaN, or one side is empty.
+    """
+    upper, lower = _checked(positive, "positive")[:, np.newaxis], _checked(negative, "negative")
+    return float(np.mean(upper > lower) + np.mean(upper == lower) / 2)
+
+
+def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not len(array) or np.isnan(array).any():
+        raise ValueError(f"{name}: expected a row of at least one score, none of them NaN")
+    return array
+
+
+def _decimal(rate: float) -> Fraction:
+    if not 0 < rate < 1:
+        raise ValueError(f"rate is {rate}: expected a number between 0 and 1")
+    return Fraction(repr(float(rate)))
