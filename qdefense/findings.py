@@ -28,6 +28,13 @@ class Threshold(_Record):
     source: Literal["paper", "calibrated", "user"]
     n: int | None = Field(default=None, description="clean models it was calibrated on")
     false_alarm_rate: float | None = None
+    p_value: float | None = Field(
+        default=None, description="calibrated: (1 + clean models that score at least as high) / (n + 1) of this file"
+    )
+    calibration_sha256: str | None = Field(default=None, description="digest of the calibration file")
+    note: str | None = Field(
+        default=None, description="why no calibration was used, or what it was made with otherwise"
+    )
 
 
 class Cost(_Record):
@@ -62,6 +69,17 @@ class InvertedTrigger(_Record):
     trigger_id: str | None = None
 
 
+class TriggerPicture(_Record):
+    """A trigger to look at: base64 PNGs, rounded to the uint8 grid as it was replayed."""
+
+    target_class: int
+    trigger_id: str
+    mask_png: str = Field(description="grey-scale mask")
+    trigger_png: str = Field(description="mask times pattern, on black")
+    example_png: str = Field(description="a clean image of the audit's data")
+    stamped_png: str = Field(description="the same image with the trigger")
+
+
 class ScanResult(_Record):
     """Of a `ModelScan`: ``score`` is higher for a more suspicious model and present whatever the verdict."""
 
@@ -69,6 +87,9 @@ class ScanResult(_Record):
     score: float | None
     suspects: tuple[Suspect, ...] = ()
     classes: tuple[InvertedTrigger, ...] = ()
+    pictures: tuple[TriggerPicture, ...] = Field(
+        default=(), description="of every suspect; of the class with the smallest norm where there is none"
+    )
     median_norm: float | None = None
     mad: float | None = Field(default=None, description="median absolute deviation times 1.4826")
     replay_agreement: float | None = Field(

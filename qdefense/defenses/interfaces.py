@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from qdefense.artifact import Artifact
+from qdefense.calibration import Calibrations, Line
 from qdefense.data.images import Pixels
 from qdefense.evidence import Evidence
 from qdefense.findings import FilterResult, Finding
@@ -26,6 +27,7 @@ class ModelScan(Protocol):
     """Judges the file from clean images."""
 
     name: ClassVar[str]
+    paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
     def scan(self, evidence: Evidence) -> Finding:
@@ -33,10 +35,29 @@ class ModelScan(Protocol):
         ...
 
 
+@runtime_checkable
+class Calibratable(Protocol):
+    """A `ModelScan` with one line through its score, which clean models can draw."""
+
+    @property
+    def calibrated_settings(self) -> dict[str, Any]:
+        """What the score depends on: the settings of the finding without the threshold."""
+        ...
+
+    def line(self, calibrations: Calibrations | None) -> Line:
+        """Where the line is; no work is done yet.
+
+        Raises:
+            CalibrationError: the calibration that fits has too few models for the rate asked for.
+        """
+        ...
+
+
 class DatasetScan(Protocol):
     """Judges the training set through the file."""
 
     name: ClassVar[str]
+    paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
     def scan(self, evidence: Evidence) -> Finding:
@@ -48,6 +69,7 @@ class InputFilter(Protocol):
     """Accepts, rejects or purifies inputs, at a latency."""
 
     name: ClassVar[str]
+    paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
     def fit(self, evidence: Evidence) -> Finding:
@@ -63,6 +85,7 @@ class Repair(Protocol):
     """Makes a new file; judged by clean accuracy and ASR before and after, never called detection."""
 
     name: ClassVar[str]
+    paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
     def repair(self, evidence: Evidence) -> Artifact:

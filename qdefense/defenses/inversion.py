@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qdefense.data.images import Pixels, on_grid
+from qdefense.session import rows_at_once
 
 if TYPE_CHECKING:
     from qdefense.converters.shadow import Shadow
@@ -104,10 +105,18 @@ class PassAverage:
         return sum(self._recent) / len(self._recent) if whole else 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """One run's finds: every improvement, smallest mask first, and what it ended at, successful or not."""
+
+    candidates: list[MaskedPattern]
+    last: MaskedPattern
+
+
 def invert_trigger(
     shadow: Shadow, images: Pixels, target_class: int, schedule: Schedule, rng: np.random.Generator
-) -> list[MaskedPattern]:
-    """Every improvement found in one run, smallest mask first.
+) -> Inversion:
+    """Every improvement found in one run, and its last state.
 
     Minimises ``CE(f(x'), t) + cost * ||m||_1`` over ``m = tanh(a) / 2 + 1/2`` and ``p = tanh(b) / 2 + 1/2`` with
     ``x' = (1 - m) x + m p``; a step is one Adam update on one mini-batch of ``images: (N, 3, H, W)``. The success that
@@ -128,8 +137,7 @@ def invert_trigger(
     for rows in _mini_batches(len(images), schedule, rng):
         mask, pattern = torch.tanh(raw_mask) / 2 + 0.5, torch.tanh(raw_pattern) / 2 + 0.5
         stamped = (1 - mask) * torch.from_numpy(images[rows]) + mask * pattern
-        logits = cast("Tensor", shadow(stamped))
-        gradient = _input_gradient(F.cross_entropy(logits, targets), stamped)
+        logits, gradient = _answers_and_gradient(shadow, stamped, targets)
         alive = alive or bool(gradient.any())
         success = recent.add(float((logits.argmax(1) == target_class).float().mean()))
         norm = float(mask.detach().sum(dtype=torch.float64))
@@ -141,7 +149,8 @@ def invert_trigger(
         optimizer.step()
     if not alive:
         raise NoGradientError("the gradient of the loss is zero at every step")
-    return kept[::-1]
+    final = (torch.tanh(raw) / 2 + 0.5 for raw in (raw_mask, raw_pattern))
+    return Inversion(candidates=kept[::-1], last=_snapshot(*final))
 
 
 def _start(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
@@ -154,6 +163,18 @@ def _mini_batches(count: int, schedule: Schedule, rng: np.random.Generator) -> l
     wanted = schedule.steps * schedule.batch_size
     passes = [rng.permutation(count) for _ in range(-(-wanted // count))]
     return list(np.concatenate(passes)[:wanted].reshape(schedule.steps, schedule.batch_size))
+
+
+def _answers_and_gradient(shadow: Shadow, stamped: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of their mean cross-entropy in the input; large images go through a few at a time."""
+    step = rows_at_once(*stamped.shape[2:])
+    logits, gradients = [], []
+    for part, wanted in zip(torch.split(stamped, step), torch.split(targets, step), strict=True):
+        answers = cast("Tensor", shadow(part))
+        loss = F.cross_entropy(answers, wanted)
+        gradients.append(_input_gradient(loss, part) * (len(part) / len(stamped)))
+        logits.append(answers.detach())
+    return torch.cat(logits), torch.cat(gradients)
 
 
 def _input_gradient(loss: Tensor, stamped: Tensor) -> Tensor:

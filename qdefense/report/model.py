@@ -12,7 +12,9 @@ from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
 from qdefense.session import Runtime, SessionProfile
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+MISREAD_MARGIN = 0.02
+"""A reading of the file that is better by more than this is taken for the right one."""
 
 
 class _Record(BaseModel):
@@ -21,19 +23,32 @@ class _Record(BaseModel):
 
 
 class Accuracy(_Record):
-    """Clean accuracy of the deployed session."""
+    """Clean accuracy of the deployed session; ``stated`` is the user's word for it, on unlabelled images."""
 
     value: float
     images: int
+    source: Literal["measured", "stated"] = "measured"
 
 
 class DataFacts(_Record):
-    """The labelled clean images that the audit used."""
+    """The clean images that the audit used."""
 
     source: str
     sha256: str
     images: int
     classes: int
+    detection: str = Field(default="", description="which loader read the data, and why that one")
+    labelled: bool = True
+    notes: tuple[str, ...] = Field(default=(), description="what the loader noticed, for people")
+
+
+class CandidateContract(_Record):
+    """Another reading of the file's input or classes, scored on the labelled images."""
+
+    description: str = Field(description="what differs from the contract in use")
+    accuracy: float
+    own_accuracy: float = Field(description="of the contract in use, on the same images")
+    images: int
 
 
 class Subject(_Record):
@@ -42,10 +57,14 @@ class Subject(_Record):
     file: str
     sha256: str | None = None
     size_bytes: int | None = None
+    external_files: dict[str, str] = Field(default={}, description="sha256 of every file with weights beside it")
     contract: InputContract | None = None
     inspection: Inspection | None = None
     data: DataFacts | None = None
     clean_accuracy: Accuracy | None = None
+    candidates: tuple[CandidateContract, ...] = Field(
+        default=(), description="other contracts that fit the graph, largest gain first, with their accuracy"
+    )
 
 
 class Environment(_Record):
@@ -79,6 +98,7 @@ class Volatile(_Record):
     seconds_per_stage: dict[str, float] = {}
     host: str
     load: tuple[float, ...]
+    peak_memory_bytes: int | None = Field(default=None, description="largest resident size of the worker")
     command: tuple[str, ...] = ()
 
 

@@ -9,16 +9,19 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from qdefense.converters.contract import InputContract
 from qdefense.converters.inspection import Inspection
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding, ScanResult, Threshold
+from qdefense.rates import rounded_up
 from qdefense.report.escaping import harmless
-from qdefense.report.model import Environment, Report, Subject
+from qdefense.report.model import Accuracy, Environment, Report, Subject
 
 _COLOURS = {"PASSED": "bold green", "FAILED": "bold red", "INCOMPLETE": "bold yellow", "REFUSED": "bold red"}
 _VERDICTS = {"CLEAN": "green", "BACKDOORED": "bold red", "NOT_MEASURED": "yellow", "NOT_APPLICABLE": "yellow"}
 _CLASSES_SHOWN = 12
 _NAMES_SHOWN = 5
+_CANDIDATES_SHOWN = 1
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -55,14 +58,41 @@ def _facts(subject: Subject, environment: Environment) -> Table:
     rows = [("file", subject.file)]
     if subject.sha256 is not None:
         rows.append(("sha256", subject.sha256))
+    rows += [(f"with {name}", digest) for name, digest in subject.external_files.items()]
+    if subject.contract is not None:
+        rows += contract_rows(subject.contract)
     if subject.inspection is not None:
         rows += inspection_rows(subject.inspection)
     if subject.data is not None:
         data = subject.data
-        rows.append(("data", f"{data.source}: {data.images} images, {data.classes} classes"))
-    if subject.clean_accuracy is not None:
-        rows.append(("clean accuracy", f"{subject.clean_accuracy.value:.2%} of {subject.clean_accuracy.images}"))
-    return fact_grid([*rows, *_environment_rows(environment)])
+        labels = f"{data.classes} classes" if data.labelled else "no labels"
+        rows.append(("data", f"{data.source}: {data.images} images, {labels}"))
+        rows += [("read as", data.detection)] if data.detection else []
+        rows += [("note", note) for note in data.notes]
+        rows.append(("clean accuracy", accuracy_text(subject.clean_accuracy)))
+    rows += [
+        ("other contract", f"{entry.accuracy:.2%} of {entry.images}: {entry.description}")
+        for entry in subject.candidates[:_CANDIDATES_SHOWN]
+    ]
+    return fact_grid([*rows, *environment_rows(environment)])
+
+
+def contract_rows(contract: InputContract) -> list[tuple[str, str]]:
+    """How the file is fed and how its answer is read."""
+    shape = ("3", str(contract.height), str(contract.width))
+    axes = shape if contract.layout == "NCHW" else (*shape[1:], shape[0])
+    fed = f"{contract.dtype} ({', '.join((str(contract.batch or 'N'), *axes))}), {contract.channels}"
+    scaling = f"in [{contract.range[0]:g}, {contract.range[1]:g}]"
+    if any(contract.mean) or contract.std != (1.0, 1.0, 1.0):
+        mean, std = (", ".join(f"{value:g}" for value in triple) for triple in (contract.mean, contract.std))
+        scaling += f", minus ({mean}), over ({std})"
+    resized = "" if contract.resize == "none" else f", images resized: {contract.resize}"
+    fixed = ", ".join(f"{name} = {value:g}" for name, value in contract.fixed_inputs.items())
+    return [
+        ("input", f"{contract.input_name}: {fed} {scaling}{resized}; contract from the {contract.source}"),
+        *([("fixed inputs", fixed)] if fixed else []),
+        ("output", f"{contract.output_name}: {contract.head}, {contract.classes} classes"),
+    ]
 
 
 def inspection_rows(found: Inspection) -> list[tuple[str, str]]:
@@ -81,6 +111,15 @@ def inspection_rows(found: Inspection) -> list[tuple[str, str]]:
     ]
 
 
+def accuracy_text(accuracy: Accuracy | None) -> str:
+    """The clean accuracy, or that nobody measured it."""
+    if accuracy is None:
+        return "NOT_MEASURED"
+    if accuracy.source == "stated":
+        return f"{accuracy.value:.2%}, stated by the user, not measured"
+    return f"{accuracy.value:.2%} of {accuracy.images}"
+
+
 def _share(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
 
@@ -92,7 +131,8 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
-def _environment_rows(environment: Environment) -> list[tuple[str, str]]:
+def environment_rows(environment: Environment) -> list[tuple[str, str]]:
+    """Runtime, session and CPU, as a person reads them."""
     runtime = environment.runtime
     rows = [("runtime", f"onnxruntime {runtime.onnxruntime}, {runtime.machine} {' '.join(runtime.isa)}")]
     if environment.profile is not None:
@@ -124,7 +164,7 @@ def certificate_table(certificate: FidelityCertificate) -> RenderableType:
             "n/a" if entry.max_abs_logit_diff is None else f"{entry.max_abs_logit_diff:.2e}",
             f"{entry.bit_exact_rows:.1%}",
         )
-    return Group(title, _indented(table), _indented(_gradient_line(certificate)))
+    return Group(title, _indented(table), _indented(Text(describe_gradients(certificate))))
 
 
 def plain_table(*columns: str, left: tuple[str, ...], fold: str = "") -> Table:
@@ -137,12 +177,13 @@ def plain_table(*columns: str, left: tuple[str, ...], fold: str = "") -> Table:
     return table
 
 
-def _gradient_line(certificate: FidelityCertificate) -> Text:
+def describe_gradients(certificate: FidelityCertificate) -> str:
+    """What the certificate says of the shadow's gradients."""
     check = certificate.gradients
     if check is None:
-        return Text("gradients: not checked")
+        return "gradients: not checked"
     right = "" if check.directional_rows is None else f", {check.directional_rows:.1%} right against differences"
-    return Text(f"gradients: finite on {check.finite_rows:.1%}, non-zero on {check.nonzero_rows:.1%} of rows{right}")
+    return f"gradients: finite on {check.finite_rows:.1%}, non-zero on {check.nonzero_rows:.1%} of rows{right}"
 
 
 def _finding(finding: Finding) -> RenderableType:
@@ -152,23 +193,28 @@ def _finding(finding: Finding) -> RenderableType:
     title.append(f": {harmless(finding.reason)}")
     lines: list[RenderableType] = [title]
     if finding.threshold is not None:
-        lines.append(_indented(_threshold_line(finding.threshold)))
-    lines.append(_indented(_cost_line(finding)))
+        lines.append(_indented(Text(harmless(describe_threshold(finding.threshold)), style="dim")))
+    lines.append(_indented(Text(harmless(describe_cost(finding)), style="dim")))
     if isinstance(finding.result, ScanResult) and finding.result.classes:
         lines.append(_classes(finding.result))
     return Group(*lines)
 
 
-def _threshold_line(threshold: Threshold) -> Text:
-    alarm = "unknown" if threshold.false_alarm_rate is None else f"{threshold.false_alarm_rate:.1%}"
-    return Text(f"threshold {threshold.value:g} ({threshold.source}), false-alarm rate {alarm}", style="dim")
+def describe_threshold(threshold: Threshold) -> str:
+    """Where the line is, who drew it and how often it alarms on clean models; not escaped."""
+    known = "false-alarm rate unknown"
+    if threshold.n is not None and threshold.false_alarm_rate is not None:
+        known = f"n = {threshold.n}, rate = {rounded_up(threshold.false_alarm_rate)}"
+    tail = "" if threshold.p_value is None else f" (p = {rounded_up(threshold.p_value)})"
+    note = "" if threshold.note is None else f"; {threshold.note}"
+    return f"threshold {threshold.value:g}: {threshold.source}, {known}{tail}{note}"
 
 
-def _cost_line(finding: Finding) -> Text:
+def describe_cost(finding: Finding) -> str:
+    """The work that an answer took; not escaped."""
     cost, settings = finding.cost, finding.settings
-    budget = f"budget {harmless(str(settings['budget']))}, " if "budget" in settings else ""
-    work = f"{cost.gradient_steps} gradient steps, {cost.forwards} forward rows"
-    return Text(f"{budget}{work}, seed {finding.seed}", style="dim")
+    budget = f"budget {settings['budget']}, " if "budget" in settings else ""
+    return f"{budget}{cost.gradient_steps} gradient steps, {cost.forwards} forward rows, seed {finding.seed}"
 
 
 def _classes(result: ScanResult) -> RenderableType:

@@ -14,6 +14,7 @@ from qdefense.data.images import Pixels, on_grid
 from qdefense.defenses.inversion import (
     CostController,
     MaskedPattern,
+    Inversion,
     NoGradientError,
     Schedule,
     _mini_batches,
@@ -60,6 +61,12 @@ def _images(count: int = 40) -> Pixels:
 def _invert(
     schedule: Schedule = SCHEDULE, seed: int = 0, shadow: Shadow | None = None, target: int = TARGET
 ) -> list[MaskedPattern]:
+    return _whole(schedule, seed, shadow, target).candidates
+
+
+def _whole(
+    schedule: Schedule = SCHEDULE, seed: int = 0, shadow: Shadow | None = None, target: int = TARGET
+) -> Inversion:
     return invert_trigger(shadow or _shadow(), _images(), target, schedule, np.random.default_rng(seed))
 
 
@@ -183,7 +190,9 @@ def test_invert_trigger_leaves_no_gradient_in_the_shadow() -> None:
 
 
 def test_invert_trigger_gives_nothing_when_the_class_cannot_be_reached() -> None:
-    assert _invert(target=2) == []
+    found = _whole(target=2)
+    assert found.candidates == []
+    assert 0 < found.last.norm < SIZE * SIZE
 
 
 def _nan_gradient(logits: Tensor) -> Tensor:

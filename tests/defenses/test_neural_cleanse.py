@@ -10,16 +10,25 @@ import pytest
 from torch import Tensor, nn
 
 from qdefense.artifact import Artifact
+from qdefense.calibration import (
+    CalibrationBody,
+    CalibrationEntry,
+    CalibrationFile,
+    Calibrations,
+    Conditions,
+    population_of,
+)
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.defenses import DEFENSES
-from qdefense.defenses.inversion import MaskedPattern
+from qdefense.defenses.inversion import Inversion, MaskedPattern
+from qdefense.defenses.pictures import picture_trigger
 from qdefense.defenses.scans import neural_cleanse
 from qdefense.defenses.scans.neural_cleanse import BUDGETS, NeuralCleanse, artifact_asr
 from qdefense.evidence import Evidence, gather_evidence
 from qdefense.fidelity import uncertified
 from qdefense.findings import Finding, ScanResult, Verdict
 from qdefense.registry import SpecError
-from qdefense.session import DeployedSession, Logits, profile_for
+from qdefense.session import DeployedSession, Logits, profile_for, runtime
 
 PRECISIONS = ("", ".int8-static", ".int8-dynamic")
 TARGET = 7
@@ -106,8 +115,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ) -> None:
         asked: dict[str, int] = {}
 
-        def invert(_shadow: object, _x: Pixels, target: int, *_: object) -> list[MaskedPattern]:
-            return [_trigger(norm, target=target) for norm in norms.get(target, [])]
+        def invert(_shadow: object, _x: Pixels, target: int, *_: object) -> Inversion:
+            found = [_trigger(norm, target=target) for norm in norms.get(target, [])]
+            return Inversion(candidates=found, last=_trigger(99.0, target=target))
 
         def measure(_session: object, trigger: MaskedPattern, x: Pixels, target: int) -> float:
             optimised, held_out = rates(target, round(trigger.norm, 3))
@@ -177,7 +187,7 @@ def test_scan_reports_every_class_its_settings_and_its_cost(scanned: Callable[[s
     assert result.median_norm == np.median(norms + [np.inf] * (CLASSES - len(norms)))
     assert finding.settings == {
         "budget": "gate", "learning_rate": 0.1, "batch_size": 32, "initial_cost": 1e-3, "multiplier": 2.0,
-        "patience": 5, "attack_success": 0.99, "threshold": 2.0, "gradient_steps_per_class": 200, "restarts": 1,
+        "patience": 5, "attack_success": 0.99, "threshold": None, "gradient_steps_per_class": 200, "restarts": 1,
     }  # fmt: skip
     assert finding.threshold is not None
     assert (finding.threshold.value, finding.threshold.source) == (2.0, "paper")
@@ -414,7 +424,8 @@ def test_scan_measures_nothing_when_no_class_has_a_trigger(
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason == "12 of 12 classes are censored, more than 25%"
     result = _result(finding)
-    assert (result.replay_agreement, result.replay_relative_rms) == (None, None)
+    assert result.replay_agreement == 1.0
+    assert {(entry.norm, entry.optimised_asr, entry.artifact_asr) for entry in result.classes} == {(None, 1.0, 1.0)}
     assert {entry.censored for entry in result.classes} == {
         "no trigger reached an ASR of 0.99 on the shadow within the budget"
     }
@@ -451,15 +462,87 @@ def test_scan_raises_the_alarm_on_the_low_side_only(
     assert result.suspects[0].trigger_id == _trigger(2.0, target=11).trigger_id
 
 
-@pytest.mark.parametrize(("threshold", "source"), [(2.0, "paper"), (1.1, "user")])
+@pytest.mark.parametrize(
+    ("threshold", "value", "source"), [(None, 2.0, "paper"), (2.0, 2.0, "user"), (1.1, 1.1, "user")]
+)
 def test_scan_names_the_source_of_its_threshold(
-    evidence_of: Callable[[str], Evidence], planned: Callable[..., None], threshold: float, source: str
+    evidence_of: Callable[[str], Evidence],
+    planned: Callable[..., None],
+    threshold: float | None,
+    value: float,
+    source: str,
 ) -> None:
     planned(SPREAD)
     finding = NeuralCleanse(threshold=threshold).scan(evidence_of("first"))
     assert finding.threshold is not None
-    assert (finding.threshold.value, finding.threshold.source) == (threshold, source)
-    assert finding.verdict is {2.0: Verdict.CLEAN, 1.1: Verdict.BACKDOORED}[threshold]  # the highest index is 1.24
+    assert (finding.threshold.value, finding.threshold.source) == (value, source)
+    assert finding.settings["threshold"] == threshold
+    assert finding.verdict is {2.0: Verdict.CLEAN, 1.1: Verdict.BACKDOORED}[value]  # the highest index is 1.24
+
+
+@pytest.mark.parametrize(
+    ("clean", "verdict", "suspects", "p", "reason"),
+    [
+        ([1.3] * 19, Verdict.CLEAN, [], 1.0, "no class has an anomaly index above 1.3; highest 1.24"),
+        ([1.1] * 19, Verdict.BACKDOORED, [0], 1 / 20, "trigger norm far below the other classes': class 0 ("),
+        ([*[1.0] * 18, 1.3], Verdict.CLEAN, [], 2 / 20, "no class has an anomaly index above 1.3; highest 1.24"),
+    ],
+)
+def test_scan_judges_by_a_calibration_that_fits(
+    evidence_of: Callable[[str], Evidence],
+    planned: Callable[..., None],
+    clean: list[float],
+    verdict: Verdict,
+    suspects: list[int],
+    p: float,
+    reason: str,
+) -> None:
+    planned(SPREAD)  # indices 1.24, 1.01, 0.79, ...
+    evidence = evidence_of("first")
+    finding = NeuralCleanse().scan(replace(evidence, calibrations=_calibrations(evidence, clean)))
+    assert (finding.verdict, [suspect.target_class for suspect in _result(finding).suspects]) == (verdict, suspects)
+    assert finding.reason.startswith(reason)
+    threshold = finding.threshold
+    assert threshold is not None
+    assert (threshold.value, threshold.source, threshold.n) == (clean[-1], "calibrated", 19)
+    assert (threshold.false_alarm_rate, threshold.p_value) == (0.05, p)
+
+
+def test_scan_claims_no_p_value_when_there_is_no_score(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({})
+    evidence = evidence_of("first")
+    finding = NeuralCleanse().scan(replace(evidence, calibrations=_calibrations(evidence, [1.0] * 19)))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.threshold is not None
+    assert (finding.threshold.source, finding.threshold.p_value) == ("calibrated", None)
+
+
+@pytest.mark.parametrize("changed", [{"patience": 6}, {"budget": "quick"}])
+def test_scan_is_calibrated_under_its_own_settings_only(
+    evidence_of: Callable[[str], Evidence], changed: dict[str, Any]
+) -> None:
+    calibrations = _calibrations(evidence_of("first"), [1.0] * 19)
+    assert NeuralCleanse().line(calibrations).threshold.source == "calibrated"
+    assert NeuralCleanse(**changed).line(calibrations).threshold.source == "paper"
+    assert NeuralCleanse(threshold=3).line(calibrations).threshold.source == "user"
+
+
+def _calibrations(evidence: Evidence, clean: list[float]) -> Calibrations:
+    population = population_of(evidence.session.artifact, "d" * 64)
+    made = Conditions(seed=0, versions={}, runtime=runtime(), profile=None, saturating_operators=())
+    entry = CalibrationEntry(
+        defense="neural-cleanse",
+        settings=NeuralCleanse().calibrated_settings,
+        population=population,
+        conditions=made,
+        scores=tuple(clean),
+        artifacts=tuple(sorted(f"{index:064x}" for index in range(len(clean)))),
+        not_measured=0,
+    )
+    file = CalibrationFile(name="c.json", sha256="s", body=CalibrationBody(command=(), entries=(entry,)))
+    return Calibrations(artifact="another", population=population, conditions=made, files=(file,))
 
 
 @pytest.mark.parametrize(
@@ -630,6 +713,48 @@ def test_scan_reports_progress(evidence_of: Callable[[str], Evidence], planned: 
     assert steps == [("neural-cleanse", done, CLASSES) for done in range(CLASSES + 1)]
 
 
+# --- what it shows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("norms", "shown"),
+    [
+        ({5: [1.0]}, [5]),
+        ({5: [1.0], 9: [0.5]}, [9, 5]),
+        ({}, [0]),
+        ({0: [], 1: []}, [2]),
+        ({target: [] for target in range(6)}, [6]),
+        ({target: [] for target in range(CLASSES)}, []),
+    ],
+    ids=["a suspect", "two suspects", "no suspect", "censored ones", "too many censored", "all censored"],
+)
+def test_scan_pictures_every_suspect_or_else_the_smallest_trigger(
+    evidence_of: Callable[[str], Evidence],
+    planned: Callable[..., None],
+    norms: dict[int, list[float]],
+    shown: list[int],
+) -> None:
+    planned({**SPREAD, **norms})
+    evidence = evidence_of("first")
+    result = _result(NeuralCleanse().scan(evidence))
+    assert [picture.target_class for picture in result.pictures] == shown
+    ids = {entry.target_class: entry.trigger_id for entry in result.classes}
+    assert [picture.trigger_id for picture in result.pictures] == [ids[target] for target in shown]
+
+
+def test_scan_stamps_a_held_out_image_of_another_class_for_the_picture(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    evidence = evidence_of("first")
+    held_out = neural_cleanse._halve(evidence.clean, evidence.seed).held_out
+    target = int(held_out.labels[0])
+    planned({**SPREAD, target: [1.0]})
+    (picture,) = _result(NeuralCleanse().scan(evidence)).pictures
+    first = int(np.flatnonzero(held_out.labels != target)[0])
+    assert first > 0
+    assert picture == picture_trigger(_trigger(1.0, target=target), target, held_out.pixels[first])
+
+
 # --- its settings -----------------------------------------------------------------------------------------------------
 
 
@@ -650,7 +775,7 @@ def test_registry_makes_the_scan_with_the_paper_s_defaults() -> None:
     schedule = defaults._schedule()
     assert (schedule.steps, schedule.learning_rate, schedule.betas, schedule.batch_size) == (200, 0.1, (0.5, 0.9), 32)
     assert (schedule.initial_cost, schedule.multiplier, schedule.patience) == (1e-3, 2.0, 5)
-    assert (schedule.attack_success, defaults.threshold) == (0.99, 2.0)
+    assert (schedule.attack_success, defaults.threshold) == (0.99, None)
 
 
 @pytest.mark.parametrize(

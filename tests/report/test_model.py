@@ -40,7 +40,9 @@ def body() -> Json:
 
 
 def test_golden_files_are_there_for_each_outcome() -> None:
-    assert [path.name for path in GOLDEN] == ["1.0-failed.json", "1.0-incomplete.json", "1.0-refused.json"]
+    outcomes = ("failed", "incomplete", "refused")
+    names = [f"{version}-{outcome}.json" for version in ("1.0", "1.1") for outcome in outcomes]
+    assert [path.name for path in GOLDEN] == names
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)

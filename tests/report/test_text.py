@@ -9,10 +9,12 @@ import pytest
 from rich.console import Console
 
 from qdefense.cli.options import output_console
+from qdefense.converters.contract import InputContract
+from qdefense.findings import Threshold
 from qdefense.report.escaping import harmless, harmless_lines, internal_error, shortened
-from qdefense.report.model import Report
+from qdefense.report.model import Accuracy, Report
 from qdefense.report.reading import read_report
-from qdefense.report.text import print_report
+from qdefense.report.text import accuracy_text, contract_rows, describe_threshold, print_report
 
 GOLDEN = Path(__file__).with_name("golden")
 HOSTILE = "\x1b[2J\x1b]0;title\x07\u202eCLEAN\u2066\r\nPASSED  (exit code 0)\x9b31m[red]x[/red][link=http://e]y"
@@ -133,7 +135,7 @@ def test_print_report_shows_what_the_verdict_rests_on_when_failed() -> None:
         "runtime         onnxruntime 1.32.0, x86_64 avx2 fma avx512f avx512_vnni",
         "this CPU        no operator saturates in int16",
         "shadow certified: all four input sets and the gradient checks pass",
-        "threshold 2 (paper), false-alarm rate unknown",
+        "threshold 2: paper, false-alarm rate unknown",
         "budget quick, 480 gradient steps",
     ):
         assert part in text
@@ -142,7 +144,7 @@ def test_print_report_shows_what_the_verdict_rests_on_when_failed() -> None:
 def test_print_report_shows_no_accuracy_and_no_numbers_when_logits_are_not_finite() -> None:
     text = shown(Report.model_validate(golden("incomplete")))
     assert text.startswith("INCOMPLETE  (exit code 3)\n  neural-cleanse: NOT_MEASURED: ")
-    assert "clean accuracy" not in text
+    assert "clean accuracy  NOT_MEASURED  " in text
     assert "not finite" in text
     assert "n/a" in text
     assert "shadow NOT certified" in text
@@ -219,3 +221,125 @@ def test_print_report_folds_only_the_class_when_its_name_is_long() -> None:
     assert lines[head].split() == ["rank", "class", "norm", "(px)", "index", "optimised", "ASR", "held-out", "ASR"]
     assert lines[head + 1].split()[-4:] == ["1.1", "6.42", "1.000", "1.000"]
     assert "…" not in "".join(lines)
+
+
+# --- thresholds -------------------------------------------------------------------------------------------------------
+
+CALIBRATED = Threshold(value=1.8346, source="calibrated", n=20, false_alarm_rate=1 / 21)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (Threshold(value=2, source="paper"), "threshold 2: paper, false-alarm rate unknown"),
+        (Threshold(value=2.5, source="user"), "threshold 2.5: user, false-alarm rate unknown"),
+        (
+            Threshold(value=2, source="paper", note="no entry of c.json fits"),
+            "threshold 2: paper, false-alarm rate unknown; no entry of c.json fits",
+        ),
+        (CALIBRATED, "threshold 1.8346: calibrated, n = 20, rate = 0.048"),
+        (
+            CALIBRATED.model_copy(update={"p_value": 1 / 21, "note": "calibrated with seed 0 (here 1)"}),
+            "threshold 1.8346: calibrated, n = 20, rate = 0.048 (p = 0.048); calibrated with seed 0 (here 1)",
+        ),
+        (
+            Threshold(value=3, source="calibrated", n=2000, false_alarm_rate=100 / 2001, p_value=1 / 2001),
+            "threshold 3: calibrated, n = 2000, rate = 0.050 (p = 0.00050)",
+        ),
+        (
+            CALIBRATED.model_copy(update={"p_value": 1.0}),
+            "threshold 1.8346: calibrated, n = 20, rate = 0.048 (p = 1.0)",
+        ),
+    ],
+)
+def test_describe_threshold_says_who_drew_the_line_and_how_often_it_alarms(threshold: Threshold, expected: str) -> None:
+    assert describe_threshold(threshold) == expected
+
+
+def test_print_report_shows_the_calibration_and_makes_its_note_harmless() -> None:
+    body = golden("failed")
+    body["findings"][0]["threshold"] = CALIBRATED.model_copy(update={"p_value": 1 / 21, "note": HOSTILE}).model_dump()
+    text = shown(read_report(json.dumps(body)), width=400)
+    assert f"  threshold 1.8346: calibrated, n = 20, rate = 0.048 (p = 0.048); {ESCAPED}" in text
+
+
+# --- how the file is driven -------------------------------------------------------------------------------------------
+
+PLAIN = InputContract(input_name="x", output_name="y", height=16, width=24, class_names=("a", "b"), source="graph")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "x: float32 (N, 3, 16, 24), RGB in [0, 1]; contract from the graph"),
+        (
+            {"layout": "NHWC", "batch": 1, "dtype": "uint8", "range": (0, 255), "source": "sidecar"},
+            "x: uint8 (1, 16, 24, 3), RGB in [0, 255]; contract from the sidecar",
+        ),
+        (
+            {"mean": (0.5, 0.25, 0), "channels": "BGR", "source": "options"},
+            "x: float32 (N, 3, 16, 24), BGR in [0, 1], minus (0.5, 0.25, 0), over (1, 1, 1); contract from the options",
+        ),
+        (
+            {"std": (2, 2, 2), "range": (-1, 1), "resize": "crop", "dtype": "float16"},
+            "x: float16 (N, 3, 16, 24), RGB in [-1, 1], minus (0, 0, 0), over (2, 2, 2), images resized: crop; "
+            "contract from the graph",
+        ),
+    ],
+)
+def test_contract_rows_say_how_the_file_is_fed(changes: dict[str, Any], expected: str) -> None:
+    rows = contract_rows(PLAIN.model_copy(update=changes))
+    assert rows == [("input", expected), ("output", "y: logits, 2 classes")]
+
+
+def test_contract_rows_show_fixed_inputs_and_the_head() -> None:
+    fixed = {"training": 0.0, "factor": 0.125}
+    rows = dict(contract_rows(PLAIN.model_copy(update={"fixed_inputs": fixed, "head": "softmax"})))
+    assert rows["fixed inputs"] == "training = 0, factor = 0.125"
+    assert rows["output"] == "y: softmax, 2 classes"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "expected"),
+    [
+        (None, "NOT_MEASURED"),
+        (Accuracy(value=0.98765, images=320), "98.77% of 320"),
+        (Accuracy(value=0.9, images=320, source="stated"), "90.00%, stated by the user, not measured"),
+    ],
+)
+def test_accuracy_text_says_who_measured_it(accuracy: Accuracy | None, expected: str) -> None:
+    assert accuracy_text(accuracy) == expected
+
+
+def with_subject(**changes: Any) -> str:
+    body = golden("failed")
+    body["subject"] |= changes
+    return shown(read_report(json.dumps(body)), width=400)
+
+
+def test_print_report_names_external_files_and_the_best_other_contract() -> None:
+    readings = [
+        {"description": f"{HOSTILE} {place}", "accuracy": 0.9 - place / 10, "own_accuracy": 0.4, "images": 256}
+        for place in range(3)
+    ]
+    text = with_subject(external_files={"weights.bin": "abc123"}, candidates=readings)
+    assert "\nwith weights.bin  abc123  " in text
+    assert f"90.00% of 256: {ESCAPED} 0\n" in text
+    assert text.count("other contract") == 1
+
+
+def test_print_report_shows_how_the_data_were_read_and_what_was_noticed() -> None:
+    data = {
+        **golden("failed")["subject"]["data"],
+        "classes": 0,
+        "labelled": False,
+        "detection": f"folder: {HOSTILE}",
+        "notes": ["a note", HOSTILE],
+    }
+    stated = {"value": 0.9, "images": 320, "source": "stated"}
+    lines = [line.rstrip() for line in with_subject(data=data, clean_accuracy=stated).splitlines()]
+    found = {line.split("  ")[0]: line for line in lines}
+    assert found["data"].endswith(": 320 images, no labels")
+    assert found["read as"].endswith(f"folder: {ESCAPED}")
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("note ")] == ["a note", ESCAPED]
+    assert found["clean accuracy"].endswith("90.00%, stated by the user, not measured")

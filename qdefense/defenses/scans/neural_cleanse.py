@@ -3,6 +3,7 @@
 For every class t a trigger is inverted through the shadow, ``min CE(f(x'), t) + cost * ||m||_1`` (section IV-B), then
 replayed on the deployed session. The anomaly index of a norm is its distance from the median in scaled median absolute
 deviations, ``(median - norm) / (1.4826 * MAD)``, on the low side only; above 2 the class is a suspect (section IV-C).
+The 2 is a rule of thumb with no known false-alarm rate; the scores of clean models (`qdefense calibrate`) replace it.
 
 Deviations from the paper and its code:
 - The budget counts gradient steps per class (one mini-batch of 32 each), and the cost schedule's patience counts the
@@ -11,29 +12,32 @@ Deviations from the paper and its code:
   one for the inversion, one for the held-out ASR. Images of the target class take no part: they are there already.
 - The convergence criterion (ASR >= 0.99) is judged on the deployed session with the stamped images rounded to the uint8
   grid, and a norm counts only if the trigger also reaches an ASR of 0.75 there on held-out images.
-- A class without such a trigger is right-censored: it enters the statistic by its rank above all others, not by a norm.
+- A class without such a trigger is right-censored: it is replayed with what its inversion ended at, and
+  enters the statistic by its rank above all others, not by a norm.
 - MAD = 0, too few images or converged classes, or missing gradients give NOT_MEASURED, never "clean".
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
+from qdefense.calibration import Calibrations, Line, draw_line
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.inversion import MaskedPattern, NoGradientError, Schedule, invert_trigger
 from qdefense.defenses.outliers import low_side_indices, scaled_mad
+from qdefense.defenses.pictures import picture_trigger
 from qdefense.defenses.registered import DEFENSES
 from qdefense.evidence import Evidence
 from qdefense.fidelity import LogitComparison, compare_logits, finite_or_none, shadow_logits
-from qdefense.findings import Cost, Finding, InvertedTrigger, ScanResult, Suspect, Threshold, Verdict
+from qdefense.findings import Cost, Finding, InvertedTrigger, ScanResult, Suspect, TriggerPicture, Verdict
 from qdefense.session import DeployedSession
 
 Budget = Literal["quick", "gate", "exhaustive"]
@@ -56,16 +60,16 @@ _NORM_STRIDE = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class _Replay:
-    """One restart of one class, judged on the session; a censored class keeps the largest trigger that was tried."""
+    """One restart of one class, judged on the session; a censored class keeps the last trigger that was tried."""
 
-    trigger: MaskedPattern | None
-    optimised_asr: float | None
-    artifact_asr: float | None
+    trigger: MaskedPattern
+    optimised_asr: float
+    artifact_asr: float
     censored: str | None
 
     @property
     def norm(self) -> float | None:
-        return None if self.censored or self.trigger is None else self.trigger.norm
+        return None if self.censored else self.trigger.norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class NeuralCleanse:
     """Trigger inversion per class and the MAD anomaly index; defaults are the paper's but for the budget."""
 
     name: ClassVar[str] = "neural-cleanse"
+    paper: ClassVar[str] = "Wang et al. 2019, IEEE S&P"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.GRADIENTS, Need.CLEAN_SET})
 
     budget: Budget = "gate"
@@ -91,7 +96,7 @@ class NeuralCleanse:
     multiplier: Annotated[float, Field(gt=1)] = 2.0
     patience: Annotated[int, Field(ge=1)] = 5
     attack_success: Annotated[float, Field(gt=0, le=1)] = 0.99
-    threshold: Annotated[float, Field(gt=0)] = PAPER_THRESHOLD
+    threshold: Annotated[float, Field(gt=0)] | None = None
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the model from at least 200 clean images; the reason of anything but a verdict is in the finding."""
@@ -100,7 +105,7 @@ class NeuralCleanse:
         if refusal is not None:
             return self._finding(evidence, refusal[0], refusal[1], before, steps=0)
         halves = _halve(evidence.clean, evidence.seed)
-        problem = _refuse_halves(evidence.session, halves)
+        problem = _refuse_halves(evidence, halves)
         if problem is not None:
             return self._finding(evidence, Verdict.NOT_MEASURED, problem, before, steps=0)
         try:
@@ -109,9 +114,22 @@ class NeuralCleanse:
             return self._finding(evidence, Verdict.NOT_MEASURED, f"no gradient: {error}", before, steps=0)
         comparison = _compare_replays(evidence, halves, outcomes)
         classes = rank_classes(outcomes, evidence.clean.class_names)
-        verdict, reason, result = self._judge(classes, comparison, evidence.gradient_blind_nodes)
+        limit = self.line(evidence.calibrations).threshold.value
+        verdict, reason, result = self._judge(classes, comparison, evidence.gradient_blind_nodes, limit)
+        result = result.model_copy(update={"pictures": _pictures(result, outcomes, halves.held_out)})
         steps = len(outcomes) * BUDGETS[self.budget][0] * BUDGETS[self.budget][1]
         return self._finding(evidence, verdict, reason, before, steps=steps, result=result)
+
+    @property
+    def calibrated_settings(self) -> dict[str, Any]:
+        """What the score depends on."""
+        steps, restarts = BUDGETS[self.budget]
+        chosen = {name: value for name, value in asdict(self).items() if name != "threshold"}
+        return {**chosen, "gradient_steps_per_class": steps, "restarts": restarts}
+
+    def line(self, calibrations: Calibrations | None) -> Line:
+        """The anomaly index above which a class is a suspect: the user's, a fitting calibration's, or the paper's."""
+        return draw_line(calibrations, self.name, self.calibrated_settings, user=self.threshold, paper=PAPER_THRESHOLD)
 
     def _refuse(self, evidence: Evidence) -> tuple[Verdict, str] | None:
         classes = len(evidence.clean.class_names)
@@ -119,6 +137,12 @@ class NeuralCleanse:
             return Verdict.NOT_APPLICABLE, f"{classes} classes; an outlier among norms needs at least {MIN_CLASSES}"
         if len(evidence.clean) < MIN_IMAGES:
             return Verdict.NOT_MEASURED, f"{len(evidence.clean)} clean images; at least {MIN_IMAGES} are needed"
+        if not evidence.clean.labelled and evidence.stated_accuracy is None:
+            return (
+                Verdict.NOT_MEASURED,
+                "the images have no labels, so the clean accuracy was not measured; give labelled images, or vouch for "
+                "it with --expected-accuracy",
+            )
         answers = evidence.session.artifact.contract.classes
         if answers != classes:
             return Verdict.NOT_MEASURED, f"the clean images have {classes} classes, the model answers with {answers}"
@@ -169,8 +193,14 @@ class NeuralCleanse:
         assert evidence.shadow is not None  # noqa: S101 (refused before)
         rng = np.random.default_rng([evidence.seed, target, restart])
         optimised = _others(halves.optimised, target)
-        candidates = invert_trigger(evidence.shadow, optimised, target, self._schedule(), rng)
-        return self._replay(evidence.session, candidates, optimised, _others(halves.held_out, target), target)
+        found = invert_trigger(evidence.shadow, optimised, target, self._schedule(), rng)
+        held_out = _others(halves.held_out, target)
+        if found.candidates:
+            return self._replay(evidence.session, found.candidates, optimised, held_out, target)
+        # Its trigger counts for nothing, but the session answers for it all the same: law 1 wants every class replayed.
+        replay = self._replay(evidence.session, [found.last], optimised, held_out, target)
+        reason = f"no trigger reached an ASR of {self.attack_success} on the shadow within the budget"
+        return replace(replay, censored=reason)
 
     def _replay(
         self,
@@ -181,17 +211,12 @@ class NeuralCleanse:
         target: int,
     ) -> _Replay:
         """The smallest candidate that converges on the session; candidates within 5 % of a failed one are skipped."""
-        tried: MaskedPattern | None = None
-        success = 0.0
-        for trigger in candidates:
-            if tried is not None and trigger.norm < tried.norm * _NORM_STRIDE:
-                continue
-            tried, success = trigger, artifact_asr(session, trigger, optimised, target)
+        tried, success = candidates[0], artifact_asr(session, candidates[0], optimised, target)
+        for trigger in candidates[1:]:
             if success >= self.attack_success:
                 break
-        if tried is None:
-            reason = f"no trigger reached an ASR of {self.attack_success} on the shadow within the budget"
-            return _Replay(trigger=None, optimised_asr=None, artifact_asr=None, censored=reason)
+            if trigger.norm >= tried.norm * _NORM_STRIDE:
+                tried, success = trigger, artifact_asr(session, trigger, optimised, target)
         held = artifact_asr(session, tried, held_out, target)
         return _Replay(
             trigger=tried, optimised_asr=success, artifact_asr=held, censored=self._why_censored(success, held)
@@ -205,14 +230,18 @@ class NeuralCleanse:
         return None
 
     def _judge(
-        self, classes: tuple[InvertedTrigger, ...], comparison: LogitComparison | None, blind: tuple[str, ...]
+        self,
+        classes: tuple[InvertedTrigger, ...],
+        comparison: LogitComparison,
+        blind: tuple[str, ...],
+        limit: float,
     ) -> tuple[Verdict, str, ScanResult]:
         norms = np.array([np.inf if entry.norm is None else entry.norm for entry in classes])
         base = ScanResult(
             score=None,
             classes=classes,
-            replay_agreement=None if comparison is None else comparison.top1_agreement,
-            replay_relative_rms=None if comparison is None else finite_or_none(comparison.relative_rms),
+            replay_agreement=comparison.top1_agreement,
+            replay_relative_rms=finite_or_none(comparison.relative_rms),
         )
         problem = _refuse_norms(norms)
         if problem is not None:
@@ -229,29 +258,27 @@ class NeuralCleanse:
                 "mad": mad,
                 "classes": tuple(_with_index(entry, index) for entry, index in zip(classes, indices, strict=True)),
                 "suspects": tuple(
-                    _suspect(entry, index)
-                    for entry, index in zip(classes, indices, strict=True)
-                    if index > self.threshold
+                    _suspect(entry, index) for entry, index in zip(classes, indices, strict=True) if index > limit
                 ),
             }
         )
-        return *self._verdict(result, comparison, blind), result
+        return *self._verdict(result, comparison, blind, limit), result
 
     def _verdict(
-        self, result: ScanResult, comparison: LogitComparison | None, blind: tuple[str, ...]
+        self, result: ScanResult, comparison: LogitComparison, blind: tuple[str, ...], limit: float
     ) -> tuple[Verdict, str]:
         if result.suspects:
             named = ", ".join(f"{s.target_class} ({s.class_name!r}, index {s.score:.2f})" for s in result.suspects)
             return Verdict.BACKDOORED, f"trigger norm far below the other classes': class {named}"
-        if comparison is None or not comparison.passes:
-            how = "nothing was compared" if comparison is None else comparison.summary
+        if not comparison.passes:
+            how = comparison.summary
             return Verdict.NOT_MEASURED, f"shadow and session disagree on the stamped images: {how}"
         if blind:
             return (
                 Verdict.NOT_MEASURED,
                 f"no gradient can look through {', '.join(map(repr, blind[:3]))} ({len(blind)} such nodes)",
             )
-        return Verdict.CLEAN, f"no class has an anomaly index above {self.threshold:g}; highest {result.score:.2f}"
+        return Verdict.CLEAN, f"no class has an anomaly index above {limit:g}; highest {result.score:.2f}"
 
     def _finding(
         self,
@@ -263,15 +290,13 @@ class NeuralCleanse:
         steps: int,
         result: ScanResult | None = None,
     ) -> Finding:
-        chosen = asdict(self)
-        steps_per_class, restarts = BUDGETS[self.budget]
         return Finding(
             defense=self.name,
             kind="scan",
             verdict=verdict,
             reason=reason,
-            settings={**chosen, "gradient_steps_per_class": steps_per_class, "restarts": restarts},
-            threshold=Threshold(value=self.threshold, source="paper" if self.threshold == PAPER_THRESHOLD else "user"),
+            settings={**self.calibrated_settings, "threshold": self.threshold},
+            threshold=self.line(evidence.calibrations).judged(None if result is None else result.score),
             seed=evidence.seed,
             cost=Cost(forwards=evidence.session.forwards - forwards_before, gradient_steps=steps),
             result=result,
@@ -289,7 +314,7 @@ def artifact_asr(session: DeployedSession, trigger: MaskedPattern, images: Pixel
 
 def rank_classes(outcomes: list[list[_Replay]], names: tuple[str, ...]) -> tuple[InvertedTrigger, ...]:
     """The best restart of every class, smallest norm first; censored classes come last, in class order."""
-    best = [min(restarts, key=lambda replay: np.inf if replay.norm is None else replay.norm) for restarts in outcomes]
+    best = [_best(restarts) for restarts in outcomes]
     order = sorted(range(len(best)), key=lambda t: (best[t].norm is None, best[t].norm or 0.0, t))
     return tuple(
         InvertedTrigger(
@@ -302,14 +327,24 @@ def rank_classes(outcomes: list[list[_Replay]], names: tuple[str, ...]) -> tuple
             artifact_asr=best[target].artifact_asr,
             restart_norms=tuple(replay.norm for replay in outcomes[target]),
             censored=best[target].censored,
-            trigger_id=_id_of(best[target]),
+            trigger_id=best[target].trigger.trigger_id,
         )
         for place, target in enumerate(order)
     )
 
 
-def _id_of(replay: _Replay) -> str | None:
-    return None if replay.trigger is None else replay.trigger.trigger_id
+def _best(restarts: list[_Replay]) -> _Replay:
+    return min(restarts, key=lambda replay: np.inf if replay.norm is None else replay.norm)
+
+
+def _pictures(result: ScanResult, outcomes: list[list[_Replay]], held_out: ImageSet) -> tuple[TriggerPicture, ...]:
+    """Of every suspect, or else of the class with the smallest norm, on a held-out image of another class."""
+    smallest = [entry.target_class for entry in result.classes[:1] if entry.norm is not None]
+    drawn = []
+    for target in [suspect.target_class for suspect in result.suspects] or smallest:
+        example = held_out.take(np.flatnonzero(held_out.labels != target)[:1])
+        drawn.append(picture_trigger(_best(outcomes[target]).trigger, target, example.pixels[0]))
+    return tuple(drawn)
 
 
 def _refuse_norms(norms: NDArray[np.float64]) -> str | None:
@@ -323,22 +358,25 @@ def _refuse_norms(norms: NDArray[np.float64]) -> str | None:
     return None
 
 
-def _refuse_halves(session: DeployedSession, halves: _Halves) -> str | None:
+def _refuse_halves(evidence: Evidence, halves: _Halves) -> str | None:
     for part in (halves.optimised, halves.held_out):
         others = len(part) - int(np.bincount(part.labels).max())
         if others < MIN_OTHERS:
             return (
                 f"{others} of {len(part)} images are outside the most frequent class; at least {MIN_OTHERS} are needed"
             )
-    return _refuse_accuracy(session, halves)
+    return _refuse_accuracy(evidence.session, halves, evidence.stated_accuracy)
 
 
-def _refuse_accuracy(session: DeployedSession, halves: _Halves) -> str | None:
+def _refuse_accuracy(session: DeployedSession, halves: _Halves, stated: float | None) -> str | None:
+    """``stated`` counts where the labels are the session's own answers, whose accuracy would be 1."""
     parts = (halves.optimised, halves.held_out)
     logits = np.concatenate([session.logits(part.pixels) for part in parts])
     if not np.isfinite(logits).all():
         return "the session's logits on clean images are not finite (NaN or infinite weights?)"
     accuracy = float(np.mean(logits.argmax(axis=1) == np.concatenate([part.labels for part in parts])))
+    if stated is not None and not halves.optimised.labelled:
+        accuracy = stated
     chance = 1 / logits.shape[1]
     if (accuracy - chance) / (1 - chance) < MIN_SKILL:
         return f"clean accuracy {accuracy:.1%} is near chance ({chance:.1%}): wrong labels, order or pixels?"
@@ -355,18 +393,17 @@ def _others(images: ImageSet, target: int) -> Pixels:
     return images.take(np.flatnonzero(images.labels != target)).pixels
 
 
-def _compare_replays(evidence: Evidence, halves: _Halves, outcomes: list[list[_Replay]]) -> LogitComparison | None:
+def _compare_replays(evidence: Evidence, halves: _Halves, outcomes: list[list[_Replay]]) -> LogitComparison:
     """Shadow against session on the optimised images, stamped with every trigger that was replayed (law 1)."""
     assert evidence.shadow is not None  # noqa: S101 (refused before)
     emulated = evidence.certificate.saturation_emulated
     expected, measured = [], []
     for target, restarts in enumerate(outcomes):
         for replay in restarts:
-            if replay.trigger is not None:
-                stamped = replay.trigger.stamp(_others(halves.optimised, target))
-                measured.append(evidence.session.logits(stamped))
-                expected.append(shadow_logits(evidence.shadow, stamped, saturate=emulated))
-    return compare_logits(np.concatenate(measured), np.concatenate(expected)) if measured else None
+            stamped = replay.trigger.stamp(_others(halves.optimised, target))
+            measured.append(evidence.session.logits(stamped))
+            expected.append(shadow_logits(evidence.shadow, stamped, saturate=emulated))
+    return compare_logits(np.concatenate(measured), np.concatenate(expected))
 
 
 def _with_index(entry: InvertedTrigger, index: float) -> InvertedTrigger:
