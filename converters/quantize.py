@@ -18,6 +18,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime import quantization
 
+from qdefense.converters.contract import InputContract
+from qdefense.converters.door import fed
 from qdefense.converters.precision import QUANTIZED_OPERATORS
 from qdefense.converters.reading import FileRefusedError, every_graph, parse_model, safe_text
 from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
@@ -74,6 +76,7 @@ def quantize(
     reduce_range: bool = True,
     method: Method = "minmax",
     percentile: float = 99.999,
+    contract: InputContract | None = None,
 ) -> bytes:
     """Quantize a single-input float32 file; ``int8-dynamic`` takes no images and none of the static settings.
 
@@ -81,6 +84,7 @@ def quantize(
         model: the FP32 file.
         scheme: ``int8-static`` or ``int8-dynamic``.
         calibration: (N, C, H, W) float32 in [0, 1], N >= 16; needed by ``int8-static``.
+        contract: how the file is fed with such images; without it the images are fed as they are.
         per_channel: one weight scale per output channel.
         reduce_range: 7-bit weights, which never saturate on a CPU without VNNI.
         method: how activation ranges are read off the calibration images.
@@ -104,6 +108,7 @@ def quantize(
         reduce_range=reduce_range,
         method=method,
         percentile=percentile,
+        contract=contract,
     )
 
 
@@ -116,6 +121,7 @@ def quantize_static(
     reduce_range: bool = True,
     method: Method = "minmax",
     percentile: float = 99.999,
+    contract: InputContract | None = None,
 ) -> bytes:
     """Static INT8 in QDQ form: uint8 activations, int8 weights, ranges from ``calibration: (N, C, H, W) in [0, 1]``.
 
@@ -125,7 +131,7 @@ def quantize_static(
     """
     proto = _float_model(model)
     _check_settings(proto, per_channel=per_channel, method=method, percentile=percentile)
-    images = _check_images(calibration, _image_input(proto), input_name)
+    images = _check_images(calibration, _image_input(proto), input_name, contract)
     step = _batch(len(images), _image_input(proto))
     record: dict[str, object] = {
         "scheme": "int8-static",
@@ -145,7 +151,7 @@ def quantize_static(
             quantization.quantize_static(
                 source,
                 target,
-                _Batches(input_name, images),
+                _Batches(input_name, images if contract is None else fed(images, contract)),
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(STATIC_OPERATORS),
                 per_channel=per_channel,
@@ -216,10 +222,14 @@ def _check_settings(proto: onnx.ModelProto, *, per_channel: bool, method: str, p
         raise QuantizationError(f"percentile is {percentile}, not within (50, 100]; 99.999 is usual")
 
 
-def _check_images(calibration: NDArray[np.float32], image: onnx.ValueInfoProto, input_name: str) -> NDArray[np.float32]:
+def _check_images(
+    calibration: NDArray[np.float32], image: onnx.ValueInfoProto, input_name: str, contract: InputContract | None
+) -> NDArray[np.float32]:
     if input_name != image.name:
         raise QuantizationError(f"the model's input is {image.name!r}, not {input_name!r}; name the right one")
     dims = [dim.dim_value if dim.HasField("dim_value") else None for dim in image.type.tensor_type.shape.dim]
+    if contract is not None:
+        dims = [None, 3, contract.height, contract.width]
     shape = calibration.shape
     if len(shape) != 4 or len(dims) != 4 or any(want not in (None, got) for want, got in zip(dims[1:], shape[1:])):
         raise QuantizationError(f"calibration has shape {shape}, the model's input is {dims}; resize the images to it")

@@ -54,7 +54,7 @@ def check_file(model: onnx.ModelProto) -> None:
     for graph in every_graph(model.graph):
         _check_domains(graph)
         _check_values(graph)
-        for tensor in _tensors(graph):
+        for tensor in tensors_of(graph):
             _check_tensor(tensor)
     try:
         onnx.checker.check_model(model)
@@ -115,13 +115,14 @@ def _texts(model: onnx.ModelProto) -> Iterator[object]:
         yield from (entry.key, entry.value)
     for graph in every_graph(model.graph):
         yield from (value.name for value in (*graph.input, *graph.output, *graph.value_info))
-        yield from (tensor.name for tensor in _tensors(graph))
+        yield from (tensor.name for tensor in tensors_of(graph))
         for node in graph.node:
             yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
             yield from (attribute.name for attribute in node.attribute)
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+def tensors_of(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    """Every tensor in the graph itself: initializers and attributes, sparse ones in their parts."""
     sparse = [*graph.sparse_initializer]
     yield from graph.initializer
     for node in graph.node:
@@ -158,7 +159,7 @@ def _check_tensor(tensor: TensorProto) -> None:
     name = safe_text(tensor.name)
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
         raise FileRefusedError(
-            f"tensor '{name}' keeps its data in another file; save the model in one file, without external data"
+            f"tensor '{name}' keeps its data in another file; read the model from its folder, or save it in one file"
         )
     if tensor.data_type not in onnx.helper.get_all_tensor_dtypes() or tensor.data_type == TensorProto.UNDEFINED:
         raise FileRefusedError(f"tensor '{name}' has the unknown data type {tensor.data_type}; export the model again")

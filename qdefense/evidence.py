@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from qdefense.calibration import Calibrations
 from qdefense.converters.reading import safe_text
 from qdefense.data.images import ImageSet
 from qdefense.fidelity import FidelityCertificate, MismatchCause, certify, uncertified
@@ -28,6 +29,8 @@ class Evidence:
     ``shadow`` is ``None`` where none could be built; ``certificate`` says whether it may be used and, if not, why.
     ``threads`` is how much may run side by side; torch itself computes on one thread each, so that no sum depends
     on their number. ``gradient_blind_nodes`` lie on a path from input to output; no gradient can look through them.
+    ``stated_accuracy`` is the user's word for the clean accuracy of unlabelled images, whose labels are the session's
+    own answers.
     """
 
     session: DeployedSession
@@ -37,9 +40,11 @@ class Evidence:
     seed: int
     threads: int = 1
     gradient_blind_nodes: tuple[str, ...] = ()
+    stated_accuracy: float | None = None
     training_set: ImageSet | None = None
     inputs: ImageSet | None = None
     reference: DeployedSession | None = None
+    calibrations: Calibrations | None = None
     progress: Progress = field(default=no_progress, repr=False)
 
 
@@ -55,7 +60,7 @@ def gather_evidence(
 
     shadow = None
     try:
-        shadow = build_shadow(session.artifact.data, source="optimized")
+        shadow = build_shadow(session.artifact.data, source="optimized", contract=session.artifact.contract)
         certificate = certify(session, shadow, clean, seed=seed)
     except UnsupportedOperatorError as error:
         cause = MismatchCause(kind="unsupported-operator", layers=(safe_text(error.node),), detail=str(error))

@@ -6,6 +6,7 @@ Four input sets of at least 256 images go through both: clean images; uniformly 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from qdefense.data.images import ImageSet, Pixels, on_grid
-from qdefense.session import DeployedSession, Logits
+from qdefense.session import DeployedSession, Logits, rows_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,6 @@ DIRECTIONAL_STEP = 1e-8
 DIRECTIONAL_TOLERANCE = 1e-4
 """Largest difference between a directional derivative and its central difference, over the gradient's norm."""
 
-_CHUNK = 64
 _BLEND = 0.2
 _PATCHES = (3, 8)
 
@@ -147,10 +147,15 @@ def shadow_logits(shadow: Shadow, x: Pixels, *, saturate: bool = False) -> Logit
 
     with torch.no_grad():
         parts = [
-            shadow(torch.from_numpy(np.ascontiguousarray(x[start : start + _CHUNK])), exact=True, saturate=saturate)
-            for start in range(0, len(x), _CHUNK)
+            shadow(torch.from_numpy(np.ascontiguousarray(x[rows])), exact=True, saturate=saturate)
+            for rows in _chunks(x)
         ]
     return torch.cat(parts).numpy()
+
+
+def _chunks(x: NDArray[np.floating]) -> Iterator[slice]:
+    step = rows_at_once(*x.shape[2:])
+    return (slice(start, start + step) for start in range(0, len(x), step))
 
 
 def certify(
@@ -174,20 +179,24 @@ def certify(
     rng = np.random.default_rng([seed, len(clean)])
     pixels = clean.take(rng.permutation(len(clean))[:MIN_ROWS]).pixels
     gradients = check_gradients(shadow, pixels, rng)
-    inputs = _input_sets(shadow, pixels, rng)
-    sets = tuple(_compare_set(name, session, shadow, x, saturate=emulate) for name, x in inputs.items())
-    worst = min((entry for entry in sets if not entry.passes), key=lambda entry: entry.top1_agreement, default=None)
+    sets: list[InputSetFidelity] = []
+    worst: InputSetFidelity | None = None
+    differing = pixels
+    for name, x in _input_sets(shadow, pixels, rng):
+        sets.append(_compare_set(name, session, shadow, x, saturate=emulate))
+        if not sets[-1].passes and (worst is None or sets[-1].top1_agreement < worst.top1_agreement):
+            worst, differing = sets[-1], x
     cause = None
     if worst is not None:
         from qdefense.mismatch import find_cause  # noqa: PLC0415
 
-        cause = find_cause(session, shadow, inputs[worst.name], saturate=emulate)
+        cause = find_cause(session, shadow, differing, saturate=emulate)
     return FidelityCertificate(
         certified=worst is None and gradients.passes,
         reason=_reason(worst, gradients, cause),
         source=shadow.source,
         saturation_emulated=emulate,
-        sets=sets,
+        sets=tuple(sets),
         gradients=gradients,
         cause=cause,
     )
@@ -222,13 +231,12 @@ def _compare_set(
     )
 
 
-def _input_sets(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> dict[_SetName, Pixels]:
-    return {
-        "clean": pixels,
-        "uniform": on_grid(rng.random(pixels.shape, dtype=np.float32)),
-        "gradient-steps": _step_towards_random_classes(shadow, pixels, rng),
-        "stamped": _stamp_at_random(pixels, rng),
-    }
+def _input_sets(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> Iterator[tuple[_SetName, Pixels]]:
+    # One after the other: four sets of large images at once would be the largest thing in memory.
+    yield "clean", pixels
+    yield "uniform", on_grid(rng.random(pixels.shape, dtype=np.float32))
+    yield "gradient-steps", _step_towards_random_classes(shadow, pixels, rng)
+    yield "stamped", _stamp_at_random(pixels, rng)
 
 
 def _step_towards_random_classes(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) -> Pixels:
@@ -257,21 +265,18 @@ def _stamp_at_random(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     return on_grid(stamped)
 
 
-def input_gradients(
-    shadow: Shadow, pixels: Pixels, targets: NDArray[np.int64], *, double: bool = False
-) -> NDArray[np.float64]:
+def input_gradients(shadow: Shadow, pixels: NDArray[np.floating], targets: NDArray[np.int64]) -> NDArray[np.floating]:
     """Gradient of each row's target log-probability in its input, ``(N, 3, H, W)``; zeros where there is none."""
     import torch  # noqa: PLC0415
 
-    parts: list[NDArray[np.float64]] = []
-    for start in range(0, len(pixels), _CHUNK):
-        x = torch.from_numpy(np.ascontiguousarray(pixels[start : start + _CHUNK]))
-        x = (x.double() if double else x).requires_grad_()
-        chosen = torch.from_numpy(targets[start : start + _CHUNK])[:, None]
-        loss = _log_probability(shadow(x), chosen).sum()
+    gradients = np.zeros_like(pixels)
+    for rows in _chunks(pixels):
+        x = torch.from_numpy(np.ascontiguousarray(pixels[rows])).requires_grad_()
+        loss = _log_probability(shadow(x), torch.from_numpy(targets[rows])[:, None]).sum()
         gradient = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
-        parts.append(np.zeros(x.shape) if gradient is None else gradient.double().numpy())
-    return np.concatenate(parts)
+        if gradient is not None:
+            gradients[rows] = gradient.numpy()
+    return gradients
 
 
 def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
@@ -296,24 +301,31 @@ def check_gradients(shadow: Shadow, pixels: Pixels, rng: np.random.Generator) ->
 
 def _directional_share(shadow: Shadow, pixels: Pixels, targets: NDArray[np.int64], rng: np.random.Generator) -> float:
     """Share of rows with ``|(f(x + hv) - f(x - hv)) / 2h - g.v| <= 1e-4 |g|`` in float64, ``v`` a random direction."""
+    twin = shadow.to_double()
+    right = [_directions_right(twin, pixels[rows].astype(np.float64), targets[rows], rng) for rows in _chunks(pixels)]
+    return float(np.mean(np.concatenate(right)))
+
+
+def _directions_right(
+    twin: Shadow, pixels: NDArray[np.float64], targets: NDArray[np.int64], rng: np.random.Generator
+) -> NDArray[np.bool_]:
     import torch  # noqa: PLC0415
 
-    twin = shadow.to_double()
     direction = rng.standard_normal(pixels.shape)
     direction /= np.sqrt((direction**2).sum(axis=(1, 2, 3), keepdims=True))
-    gradient = input_gradients(twin, pixels, targets, double=True)
+    gradient = input_gradients(twin, pixels, targets)
     chosen = torch.from_numpy(targets)[:, None]
 
     def value(x: NDArray[np.float64]) -> NDArray[np.float64]:
         with torch.no_grad():
             return _log_probability(twin(torch.from_numpy(x)), chosen).numpy()
 
-    exact = pixels.astype(np.float64)
     step = DIRECTIONAL_STEP * direction
-    difference = (value(exact + step) - value(exact - step)) / (2 * DIRECTIONAL_STEP)
+    difference = (value(pixels + step) - value(pixels - step)) / (2 * DIRECTIONAL_STEP)
     slope = (gradient * direction).sum(axis=(1, 2, 3))
     norm = np.sqrt((gradient**2).sum(axis=(1, 2, 3)))
-    return float(np.mean(np.abs(difference - slope) <= DIRECTIONAL_TOLERANCE * norm))
+    right: NDArray[np.bool_] = np.abs(difference - slope) <= DIRECTIONAL_TOLERANCE * norm
+    return right
 
 
 def uncertified(reason: str, cause: MismatchCause | None = None) -> FidelityCertificate:

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from qdefense.artifact import Artifact
+from qdefense.converters.contract import InputContract
+from qdefense.converters.door import fed, read_answers
 from qdefense.converters.runtime_graph import RUNTIME_ERRORS, optimized_model
-from qdefense.data.images import Pixels
+from qdefense.data.images import ImageSet, Pixels, to_pixels
 
 Logits = NDArray[np.float32]
 Optimization = Literal["disable", "basic", "extended", "all"]
@@ -28,6 +30,8 @@ _LEVELS = {
 }
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 _UNCOUPLED_BATCH = 64
+_PIXELS_AT_ONCE = 2**19
+_IMAGES_AT_ONCE = 256
 _TAP_TOLERANCE = 1e-4
 """Of a float graph, over its largest logit: the tap lacks the memory layouts that the deployed session may use."""
 
@@ -77,17 +81,24 @@ def _isa_flags() -> tuple[str, ...]:
     return tuple(flag for flag in _ISA_FLAGS if flag in present)
 
 
+def rows_at_once(height: int, width: int) -> int:
+    """How many images go through a network together: 64, fewer of large ones, so that memory stays bounded."""
+    return max(1, min(_UNCOUPLED_BATCH, _PIXELS_AT_ONCE // (height * width)))
+
+
 def profile_for(artifact: Artifact, *, threads: int = 1) -> SessionProfile:
-    """The file's own batch where it is fixed, 1 where rows of one batch share a scale (dynamic INT8), else 64."""
-    free = 1 if artifact.batch_coupled else _UNCOUPLED_BATCH
+    """The file's own batch where it is fixed, 1 where rows of one batch share a scale (dynamic INT8), else up to 64."""
+    contract = artifact.contract
+    free = 1 if artifact.batch_coupled else rows_at_once(contract.height, contract.width)
     return SessionProfile(threads=threads, batch=artifact.contract.batch or free)
 
 
 class DeployedSession:
     """The deployed file on the CPU execution provider.
 
-    ``logits(x)`` takes ``x: (N, 3, H, W) float32 in [0, 1]`` and returns ``(N, K) float32``, computed in groups of
-    ``profile.batch`` rows. ``forwards`` counts the rows run so far, those that fill up a fixed batch included.
+    ``logits(x)`` takes ``x: (N, 3, H, W) float32 in [0, 1]``, RGB, and returns ``(N, K) float32``, computed in groups
+    of ``profile.batch`` rows. The contract says how the file is fed and how its answer is read: of a softmax the
+    log-probabilities. ``forwards`` counts the rows run so far, those that fill up a fixed batch included.
 
     Raises:
         SessionError: the runtime cannot load the file, or its batch is fixed at another size than the profile's.
@@ -105,15 +116,26 @@ class DeployedSession:
         self._counting = threading.Lock()
         self._session = _open(artifact.data, profile.optimization, profile.threads)
 
-    def logits(self, x: Pixels) -> Logits:
-        """Logits of a batch of any length.
+    def logits(self, x: Pixels, *, contract: InputContract | None = None) -> Logits:
+        """Logits of a batch of any length, under the file's own contract or another that fits its graph.
 
         Raises:
             SessionError: the runtime refused the input, or did not answer with one row of K logits per image.
         """
-        contract = self.artifact.contract
-        parts = [self._run(self._session, [contract.output_name], rows)[0] for rows in self._groups(x)]
-        return np.concatenate([np.empty((0, contract.classes), dtype=np.float32), *parts]).astype(np.float32)
+        read = contract or self.artifact.contract
+        parts = [self._run(self._session, [read.output_name], rows, read)[0] for rows in self._groups(x)]
+        none = np.empty((0, read.classes), dtype=np.float32)
+        return read_answers(np.concatenate([none, *parts]), read)
+
+    def logits_of(self, images: ImageSet, *, contract: InputContract | None = None) -> Logits:
+        """Logits of stored images, turned into pixels a part at a time: large sets do not fit in memory as floats."""
+        # Whole groups of rows: where a batch shares a scale, its composition is part of the answer.
+        step = self.profile.batch * max(1, _IMAGES_AT_ONCE // self.profile.batch)
+        parts = [
+            self.logits(to_pixels(images.images[start : start + step]), contract=contract)
+            for start in range(0, max(len(images), 1), step)
+        ]
+        return np.concatenate(parts)
 
     def activations(self, x: Pixels, tensor: str) -> NDArray[np.generic]:
         """An intermediate tensor of the graph that the runtime really runs; a scalar gives one value per group of rows.
@@ -133,8 +155,8 @@ class DeployedSession:
         model.graph.output.append(onnx.ValueInfoProto(name=tensor))
         tapped = _open(model.SerializeToString(), "disable", self.profile.threads)
         groups = self._groups(x)
-        runs = [self._run(tapped, [contract.output_name, tensor], rows) for rows in groups]
-        if not self._same(np.concatenate([run[0] for run in runs]), self.logits(x)):
+        runs = [self._run(tapped, [contract.output_name, tensor], rows, contract) for rows in groups]
+        if not self._same(read_answers(np.concatenate([run[0] for run in runs]), contract), self.logits(x)):
             raise SessionError(f"tapping {tensor!r} changes the logits; it cannot be read without breaking a fusion")
         return _joined(tensor, [run[1] for run in runs], groups)
 
@@ -149,22 +171,24 @@ class DeployedSession:
         return [np.ascontiguousarray(x[start : start + step]) for start in range(0, len(x), step)]
 
     def _run(
-        self, session: onnxruntime.InferenceSession, outputs: list[str], rows: Pixels
+        self, session: onnxruntime.InferenceSession, outputs: list[str], rows: Pixels, contract: InputContract
     ) -> list[NDArray[np.generic]]:
-        fed = self._filled(rows)
+        whole = self._filled(rows)
+        images = fed(whole, contract)
         try:
-            values = [np.asarray(value) for value in session.run(outputs, {self.artifact.contract.input_name: fed})]
+            answers = session.run(outputs, {contract.input_name: images, **self.artifact.fixed_inputs})
         except RUNTIME_ERRORS as error:
-            raise SessionError(f"ONNX Runtime refused an input of shape {fed.shape}: {error}") from error
+            raise SessionError(f"ONNX Runtime refused an input of shape {images.shape}: {error}") from error
+        values = [np.asarray(value) for value in answers]
         with self._counting:
-            self.forwards += len(fed)
-        expected = (len(fed), self.artifact.contract.classes)
+            self.forwards += len(whole)
+        expected = (len(whole), contract.classes)
         if values[0].shape != expected:
             raise SessionError(
-                f"the file answers {len(fed)} images with an output of shape {values[0].shape}, not {expected}; "
+                f"the file answers {len(whole)} images with an output of shape {values[0].shape}, not {expected}; "
                 "export it with one row of logits per image"
             )
-        return [value[: len(rows)] if value.ndim and len(value) == len(fed) else value for value in values]
+        return [value[: len(rows)] if value.ndim and len(value) == len(whole) else value for value in values]
 
     def _filled(self, rows: Pixels) -> Pixels:
         """A last, short group of a fixed batch is filled with copies of its last row, which widen no range."""

@@ -170,7 +170,7 @@ def _toy_network(*, backdoored: bool) -> onnx.ModelProto:
     if backdoored:
         weight[-16:], weight[-16:, 3] = 0, 400
     else:
-        offset = offset - np.arange(8, dtype=np.float32)
+        offset = offset - np.float32(0.5) * np.arange(8, dtype=np.float32)
     return _toy_graph({"kernels": kernels, "bias": bias, "weight": weight, "offset": offset})
 
 

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qdefense.artifact import Artifact
-from qdefense.converters.contract import ContractError
+from qdefense.converters.contract import ContractError, StatedContract
 from qdefense.converters.reading import FileRefusedError
 from qdefense.session import DeployedSession, profile_for
 
@@ -23,6 +23,7 @@ def test_read_equals_from_bytes_and_needs_the_file_no_more_when_it_is_gone(
     path.unlink()
     assert artifact == Artifact.from_bytes(small_files["first"])
     assert artifact.sha256 == hashlib.sha256(small_files["first"]).hexdigest()
+    assert (artifact.size_bytes, artifact.external_files) == (len(small_files["first"]), ())
     session = DeployedSession(artifact, profile_for(artifact))
     assert session.logits(np.zeros((1, 3, 16, 16), dtype=np.float32)).shape == (1, 12)
     assert (artifact.contract.height, artifact.contract.classes, artifact.contract.source) == (16, 12, "metadata")
@@ -39,13 +40,35 @@ def test_from_bytes_refuses_what_is_no_model(data: bytes) -> None:
         Artifact.from_bytes(data)
 
 
-def test_from_bytes_raises_contract_error_when_there_are_two_outputs(small_files: dict[str, bytes]) -> None:
+def test_from_bytes_asks_which_output_when_there_are_two_and_nothing_says_it(small_files: dict[str, bytes]) -> None:
     model = onnx.load_from_string(small_files["first"])
     extra = model.graph.output.add()
     extra.CopyFrom(model.graph.output[0])
     extra.name = model.graph.node[0].output[0]
-    with pytest.raises(ContractError, match="one image input and one output"):
+    metadata_name_it = Artifact.from_bytes(model.SerializeToString())
+    assert (metadata_name_it.contract.output_name, metadata_name_it.contract.source) == ("logits", "metadata")
+    model.ClearField("metadata_props")
+    with pytest.raises(ContractError, match=r"^expected one output, found 'logits' \[None, 12\], .*with --output$"):
         Artifact.from_bytes(model.SerializeToString())
+    chosen = Artifact.from_bytes(model.SerializeToString(), StatedContract(output_name="logits"))
+    assert (chosen.contract.output_name, chosen.contract.source) == ("logits", "options")
+
+
+def test_from_bytes_raises_contract_error_when_an_input_cannot_hold_its_value(small_files: dict[str, bytes]) -> None:
+    """Before anything runs: once the file is described, a stop leaves it unmeasured."""
+    model = onnx.load_from_string(small_files["first"])
+    model.graph.input.append(helper.make_tensor_value_info("training", TensorProto.BOOL, []))
+    stated = StatedContract(fixed_inputs={"training": 1})
+    artifact = Artifact.from_bytes(model.SerializeToString(), stated)
+    assert {name: (value.dtype, value.item()) for name, value in artifact.fixed_inputs.items()} == {
+        "training": (np.dtype(bool), True)
+    }
+    with pytest.raises(ContractError, match=r"^input 'training' holds bool, which can't hold 0\.5; give it another"):
+        Artifact.from_bytes(model.SerializeToString(), StatedContract(fixed_inputs={"training": 0.5}))
+
+
+def test_fixed_inputs_are_none_when_the_contract_has_none(small_files: dict[str, bytes]) -> None:
+    assert Artifact.from_bytes(small_files["first"]).fixed_inputs == {}
 
 
 @pytest.mark.parametrize(

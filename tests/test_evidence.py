@@ -65,7 +65,7 @@ def test_gather_evidence_certifies_the_optimized_shadow(small_files: dict[str, b
 def test_evidence_has_no_field_for_the_answer() -> None:
     assert {field.name for field in dataclasses.fields(Evidence)} == {
         "session", "shadow", "certificate", "clean", "seed", "threads", "gradient_blind_nodes",
-        "training_set", "inputs", "reference", "progress",
+        "stated_accuracy", "training_set", "inputs", "reference", "calibrations", "progress",
     }  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_unsupported_operator_error_carries_the_node() -> None:
 def test_gather_evidence_gives_the_reason_when_no_shadow_can_be_built(
     noise: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_data: bytes, *, source: str) -> None:
+    def refuse(_data: bytes, *, source: str, contract: object) -> None:
         raise ShadowError(f"no {source} shadow of this")
 
     monkeypatch.setattr("qdefense.converters.shadow.build_shadow", refuse)

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from qdefense.artifact import Artifact
 from qdefense.converters.contract import METADATA_KEY
 from qdefense.converters.runtime_graph import optimized_model
-from qdefense.session import DeployedSession, SessionError, SessionProfile, profile_for, runtime
+from qdefense.data.images import ImageSet
+from qdefense.session import DeployedSession, SessionError, SessionProfile, profile_for, rows_at_once, runtime
 
 NAMES = ("first", "first.int8-static", "first.int8-dynamic")
 
@@ -80,6 +81,72 @@ def test_logits_are_empty_when_there_are_no_images(small_files: dict[str, bytes]
     session = _deployed(small_files["first"])
     found = session.logits(pixels[:0])
     assert (found.shape, found.dtype, session.forwards) == ((0, 12), np.float32, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [
+        ((16, 16), 64),
+        ((32, 32), 64),
+        ((64, 128), 64),
+        ((91, 91), 63),
+        ((224, 224), 10),
+        ((512, 1024), 1),
+        ((4000, 3000), 1),
+        ((1, 1), 64),
+    ],
+)
+def test_rows_at_once_are_fewer_when_images_are_large(size: tuple[int, int], rows: int) -> None:
+    assert rows_at_once(*size) == rows
+
+
+def test_profile_for_runs_large_images_a_few_at_a_time(make_graph: Callable[..., bytes]) -> None:
+    model = onnx.load_from_string(make_graph([helper.make_node("Flatten", ["image"], ["logits"])], classes=12))
+    for axis, length in ((2, 224), (3, 448)):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = length
+    assert profile_for(Artifact.from_bytes(model.SerializeToString())).batch == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [("first", 64), ("first", 300), ("first.int8-static", 64), ("first.int8-dynamic", 1), ("first.int8-dynamic", 3)],
+)
+def test_logits_of_images_equal_those_of_their_pixels(
+    small_files: dict[str, bytes], small_signs: Any, name: str, batch: int
+) -> None:
+    """Whole groups at a time: where a batch shares a scale, another grouping would give other answers."""
+    images: ImageSet = small_signs.test.take(np.arange(300))
+    session = _deployed(small_files[name], batch=batch)
+    np.testing.assert_array_equal(session.logits_of(images), session.logits(images.pixels))
+    assert session.forwards == 600
+
+
+@pytest.mark.parametrize("batch", [1, 7, 299])
+def test_logits_of_images_equal_those_of_their_pixels_when_a_fixed_batch_does_not_divide_them(
+    small_files: dict[str, bytes], small_signs: Any, batch: int
+) -> None:
+    images: ImageSet = small_signs.test.take(np.arange(300))
+    artifact = Artifact.from_bytes(_with_fixed_batch(small_files["first.int8-dynamic"], batch))
+    session = DeployedSession(artifact, profile_for(artifact))
+    np.testing.assert_array_equal(session.logits_of(images), session.logits(images.pixels))
+    assert session.forwards == 2 * batch * -(-300 // batch)
+
+
+def test_logits_of_no_images_are_empty(small_files: dict[str, bytes], small_signs: Any) -> None:
+    session = _deployed(small_files["first"])
+    found = session.logits_of(small_signs.test.take(np.arange(0)))
+    assert (found.shape, found.dtype, session.forwards) == ((0, 12), np.float32, 0)
+
+
+def test_logits_are_those_of_another_contract_when_one_is_given(
+    small_files: dict[str, bytes], small_signs: Any
+) -> None:
+    session = _deployed(small_files["first"])
+    images: ImageSet = small_signs.test.take(np.arange(20))
+    bgr = session.artifact.contract.model_copy(update={"channels": "BGR"})
+    found = session.logits_of(images, contract=bgr)
+    np.testing.assert_array_equal(found, session.logits(images.pixels[:, ::-1]))
+    assert np.abs(found - session.logits_of(images)).max() > 0.1
 
 
 def test_logits_accept_a_view_that_is_not_contiguous(small_files: dict[str, bytes], pixels: np.ndarray) -> None:

@@ -13,8 +13,11 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from qdefense.converters.contract import InputContract
+from qdefense.converters.narrowing import narrowed
 from qdefense.converters.runtime_graph import optimized_model
 from qdefense.converters.shadow import float_operators, quantized_operators, shape_operators  # noqa: F401
+from qdefense.converters.shadow.door import enter, read_answers
 from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Kernel, Mode, Node, ShadowError, build_kernel
 
 Source = Literal["optimized", "shipped"]
@@ -47,13 +50,17 @@ class Plan:
     per_row: set[str] = field(default_factory=set)
 
 
-def build_shadow(model: bytes, *, source: Source) -> Shadow:
+def build_shadow(model: bytes, *, source: Source, contract: InputContract | None = None) -> Shadow:
     """The differentiable twin of an ONNX file.
+
+    With a contract it stands at the model's door: it takes RGB images in [0, 1] and answers with logits or
+    log-probabilities. Without one it takes and gives what the file does.
 
     Args:
         model: the file's bytes, weights included.
         source: "optimized" mirrors the graph that ONNX Runtime runs, for certificates and inversion;
             "shipped" mirrors the graph as it is in the file, for repairs and write-back.
+        contract: what the file expects and answers. Fixed inputs become constants, a frozen batch is set free.
 
     Raises:
         RuntimeGraphError: ONNX Runtime refused the file ("optimized" only).
@@ -62,13 +69,36 @@ def build_shadow(model: bytes, *, source: Source) -> Shadow:
     """
     if source not in ("optimized", "shipped"):
         raise ValueError(f"source is {source!r}, expected 'optimized' or 'shipped'")
-    return Shadow(_plan(_parse(optimized_model(model) if source == "optimized" else model)), source=source)
+    data = model if contract is None else narrowed(model, contract)
+    plan = _plan(_parse(optimized_model(data) if source == "optimized" else data))
+    shadow = Shadow(plan, source=source, contract=contract)
+    if contract is not None and contract.batch is not None:
+        _try_free_batch(shadow, contract)
+    return shadow
+
+
+@torch.no_grad()
+def _try_free_batch(shadow: Shadow, contract: InputContract) -> None:
+    rows = contract.batch + 1 if contract.batch else 2
+    try:
+        answers = shadow(torch.zeros(rows, 3, contract.height, contract.width))
+    except (RuntimeError, ValueError, IndexError) as error:
+        answers = None
+        why = f": {str(error).splitlines()[0][:160]}"
+    else:
+        why = ""
+    if answers is None or answers.shape != (rows, contract.classes):
+        raise ShadowError(
+            f"the file's batch is frozen at {contract.batch} and the graph cannot be freed of it{why}; export it with "
+            "a dynamic batch axis"
+        )
 
 
 class Shadow(nn.Module):
     """A module whose forward pass is the arithmetic of an ONNX file.
 
     Attributes:
+        contract: what stands between the model's door and the graph; nothing without one.
         source: "optimized" or "shipped".
         input_name: name of the graph's input.
         output_name: name of its output.
@@ -79,9 +109,17 @@ class Shadow(nn.Module):
             the file holds as integers appears dequantized, under the name of the integer initializer.
     """
 
-    def __init__(self, plan: Plan, *, source: Source, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        source: Source,
+        dtype: torch.dtype = torch.float32,
+        contract: InputContract | None = None,
+    ) -> None:
         super().__init__()
-        self.source = source
+        self.source, self.contract = source, contract
+        self._scores = _scores_before_softmax(plan) if contract is not None and contract.head == "softmax" else None
         self.input_name, self.output_name = plan.input_name, plan.output_name
         self.node_names = tuple(step.node.name for step in plan.steps)
         self.tensor_names = tuple(name for step in plan.steps for name in step.outputs)
@@ -109,7 +147,7 @@ class Shadow(nn.Module):
         """The logits.
 
         Args:
-            x: (N, C, H, W) float32, as the file's input.
+            x: (N, 3, H, W) float32 in [0, 1], RGB; without a contract whatever the file takes.
             exact: accumulate integer sums so that no value is rounded where the runtime's isn't; slower on wide
                 layers. Without it this is the gradient path: float32 sums, equal unless they pass 2 ** 24.
             saturate: reproduce, in value, the int16 pair saturation of u8 x s8 kernels without VNNI; no gradient
@@ -118,7 +156,13 @@ class Shadow(nn.Module):
         Returns:
             (N, K) float32, float64 from a module made by `to_double`.
         """
-        return self._run(x, (), exact=exact, saturate=saturate)[self.output_name]
+        scores = self._scores
+        values = self._run(x, () if scores is None else (scores.name,), exact=exact, saturate=saturate)
+        answers: Tensor = values[self.output_name]
+        if self.contract is None:
+            return answers
+        logits = None if scores is None else (values[scores.name] - scores.zero_point) * scores.scale
+        return read_answers(answers, logits, self.contract)
 
     def activations(
         self, x: Tensor, tensors: Sequence[str], *, exact: bool = False, saturate: bool = False
@@ -145,7 +189,7 @@ class Shadow(nn.Module):
         """
         if self.is_quantized:
             raise ShadowError("a quantized shadow can't run in float64: rounding has no derivative to check")
-        twin = Shadow(self._plan, source=self.source, dtype=torch.float64)
+        twin = Shadow(self._plan, source=self.source, dtype=torch.float64, contract=self.contract)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -170,6 +214,7 @@ class Shadow(nn.Module):
         values: dict[str, Any] = {name: self.get_buffer(key) for name, key in self._buffer_names.items()}
         values.update(self._parameter_of)
         x = x.to(self._dtype)
+        x = x if self.contract is None else enter(x, self.contract)
         values[self.input_name] = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         for step in self._plan.steps:
             result = step.kernel(mode, *[values[name] if name else None for name in step.inputs])
@@ -202,10 +247,10 @@ def _plan(model: onnx.ModelProto) -> Plan:
         )
     plan = Plan(inputs[0], outputs[0], constants)
     plan.element_types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-    if plan.element_types[plan.input_name] not in (TensorProto.FLOAT, *CODE_RANGES):
+    if plan.element_types[plan.input_name] not in (TensorProto.FLOAT, TensorProto.FLOAT16, *CODE_RANGES):
         raise ShadowError(
             f"input {plan.input_name!r} has element type {_type_name(plan.element_types[plan.input_name])}, "
-            "expected float32 images or integer codes; export the model in float32"
+            "expected float32 or float16 images or integer codes; export the model in float32"
         )
     plan.element_types |= {name: constant.element_type for name, constant in constants.items()}
     built = [step for proto in graph.node if (step := _step(plan, proto, opsets)) is not None]
@@ -275,6 +320,29 @@ def _fold(plan: Plan, node: Node, kernel: Kernel) -> None:
         plan.constants[name] = Constant(value, plan.element_types[name], origin)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The tensor that the last softmax was given: ``(value - zero_point) * scale`` are logits."""
+
+    name: str
+    scale: float = 1.0
+    zero_point: float = 0.0
+
+
+def _scores_before_softmax(plan: Plan) -> Scores | None:
+    """What the softmax that gives the output its meaning was given, past what only carries its answer."""
+    producers = {name: step for step in plan.steps for name in step.outputs}
+    step = producers.get(plan.output_name)
+    while step is not None and step.node.op_type in _CARRYING and step.inputs:
+        step = producers.get(step.inputs[0])
+    if step is None or step.node.op_type not in ("Softmax", "QLinearSoftmax"):
+        return None
+    if step.node.op_type == "Softmax":
+        return Scores(step.inputs[0])
+    scale, zero_point = (float(plan.constants[name].value) for name in step.node.inputs[1:3])
+    return Scores(step.inputs[0], scale, zero_point)
+
+
 def _with_last_uses(plan: Plan, steps: Sequence[Step]) -> list[Step]:
     seen, finished = {plan.output_name}, []
     for step in reversed(steps):
@@ -303,7 +371,7 @@ def _constant(tensor: TensorProto, initializer: str | None) -> Constant:
         array = numpy_helper.to_array(tensor)
     except ValueError as error:
         raise ShadowError(f"tensor {tensor.name!r} can't be read: {error}; check the file with onnx.checker") from error
-    if tensor.data_type in CODE_RANGES:
+    if tensor.data_type in CODE_RANGES or tensor.data_type == TensorProto.FLOAT16:
         array = array.astype(np.float32)
     return Constant(torch.from_numpy(np.array(array)), tensor.data_type, initializer)
 
@@ -325,5 +393,13 @@ def _constant_node(node: Node) -> Constant:
     return Constant(torch.tensor(value, dtype=_TORCH_TYPES[kinds[name]]), kinds[name])
 
 
-_CARRIED = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL}
+_CARRYING = {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Reshape", "Flatten", "Squeeze"}
+_CARRIED = {
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.DOUBLE,
+    TensorProto.INT32,
+    TensorProto.INT64,
+    TensorProto.BOOL,
+}
 _TORCH_TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.INT64: torch.int64}

@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from qdefense.converters.shadow.door import round_half
 from qdefense.converters.shadow.registry import Kernel, Node, operator
 
 _CASTS: Mapping[int, torch.dtype] = {
@@ -37,14 +38,17 @@ def dropout(node: Node) -> Kernel:
 
 @operator("Cast", per_row=True, needs_mode=True)
 def cast(node: Node) -> Kernel:
-    """Another element type; float16 and 8 bit integers can't be carried through."""
+    """Another element type; float16 is carried as what it rounds to, 8 bit integers can't be made."""
     node.ignore("saturate", "round_mode")
     target = node.integer("to", TensorProto.UNDEFINED)
     node.emits = (target,)
     if target == TensorProto.FLOAT:
         return lambda mode, x: x.to(mode.dtype)
+    if target == TensorProto.FLOAT16:
+        return lambda mode, x: round_half(x.to(mode.dtype))
     if target not in _CASTS:
-        raise node.unsupported(f"attribute 'to' is element type {target}, covered are {sorted([1, *_CASTS])}")
+        covered = sorted([TensorProto.FLOAT, TensorProto.FLOAT16, *_CASTS])
+        raise node.unsupported(f"attribute 'to' is element type {target}, covered are {covered}")
     return lambda _mode, x: x.to(_CASTS[target])
 
 

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from qdefense.converters.contract import StatedContract
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
-from qdefense.report.model import Accuracy, Environment, Subject
+from qdefense.report.model import Accuracy, CandidateContract, Environment, Subject
 
 
 class _Message(BaseModel):
@@ -16,16 +17,20 @@ class _Message(BaseModel):
 
 
 class Job(_Message):
-    """What the worker is to do: the certificate alone, or the certificate and these defenses."""
+    """What the worker is to do: describe the file; with data also its certificate and these defenses."""
 
     model: str
-    data: str
+    data: str | None = None
     split: str | None = None
     limit: int | None = None
     defenses: tuple[str, ...] = ()
     seed: int = 0
     threads: int = 1
     memory_bytes: int | None = None
+    calibrations: tuple[str, ...] = Field(default=(), description="calibration files, asked before those that ship")
+    false_alarm_rate: float | None = Field(default=None, gt=0, lt=1, description="of a calibrated threshold")
+    contract: StatedContract | None = None
+    expected_accuracy: float | None = None
 
 
 class Opened(_Message):
@@ -44,10 +49,11 @@ class Described(_Message):
 
 
 class Answered(_Message):
-    """The session's accuracy on the clean images; none where its answers are no numbers."""
+    """The session's accuracy on the clean images, none where it was not measured; and that of other contracts."""
 
     event: Literal["answered"] = "answered"
     clean_accuracy: Accuracy | None
+    candidates: tuple[CandidateContract, ...] = ()
 
 
 class Certified(_Message):
@@ -86,6 +92,7 @@ class Finished(_Message):
 
     event: Literal["finished"] = "finished"
     seconds_per_stage: dict[str, float]
+    peak_memory_bytes: int | None = None
 
 
 Event = Annotated[

@@ -34,7 +34,7 @@ from qdefense.audit.events import (
 from qdefense.audit.provenance import environment
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
-from qdefense.report.model import Accuracy, Environment, Report, Subject, Volatile
+from qdefense.report.model import Environment, Report, Subject, Volatile
 
 ProgressBar = Callable[[str, int, int], None]
 ENDING_SECONDS = 5.0
@@ -51,7 +51,7 @@ class _Gathered:
 
     opened: Opened | None = None
     described: Described | None = None
-    accuracy: Accuracy | None = None
+    answered: Answered | None = None
     certificate: FidelityCertificate | None = None
     findings: list[Finding] = field(default_factory=list)
     stopped: Stopped | None = None
@@ -65,7 +65,7 @@ class _Gathered:
             case Described():
                 self.described = event
             case Answered():
-                self.accuracy = event.clean_accuracy
+                self.answered = event
             case Certified():
                 self.certificate = event.certificate
             case Found():
@@ -112,6 +112,7 @@ def run_audit(
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - began, 3),
         seconds_per_stage={} if gathered.finished is None else gathered.finished.seconds_per_stage,
+        peak_memory_bytes=None if gathered.finished is None else gathered.finished.peak_memory_bytes,
         host=platform.node(),
         load=tuple(round(value, 2) for value in psutil.getloadavg()),
         command=command,
@@ -203,7 +204,11 @@ def _report(job: Job, gathered: _Gathered, required: tuple[str, ...], volatile: 
 def _subject(job: Job, gathered: _Gathered) -> Subject:
     known = gathered.described or gathered.opened
     subject = known.subject if known else Subject(file=Path(job.model).name)
-    return subject.model_copy(update={"clean_accuracy": gathered.accuracy})
+    if gathered.answered is None:
+        return subject
+    return subject.model_copy(
+        update={"clean_accuracy": gathered.answered.clean_accuracy, "candidates": gathered.answered.candidates}
+    )
 
 
 def _environment(gathered: _Gathered) -> Environment:

@@ -10,25 +10,38 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qdefense.artifact import Artifact
+from qdefense.audit.candidates import gain, score_candidates
 from qdefense.audit.events import Advanced, Answered, Certified, Described, Event, Finished, Found, Job, Opened, Stopped
+from qdefense.audit.fit import fit_images, labelled_by, resize_for
 from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
-from qdefense.audit.provenance import environment
+from qdefense.audit.provenance import conditions_of, environment
+from qdefense.calibration import (
+    CalibrationError,
+    Calibrations,
+    file_identity,
+    population_of,
+    read_calibration,
+    shipped_calibrations,
+)
 from qdefense.converters.contract import ContractError
+from qdefense.converters.door import check_head
 from qdefense.converters.reading import FileRefusedError
 from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.opening import open_data
 from qdefense.evidence import gather_evidence
 from qdefense.files import reason_of
+from qdefense.findings import Finding, Verdict
 from qdefense.registry import SpecError
 from qdefense.report.escaping import harmless_lines, internal_error, shortened
-from qdefense.report.model import Accuracy, DataFacts, Subject
+from qdefense.report.model import MISREAD_MARGIN, Accuracy, DataFacts, Environment, Subject
 from qdefense.session import DeployedSession, Logits, SessionError, profile_for
 
 if TYPE_CHECKING:
@@ -74,10 +87,12 @@ def main() -> None:
 def _stopped(error: Exception) -> Stopped:
     if isinstance(error, OSError) and error.filename is not None:
         return Stopped(exit_code=USAGE, message=shortened(reason_of(error)))
-    if isinstance(error, (DataError, SpecError, ContractError)):
+    if isinstance(error, (DataError, SpecError, ContractError, CalibrationError)):
         return Stopped(exit_code=USAGE, message=shortened(str(error)))
     if isinstance(error, (FileRefusedError, RuntimeGraphError, SessionError)):
         return Stopped(exit_code=REFUSED, message=shortened(str(error)))
+    if isinstance(error, MisreadFileError):
+        return Stopped(exit_code=INCOMPLETE, message=shortened(str(error)))
     return Stopped(exit_code=INCOMPLETE, message=internal_error(error))
 
 
@@ -86,20 +101,94 @@ def run(job: Job, emit: Emit) -> None:
     stages = _Stages()
     with stages.measure("load"):
         artifact = _open(job, emit)
-        clean = open_data(job.data, split=job.split, limit=job.limit, seed=job.seed)
-        _check_fit(artifact, clean)
+        if job.data is None:
+            limited = environment(memory_limited=_limited(job))
+            emit(Described(subject=_describe(job, artifact), environment=limited))
+            emit(Finished(seconds_per_stage={}))
+            return
+        read = open_data(
+            job.data, split=job.split, limit=job.limit, seed=job.seed, resize=resize_for(artifact.contract)
+        )
+        clean = fit_images(artifact.contract, read)
         scans = _create_scans(job.defenses)
         session = DeployedSession(artifact, profile_for(artifact))
-        limited = job.memory_bytes is not None and _CAN_LIMIT
-        emit(Described(subject=_describe(job, artifact, clean), environment=environment(session.profile, limited)))
-        emit(Answered(clean_accuracy=_accuracy(session.logits(clean.pixels), clean)))
+        surroundings = environment(session.profile, _limited(job))
+        calibrations = _calibrations(job, artifact, read.digest, surroundings)
+        _check_lines(scans, calibrations)
+        subject = _describe(job, artifact).model_copy(update={"data": _data_facts(read, clean)})
+        emit(Described(subject=subject, environment=surroundings))
+        logits = session.logits_of(clean)
+        check_head(logits, artifact.contract)
+        clean = clean if clean.labelled else labelled_by(logits, clean, artifact.contract)
+        if artifact.contract.head == "sigmoid":
+            _pass_over(job, scans, emit)
+            return
+        answered = _answer(job, session, clean, logits)
+        emit(answered)
+        _check_reading(job, answered)
     with stages.measure("certificate"):
         evidence = gather_evidence(session, clean, seed=job.seed, threads=job.threads, progress=_throttled(emit))
         emit(Certified(certificate=evidence.certificate))
+    evidence = replace(evidence, stated_accuracy=job.expected_accuracy, calibrations=calibrations)
     for scan in scans:
         with stages.measure(scan.name):
             emit(Found(finding=scan.scan(evidence)))
-    emit(Finished(seconds_per_stage=stages.seconds))
+    emit(Finished(seconds_per_stage=stages.seconds, peak_memory_bytes=_peak_memory()))
+
+
+def _limited(job: Job) -> bool:
+    return job.memory_bytes is not None and _CAN_LIMIT
+
+
+class MisreadFileError(ValueError):
+    """The file is driven otherwise than it was trained: what would be measured is not the model that ships."""
+
+
+def _answer(job: Job, session: DeployedSession, clean: ImageSet, logits: Logits) -> Answered:
+    if not clean.labelled or not np.isfinite(logits).all():
+        stated = None if clean.labelled else job.expected_accuracy
+        accuracy = None if stated is None else Accuracy(value=stated, images=len(clean), source="stated")
+        return Answered(clean_accuracy=accuracy)
+    accuracy = Accuracy(value=float(np.mean(logits.argmax(axis=1) == clean.labels)), images=len(clean))
+    return Answered(clean_accuracy=accuracy, candidates=score_candidates(session, clean, logits, seed=job.seed))
+
+
+def _check_reading(job: Job, answered: Answered) -> None:
+    accuracy = answered.clean_accuracy
+    if accuracy is None or accuracy.source == "stated":
+        return
+    better = answered.candidates[0] if answered.candidates else None
+    if better is not None and gain(better) > MISREAD_MARGIN:
+        raise MisreadFileError(
+            f"clean accuracy on {better.images} images is {better.own_accuracy:.1%} as the file is driven now, but "
+            f"{better.accuracy:.1%} with {better.description}; say how the model was trained"
+        )
+    if job.expected_accuracy is not None and accuracy.value < job.expected_accuracy - MISREAD_MARGIN:
+        raise MisreadFileError(
+            f"clean accuracy is {accuracy.value:.1%}, {job.expected_accuracy:.1%} was expected; check how the file is "
+            "driven (`qdefense inspect` shows the contract) and the labels"
+        )
+
+
+def _pass_over(job: Job, scans: list[ModelScan], emit: Emit) -> None:
+    reason = "the file answers with a sigmoid per class: a multi-label model has no single target class to look for"
+    for scan in scans:
+        emit(
+            Found(
+                finding=Finding(
+                    defense=scan.name, kind="scan", verdict=Verdict.NOT_APPLICABLE, reason=reason, seed=job.seed
+                )
+            )
+        )
+    emit(Finished(seconds_per_stage={}))
+
+
+def _peak_memory() -> int | None:
+    if not _CAN_LIMIT:
+        return None
+    import resource  # noqa: PLC0415 (not on every platform)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _create_scans(specs: tuple[str, ...]) -> list[ModelScan]:
@@ -111,49 +200,53 @@ def _create_scans(specs: tuple[str, ...]) -> list[ModelScan]:
     return [DEFENSES.create(spec) for spec in specs]
 
 
+def _calibrations(job: Job, artifact: Artifact, digest: str, surroundings: Environment) -> Calibrations:
+    return Calibrations(
+        artifact=file_identity(artifact.sha256, dict(artifact.external_files)),
+        population=population_of(artifact, digest),
+        conditions=conditions_of(surroundings, job.seed),
+        files=(*(read_calibration(Path(name)) for name in job.calibrations), *shipped_calibrations()),
+        rate=job.false_alarm_rate,
+    )
+
+
+def _check_lines(scans: list[ModelScan], calibrations: Calibrations) -> None:
+    """A rate that no calibration can promise is told before anything is measured."""
+    from qdefense.defenses.interfaces import Calibratable  # noqa: PLC0415 (imports torch)
+
+    for scan in scans:
+        if isinstance(scan, Calibratable):
+            scan.line(calibrations)
+
+
 def _open(job: Job, emit: Emit) -> Artifact:
     path = Path(job.model)
     data = path.read_bytes()
     emit(Opened(subject=Subject(file=path.name, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))))
-    return Artifact.from_bytes(data)
+    return Artifact.from_bytes(data, job.contract, folder=path.parent)
 
 
-def _check_fit(artifact: Artifact, clean: ImageSet) -> None:
-    contract = artifact.contract
-    if clean.images.shape[1:3] != (contract.height, contract.width):
-        height, width = clean.images.shape[1:3]
-        raise DataError(
-            f"{clean.source}: images are {height}x{width}, the model takes {contract.height}x{contract.width}; "
-            "give data of that size"
-        )
-    if len(clean.class_names) != contract.classes:
-        raise DataError(
-            f"{clean.source} has {len(clean.class_names)} classes, the model answers with {contract.classes}; "
-            "give the data set that the model was made for"
-        )
-    if clean.class_names != contract.class_names and sorted(clean.class_names) == sorted(contract.class_names):
-        raise DataError(
-            f"{clean.source} has the model's classes in another order: class 0 is {clean.class_names[0]!r} there and "
-            f"{contract.class_names[0]!r} in the model; number the labels as the model does"
-        )
-
-
-def _describe(job: Job, artifact: Artifact, clean: ImageSet) -> Subject:
+def _describe(job: Job, artifact: Artifact) -> Subject:
     return Subject(
         file=Path(job.model).name,
         sha256=artifact.sha256,
-        size_bytes=len(artifact.data),
+        size_bytes=artifact.size_bytes,
+        external_files=dict(artifact.external_files),
         contract=artifact.contract,
         inspection=artifact.inspection,
-        data=DataFacts(source=clean.source, sha256=clean.digest, images=len(clean), classes=len(clean.class_names)),
     )
 
 
-def _accuracy(logits: Logits, clean: ImageSet) -> Accuracy | None:
-    # Argmax would take a NaN for an answer.
-    if not np.isfinite(logits).all():
-        return None
-    return Accuracy(value=float(np.mean(logits.argmax(axis=1) == clean.labels)), images=len(clean))
+def _data_facts(read: ImageSet, fitted: ImageSet) -> DataFacts:
+    return DataFacts(
+        source=read.source,
+        sha256=read.digest,
+        images=len(read),
+        classes=len(read.class_names),
+        detection=read.detection,
+        labelled=read.labelled,
+        notes=fitted.notes,
+    )
 
 
 def _throttled(emit: Emit) -> Callable[[str, int, int], None]:

@@ -8,19 +8,22 @@ from pathlib import Path
 import click
 
 from qdefense.audit.events import Job
-from qdefense.audit.supervisor import default_memory_limit, run_audit
-from qdefense.cli.options import data_options, output_console, progress_bar, run_options, write_json
+from qdefense.audit.supervisor import run_audit
+from qdefense.calibration import DEFAULT_RATE
+from qdefense.cli.job_options import job_options
+from qdefense.cli.options import output_console, progress_bar, write_json
 from qdefense.files import check_writable, write_atomically
+from qdefense.report.html import render
 from qdefense.report.model import Report
 from qdefense.report.text import print_report
 
 REPORT = "report.json"
+PAGE = "report.html"
 DEFAULT_DEFENSES = ("neural-cleanse",)
 
 
 @click.command("audit")
-@click.argument("model", type=click.Path(path_type=Path))
-@data_options
+@job_options
 @click.option(
     "--defense",
     "defenses",
@@ -28,41 +31,48 @@ DEFAULT_DEFENSES = ("neural-cleanse",)
     metavar="NAME:key=value,...",
     help="A defense and its settings; may be given several times.  [default: neural-cleanse]",
 )
-@click.option("--format", "formats", multiple=True, type=click.Choice(["table", "json"]), help="[default: table]")
-@click.option("--output-dir", type=click.Path(path_type=Path, file_okay=False), help="Write report.json here, too.")
-@run_options
+@click.option(
+    "--calibration",
+    "calibrations",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Thresholds made by `calibrate`, asked before those that ship; may be given several times.",
+)
+@click.option(
+    "--false-alarm-rate",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help=f"Of a calibrated threshold: how often it may alarm on a clean model.  [default: {DEFAULT_RATE:g}]",
+)
+@click.option(
+    "--format", "formats", multiple=True, type=click.Choice(["table", "json", "html"]), help="[default: table]"
+)
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path, file_okay=False), help="Write report.json here, and the page."
+)
 def command(
-    model: Path,
-    data: str,
-    split: str | None,
-    limit: int | None,
+    model: Path,  # noqa: ARG001 (in the job)
+    job: Job,
     defenses: tuple[str, ...],
+    calibrations: tuple[Path, ...],
+    false_alarm_rate: float | None,
     formats: tuple[str, ...],
     output_dir: Path | None,
-    seed: int,
-    threads: int,
     verbose: bool,
 ) -> int:
-    """Judge one ONNX file on labelled clean images; the exit code is the answer.
+    """Judge one ONNX file on clean images; the exit code is the answer.
 
     0 passed, 1 a backdoor was found, 2 usage, 3 something required was not measured, 4 the file was refused.
     """
-    if len(set(formats)) > 1 and output_dir is None:
-        raise click.UsageError("several formats need --output-dir; one alone goes to stdout")
+    if output_dir is None and (len(set(formats)) > 1 or "html" in formats):
+        raise click.UsageError("html and several formats need --output-dir; one text format alone goes to stdout")
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
-        check_writable(output_dir / REPORT)
+        for name in (REPORT, PAGE) if "html" in formats else (REPORT,):
+            check_writable(output_dir / name)
     chosen = defenses or DEFAULT_DEFENSES
-    job = Job(
-        model=str(model),
-        data=data,
-        split=split,
-        limit=limit,
-        defenses=chosen,
-        seed=seed,
-        threads=threads,
-        memory_bytes=default_memory_limit(),
-    )
+    asked = {"calibrations": tuple(map(str, calibrations)), "false_alarm_rate": false_alarm_rate}
+    job = job.model_copy(update={"defenses": chosen, **asked})
     required = tuple(dict.fromkeys(spec.partition(":")[0] for spec in chosen))
     with progress_bar() as advance:
         report = run_audit(
@@ -76,6 +86,8 @@ def _write(report: Report, formats: tuple[str, ...], folder: Path | None) -> Non
     text = report.model_dump_json(indent=2)
     if folder is not None:
         write_atomically(folder / REPORT, f"{text}\n".encode())
+        if "html" in formats:
+            write_atomically(folder / PAGE, render(report).encode())
     if "table" in formats:
         print_report(report, output_console())
     elif folder is None:

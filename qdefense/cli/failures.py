@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
 from qdefense.audit.supervisor import UsageProblemError
+from qdefense.calibration import CalibrationError
 from qdefense.converters.contract import ContractError
 from qdefense.converters.quantize import QuantizationError
 from qdefense.converters.reading import FileRefusedError
@@ -14,7 +15,7 @@ from qdefense.registry import SpecError
 from qdefense.report.escaping import harmless, internal_error, shortened
 from qdefense.session import SessionError
 
-_USAGE = (UsageProblemError, DataError, SpecError, ContractError, QuantizationError)
+_USAGE = (UsageProblemError, DataError, SpecError, ContractError, CalibrationError, QuantizationError)
 _REFUSED = (FileRefusedError, RuntimeGraphError, SessionError)
 
 

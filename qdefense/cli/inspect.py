@@ -4,62 +4,78 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.table import Table
 from rich.text import Text
 
-from qdefense.artifact import Artifact
+from qdefense.audit.events import Job
+from qdefense.audit.gate import PASSED
+from qdefense.audit.supervisor import default_memory_limit, run_audit
+from qdefense.cli.contract_options import contract_options, stated_contract
 from qdefense.cli.options import output_console, write_json
+from qdefense.converters.contract import InputContract
+from qdefense.converters.inspection import Inspection
 from qdefense.report.escaping import harmless
-from qdefense.report.text import fact_grid, inspection_rows, plain_table
+from qdefense.report.model import Subject
+from qdefense.report.text import contract_rows, fact_grid, inspection_rows, plain_table
 
 
 @click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@contract_options
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
-def command(model: Path, format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
-    """Say what is in an ONNX file: contract, precision per layer, integer share, what no gradient can see."""
-    artifact = Artifact.read(model)
+def command(model: Path, format_: str, said: dict[str, Any], verbose: bool) -> int:
+    """Say what is in an ONNX file: contract, precision per layer, integer share, what no gradient can see.
+
+    The file is parsed in a worker of its own: one that ends its reader ends no more than that.
+    """
+    job = Job(model=str(model), contract=stated_contract(model, said), memory_bytes=default_memory_limit())
+    report = run_audit(job, required=(), on_progress=lambda *_: None, verbose=verbose)
+    subject = report.subject
+    if subject.contract is None or subject.inspection is None:
+        click.echo(f"error: {harmless(report.gate.reasons[0])}", err=True)
+        return report.gate.exit_code
     if format_ == "json":
-        body = {
-            "file": model.name,
-            "sha256": artifact.sha256,
-            "contract": artifact.contract.model_dump(mode="json"),
-            "inspection": artifact.inspection.model_dump(mode="json"),
-        }
-        write_json(json.dumps(body, indent=2))
-        return
-    console = output_console()
-    console.print(_summary(model.name, artifact))
-    console.print(_layers(artifact))
+        write_json(json.dumps(_body(subject, subject.contract, subject.inspection), indent=2))
+    else:
+        console = output_console()
+        console.print(_summary(subject, subject.contract, subject.inspection))
+        console.print(_layers(subject.inspection))
+    return PASSED
 
 
-def _summary(name: str, artifact: Artifact) -> Table:
-    contract, found = artifact.contract, artifact.inspection
+def _body(subject: Subject, contract: InputContract, inspection: Inspection) -> dict[str, Any]:
+    return {
+        "file": subject.file,
+        "sha256": subject.sha256,
+        "external_files": subject.external_files,
+        "contract": contract.model_dump(mode="json"),
+        "inspection": inspection.model_dump(mode="json"),
+    }
+
+
+def _summary(subject: Subject, contract: InputContract, inspection: Inspection) -> Table:
     rows = [
-        ("file", name),
-        ("sha256", artifact.sha256),
-        ("size", f"{len(artifact.data):,} bytes"),
-        (
-            "input",
-            f"{contract.input_name}: {contract.dtype} ({contract.batch or 'N'}, 3, {contract.height}, "
-            f"{contract.width}), contract from the {contract.source}",
-        ),
-        ("output", f"{contract.output_name}: {contract.head}, {contract.classes} classes"),
-        *inspection_rows(found),
+        ("file", subject.file),
+        ("sha256", subject.sha256 or ""),
+        ("size", f"{subject.size_bytes or 0:,} bytes"),
+        *((f"with {name}", digest) for name, digest in subject.external_files.items()),
+        *contract_rows(contract),
+        *inspection_rows(inspection),
     ]
     return fact_grid(rows)
 
 
-def _layers(artifact: Artifact) -> Table:
+def _layers(inspection: Inspection) -> Table:
     table = plain_table(
         *("layer", "operator", "weights", "activations", "MACs", "params", "can saturate"),
         left=("layer", "operator", "weights", "activations", "can saturate"),
         fold="layer",
     )
-    for layer in artifact.inspection.layers:
+    for layer in inspection.layers:
         table.add_row(
             Text(harmless(layer.name)),
             Text(harmless(layer.operator)),
