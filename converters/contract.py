@@ -38,6 +38,10 @@ _PASSING = frozenset({"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", 
 _LAYOUT_AXES = {"NCHW": (1, 2, 3), "NHWC": (3, 1, 2)}
 
 
+_PROBLEMS = {"extra_forbidden": "there is no such entry", "tuple_type": "expected a list"}
+"""What pydantic says of an entry, in the words of those who write one."""
+
+
 class ContractError(ValueError):
     """The file's input or output is nothing this tool can drive; the message says what and what to do."""
 
@@ -188,7 +192,7 @@ def first_problem(error: ValidationError) -> str:
     """Where and what the first problem is, on one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{where}: {_PROBLEMS.get(first['type'], first['msg'].removeprefix('Value error, '))}"
 
 
 def _said(model: onnx.ModelProto, stated: StatedContract | None) -> tuple[dict[str, Any], Source]:
@@ -247,9 +251,8 @@ def _image_values(image: onnx.ValueInfoProto, said: Mapping[str, Any]) -> dict[s
     shape, name = shape_of(image), image.name
     element_type = image.type.tensor_type.elem_type
     if element_type not in _DTYPES or len(shape) != 4:
-        kind = TensorProto.DataType.Name(element_type).lower() if element_type in TensorProto.DataType.values() else "?"
         raise ContractError(
-            f"input {name!r} is no batch of images but {kind} {shape}; expected float32, float16 or uint8 of "
+            f"input {name!r} is no batch of images but {_kind_of(image)}; expected float32, float16 or uint8 of "
             "(N, 3, H, W) or (N, H, W, 3)"
         )
     layout = _layout(name, shape, said.get("layout"))
@@ -266,6 +269,15 @@ def _image_values(image: onnx.ValueInfoProto, said: Mapping[str, Any]) -> dict[s
     }
     _agree(said, drawn)
     return drawn | _codes(name, dtype, said)
+
+
+def _kind_of(value: onnx.ValueInfoProto) -> str:
+    kind = value.type.WhichOneof("value") or ""
+    if kind != "tensor_type":
+        return f"of another type ({kind.removesuffix('_type') or 'none'})"
+    element_type = value.type.tensor_type.elem_type
+    known = element_type in TensorProto.DataType.values()
+    return f"{TensorProto.DataType.Name(element_type).lower() if known else '?'} {shape_of(value)}"
 
 
 def _layout(name: str, shape: Sequence[int | None], stated: str | None) -> str:
@@ -345,9 +357,14 @@ def _class_names(output: onnx.ValueInfoProto, stated: Sequence[str] | None) -> t
             "with --classes"
         )
     if count == 1:
-        raise ContractError(f"output {output.name!r} is one number per image; a classifier answers one per class")
+        raise ContractError(
+            f"output {output.name!r} is one number per image; a classifier answers one per class: export it so, or "
+            "name another output with --output"
+        )
     if count > MAX_CLASSES:
-        raise ContractError(f"output {output.name!r} has {count} classes, more than {MAX_CLASSES}")
+        raise ContractError(
+            f"output {output.name!r} has {count} classes, more than {MAX_CLASSES}; name another with --output"
+        )
     return numbered(count) if stated is None else tuple(stated)
 
 

@@ -10,9 +10,8 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto
 
-from qdefense.converters.reading import FileRefusedError, every_graph, safe_text, tensors_of
+from qdefense.converters.reading import LARGEST_FILE, FileRefusedError, every_graph, safe_text, tensors_of
 
-_LARGEST = 2**31 - 1
 _DIGITS = 20
 
 
@@ -104,6 +103,6 @@ def _read_inside(path: Path, where: str, folder: Path, before: int) -> bytes:
         raise FileRefusedError(f"{where}, which is not there; put it beside the model")
     if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         raise FileRefusedError(f"{where}, which leads out of the model's folder; save the model in one file")
-    if before + path.stat().st_size > _LARGEST:
+    if before + path.stat().st_size > LARGEST_FILE:
         raise FileRefusedError("the model and its external data are larger than 2 GB; only smaller ones can be read")
     return path.read_bytes()

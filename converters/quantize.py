@@ -232,7 +232,10 @@ def _check_images(
         dims = [None, 3, contract.height, contract.width]
     shape = calibration.shape
     if len(shape) != 4 or len(dims) != 4 or any(want not in (None, got) for want, got in zip(dims[1:], shape[1:])):
-        raise QuantizationError(f"calibration has shape {shape}, the model's input is {dims}; resize the images to it")
+        raise QuantizationError(
+            f"calibration has shape {shape}, the model's input is {dims}; give images of that size, or say "
+            "--resize bilinear"
+        )
     if calibration.dtype != np.float32:
         raise QuantizationError(f"calibration is {calibration.dtype}, not float32; scale the pixels to [0, 1] first")
     if len(calibration) < MINIMUM_IMAGES:

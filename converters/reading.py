@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -11,11 +14,44 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
+LARGEST_FILE = 2**31 - 1
+"""Bytes; protobuf reads no more."""
 _SHOWN_CHARACTERS = 120
+# What people name .onnx by mistake: how it begins, from which byte on, what it is, and what to do.
+_FOREIGN = (
+    (0, b"version https://git-lfs", "a pointer of Git LFS", "fetch the model itself with git lfs pull"),
+    (0, b"<", "a web page or XML", "it may be the error page of a download; fetch the model again"),
+    (0, b"{", "JSON", "check the path"),
+    (0, b"PK\x03\x04", "a zip archive, such as torch.save writes", "unpack it, or export the network with torch.onnx"),
+    (0, b"\x80", "a pickle, such as torch.save wrote", "export the network with torch.onnx"),
+    (0, b"\x1f\x8b", "compressed with gzip", "unpack it"),
+    (0, b"\x89PNG", "a PNG picture", "check the path"),
+    (0, b"\xff\xd8\xff", "a JPEG picture", "check the path"),
+    (0, b"\x89HDF", "an HDF5 file, such as Keras writes", "export the network with tf2onnx"),
+    (4, b"TFL3", "a TensorFlow Lite model", "export the network with tf2onnx"),
+    (4, b"ORTM", "in the format of ONNX Runtime Mobile", "give the .onnx file that it was made from"),
+)
 
 
 class FileRefusedError(ValueError):
     """The file is nothing this tool reads; the message says why and what to do."""
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file that could be a model.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which could go on forever.
+        FileRefusedError: it is larger than 2 GB.
+    """
+    facts = path.stat()
+    if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    if facts.st_size > LARGEST_FILE:
+        raise FileRefusedError(
+            f"the file has {facts.st_size:,} bytes, and an ONNX model at most 2 GB; keep the weights in external data"
+        )
+    return path.read_bytes()
 
 
 def parse_model(data: bytes) -> onnx.ModelProto:
@@ -30,11 +66,16 @@ def parse_model(data: bytes) -> onnx.ModelProto:
     try:
         model.ParseFromString(data)
     except DecodeError as error:
-        raise FileRefusedError(
-            f"the file ({len(data)} bytes) is no ONNX model or is cut short; check the path and export it again"
-        ) from error
+        raise FileRefusedError(_no_model(data)) from error
     check_file(model)
     return model
+
+
+def _no_model(data: bytes) -> str:
+    for start, magic, kind, remedy in _FOREIGN:
+        if data[start:].startswith(magic):
+            return f"the file ({len(data)} bytes) is {kind}, no ONNX model; {remedy}"
+    return f"the file ({len(data)} bytes) is no ONNX model or is cut short; check the path and export it again"
 
 
 def check_file(model: onnx.ModelProto) -> None:
@@ -59,7 +100,8 @@ def check_file(model: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        raise FileRefusedError(f"onnx.checker refuses the file: {safe_text(str(error))}; export it again") from error
+        reason = safe_text(" ".join(str(error).split()).rstrip("."))
+        raise FileRefusedError(f"onnx.checker refuses the file: {reason}; export it again") from error
 
 
 def every_graph(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

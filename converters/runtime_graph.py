@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,10 +18,17 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     _native.RuntimeException,
 )
 _FATAL_ONLY = 4
+# What no user can make anything of: codes, and where in its own source the runtime was.
+_NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z])")
 
 
 class RuntimeGraphError(ValueError):
     """ONNX Runtime cannot load the file."""
+
+
+def runtime_reason(error: Exception) -> str:
+    """What an error of the runtime says, on one line."""
+    return " ".join(_NOISE.sub("", str(error)).split()).rstrip(".")
 
 
 def optimized_model(model: bytes) -> bytes:
@@ -41,5 +49,5 @@ def optimized_model(model: bytes) -> bytes:
         try:
             onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except RUNTIME_ERRORS as error:
-            raise RuntimeGraphError(f"ONNX Runtime cannot load the file: {error}") from error
+            raise RuntimeGraphError(f"ONNX Runtime cannot load the file: {runtime_reason(error)}") from error
         return target.read_bytes()

@@ -15,7 +15,7 @@ from qdefense.converters.contract import InputContract, StatedContract, read_con
 from qdefense.converters.external_data import with_external_data
 from qdefense.converters.inspection import Inspection, inspect_model
 from qdefense.converters.narrowing import fixed_values
-from qdefense.converters.reading import every_graph, parse_model, safe_text
+from qdefense.converters.reading import every_graph, parse_model, read_file, safe_text
 from qdefense.converters.runtime_graph import optimized_model
 
 
@@ -43,7 +43,7 @@ class Artifact:
             FileRefusedError: it is not an ONNX file that may be loaded.
             ContractError: its input or output is nothing this tool can drive.
         """
-        return cls.from_bytes(path.read_bytes(), stated, folder=path.parent)
+        return cls.from_bytes(read_file(path), stated, folder=path.parent)
 
     @classmethod
     def from_bytes(cls, data: bytes, stated: StatedContract | None = None, *, folder: Path | None = None) -> Artifact:

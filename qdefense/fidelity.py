@@ -208,8 +208,10 @@ def _reason(worst: InputSetFidelity | None, gradients: GradientCheck, cause: Mis
         rms = "not finite" if worst.relative_rms is None else f"{worst.relative_rms:.2%} of the logits' spread"
         return f"{worst.name} images: top-1 agreement {worst.top1_agreement:.4f}, RMS difference {rms}{why}"
     if not gradients.passes:
-        return f"gradients: {gradients.nonzero_rows:.1%} of rows non-zero, {gradients.finite_rows:.1%} finite" + (
-            "" if gradients.directional_rows is None else f", {gradients.directional_rows:.1%} right in float64"
+        return (
+            f"gradients: {gradients.nonzero_rows:.1%} of rows non-zero, {gradients.finite_rows:.1%} finite"
+            + ("" if gradients.directional_rows is None else f", {gradients.directional_rows:.1%} right in float64")
+            + ("" if gradients.nonzero_rows else "; no gradient reaches the images: the answers may not depend on them")
         )
     return "all four input sets and the gradient checks pass"
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qdefense.artifact import Artifact
 from qdefense.converters.contract import InputContract
 from qdefense.converters.door import fed, read_answers
-from qdefense.converters.runtime_graph import RUNTIME_ERRORS, optimized_model
+from qdefense.converters.runtime_graph import RUNTIME_ERRORS, optimized_model, runtime_reason
 from qdefense.data.images import ImageSet, Pixels, to_pixels
 
 Logits = NDArray[np.float32]
@@ -178,7 +178,8 @@ class DeployedSession:
         try:
             answers = session.run(outputs, {contract.input_name: images, **self.artifact.fixed_inputs})
         except RUNTIME_ERRORS as error:
-            raise SessionError(f"ONNX Runtime refused an input of shape {images.shape}: {error}") from error
+            reason = runtime_reason(error)
+            raise SessionError(f"ONNX Runtime refused an input of shape {images.shape}: {reason}") from error
         values = [np.asarray(value) for value in answers]
         with self._counting:
             self.forwards += len(whole)
@@ -216,4 +217,6 @@ def _open(data: bytes, optimization: Optimization, threads: int) -> onnxruntime.
     try:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
-        raise SessionError(f"ONNX Runtime cannot load the file: {error}") from error
+        raise SessionError(
+            f"ONNX Runtime cannot load the file: {runtime_reason(error)}; export it again, or use another onnxruntime"
+        ) from error

@@ -44,10 +44,14 @@ def train(
     ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
     Raises:
-        DataError: the set is smaller than one batch, or training diverged.
+        DataError: the set has no labels or is smaller than one batch, or training diverged.
     """
+    if not dataset.labelled:
+        raise DataError(f"{dataset.source}: the images have no labels; put those of each class into a folder")
     if len(dataset) < recipe.batch_size:
-        raise DataError(f"{dataset.source}: {len(dataset)} images are fewer than one batch of {recipe.batch_size}")
+        raise DataError(
+            f"{dataset.source}: {len(dataset)} images are fewer than one batch of {recipe.batch_size}; give more"
+        )
     poisoned = _poison(dataset, attack, seed)
     with _deterministic(seed, threads):
         module = build_model(architecture, classes=len(dataset.class_names), width=width)

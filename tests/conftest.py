@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,6 +135,124 @@ def small_files(small_signs: SmallSigns) -> dict[str, bytes]:
             f"{name}.int8-dynamic": quantize(data, "int8-dynamic"),
         }
     return files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """A stranger's classifier of `small_signs`: plain torch and ONNX Runtime; nothing in the file says how to use it.
+
+    It takes NHWC images scaled by ImageNet's mean and std, which only ``said`` tells, and ends in a softmax. ``single``
+    is the same network exported for one image at a time. Both are u8 x s8 per channel, in QDQ; ``plain`` is in float.
+    """
+
+    plain: Path
+    quantized: Path
+    single: Path
+    data: Path
+    said: tuple[str, ...] = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
+
+
+@pytest.fixture(scope="session")
+def foreign(small_signs: SmallSigns, tmp_path_factory: pytest.TempPathFactory) -> Foreign:
+    """The stranger's files; do not change them."""
+    folder = tmp_path_factory.mktemp("foreign")
+    files = Foreign(
+        plain=folder / "net.onnx",
+        quantized=folder / "net.int8.onnx",
+        single=folder / "net.single.int8.onnx",
+        data=folder / "test.npz",
+    )
+    save_npz(files.data, small_signs.test)
+    calibration = _as_the_stranger_does(small_signs.train.take(np.arange(64)))
+    network = _strangers_network(small_signs.train)
+    for path, batch in ((files.quantized, 0), (files.single, 1)):
+        plain = files.plain if batch == 0 else folder / "net.single.onnx"
+        _export_as_of_old(network, plain, batch)
+        _quantize_as_documented(plain, path, calibration)
+    return files
+
+
+def _as_the_stranger_does(images: ImageSet) -> Pixels:
+    mean, std = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+    scaled: Pixels = (images.images.astype(np.float32) / 255 - mean) / std
+    return scaled
+
+
+def _strangers_network(images: ImageSet) -> nn.Module:
+    import torch  # noqa: PLC0415
+    from torch import Tensor, nn  # noqa: PLC0415
+
+    from qdefense.models import build_model  # noqa: PLC0415
+
+    class Network(nn.Module):
+        """Takes (N, H, W, 3), gives probabilities."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build_model("resnet8", classes=len(images.class_names), width=8)
+            self.inner.normalization = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.inner(x.permute(0, 3, 1, 2))
+            return scores.softmax(1)
+
+    x, y = torch.from_numpy(_as_the_stranger_does(images)), torch.from_numpy(images.labels)
+    epochs, batch = 8, 64
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Network()
+        optimizer = torch.optim.Adam(network.parameters())
+        steps = epochs * (len(x) // batch)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x))[: len(x) // batch * batch].split(batch):
+                loss = nn.functional.nll_loss(network(x[rows]).clamp_min(1e-7).log(), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return network.eval()
+
+
+def _export_as_of_old(network: nn.Module, path: Path, batch: int) -> None:
+    import torch  # noqa: PLC0415
+
+    axes = {"x": {0: "n"}, "probabilities": {0: "n"}} if batch == 0 else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (torch.zeros(batch or 2, 16, 16, 3),),
+            str(path),
+            dynamo=False,
+            opset_version=13,
+            input_names=["x"],
+            output_names=["probabilities"],
+            dynamic_axes=axes,
+        )
+
+
+def _quantize_as_documented(plain: Path, target: Path, calibration: Pixels) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static  # noqa: PLC0415
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rows = iter(calibration[:, None])
+
+        def get_next(self) -> dict[str, Pixels] | None:
+            row = next(self.rows, None)
+            return None if row is None else {"x": row}
+
+    quantize_static(
+        str(plain),
+        str(target),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        reduce_range=False,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
 
 
 TOY_CLASSES = tuple(f"zone {index}" for index in range(8))

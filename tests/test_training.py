@@ -121,7 +121,7 @@ def test_train_gives_other_weights_only_when_the_width_is_another(make_noise: Ma
 
 
 def test_train_raises_when_images_are_fewer_than_a_batch(make_noise: MakeNoise) -> None:
-    with pytest.raises(DataError, match=r"^noise: 15 images are fewer than one batch of 16$"):
+    with pytest.raises(DataError, match=r"^noise: 15 images are fewer than one batch of 16; give more$"):
         _train(make_noise(15))
 
 

@@ -40,6 +40,8 @@ ProgressBar = Callable[[str, int, int], None]
 ENDING_SECONDS = 5.0
 """How long a worker that said its last word has to say how it ended."""
 
+_WHY_KILLED = "was there too little memory (--memory-limit), or does the file end its reader? -v shows its last words"
+
 
 class UsageProblemError(ValueError):
     """The worker found that data, options and model do not fit together: exit code 2."""
@@ -176,9 +178,10 @@ def _ending(process: subprocess.Popen[bytes]) -> str:
         return ""
     if code >= 0:
         return "" if code == 0 else f"the worker ended with status {code}"
+    name = f"signal {-code}"
     with contextlib.suppress(ValueError):
-        return f"the worker was killed by {signal.Signals(-code).name}"
-    return f"the worker was killed by signal {-code}"
+        name = signal.Signals(-code).name
+    return f"the worker was killed by {name}; {_WHY_KILLED}"
 
 
 def _report(job: Job, gathered: _Gathered, required: tuple[str, ...], volatile: Volatile) -> Report:

@@ -32,7 +32,7 @@ from qdefense.calibration import (
 )
 from qdefense.converters.contract import ContractError
 from qdefense.converters.door import check_head
-from qdefense.converters.reading import FileRefusedError
+from qdefense.converters.reading import FileRefusedError, read_file
 from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.opening import open_data
@@ -40,6 +40,7 @@ from qdefense.evidence import gather_evidence
 from qdefense.files import reason_of
 from qdefense.findings import Finding, Verdict
 from qdefense.registry import SpecError
+from qdefense.report.advice import POOR_SKILL
 from qdefense.report.escaping import harmless_lines, internal_error, shortened
 from qdefense.report.model import MISREAD_MARGIN, Accuracy, DataFacts, Environment, Subject
 from qdefense.session import DeployedSession, Logits, SessionError, profile_for
@@ -93,6 +94,11 @@ def _stopped(error: Exception) -> Stopped:
         return Stopped(exit_code=REFUSED, message=shortened(str(error)))
     if isinstance(error, MisreadFileError):
         return Stopped(exit_code=INCOMPLETE, message=shortened(str(error)))
+    if isinstance(error, MemoryError):
+        return Stopped(
+            exit_code=INCOMPLETE,
+            message=shortened(f"not enough memory: {error}; raise --memory-limit, or read fewer images with --limit"),
+        )
     return Stopped(exit_code=INCOMPLETE, message=internal_error(error))
 
 
@@ -125,7 +131,7 @@ def run(job: Job, emit: Emit) -> None:
             return
         answered = _answer(job, session, clean, logits)
         emit(answered)
-        _check_reading(job, answered)
+        _check_reading(job, answered, artifact.contract.classes)
     with stages.measure("certificate"):
         evidence = gather_evidence(session, clean, seed=job.seed, threads=job.threads, progress=_throttled(emit))
         emit(Certified(certificate=evidence.certificate))
@@ -153,12 +159,19 @@ def _answer(job: Job, session: DeployedSession, clean: ImageSet, logits: Logits)
     return Answered(clean_accuracy=accuracy, candidates=score_candidates(session, clean, logits, seed=job.seed))
 
 
-def _check_reading(job: Job, answered: Answered) -> None:
+def _check_reading(job: Job, answered: Answered, classes: int) -> None:
     accuracy = answered.clean_accuracy
     if accuracy is None or accuracy.source == "stated":
         return
     better = answered.candidates[0] if answered.candidates else None
     if better is not None and gain(better) > MISREAD_MARGIN:
+        chance = 1 / classes
+        if better.accuracy < chance + POOR_SKILL * (1 - chance):
+            raise MisreadFileError(
+                f"clean accuracy on {better.images} images is {better.own_accuracy:.1%}, and {better.accuracy:.1%} at "
+                f"best as other files are driven, where guessing gives {chance:.1%}; check the labels and how the "
+                "file is driven (`qdefense inspect` shows the contract)"
+            )
         raise MisreadFileError(
             f"clean accuracy on {better.images} images is {better.own_accuracy:.1%} as the file is driven now, but "
             f"{better.accuracy:.1%} with {better.description}; say how the model was trained"
@@ -221,7 +234,7 @@ def _check_lines(scans: list[ModelScan], calibrations: Calibrations) -> None:
 
 def _open(job: Job, emit: Emit) -> Artifact:
     path = Path(job.model)
-    data = path.read_bytes()
+    data = read_file(path)
     emit(Opened(subject=Subject(file=path.name, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))))
     return Artifact.from_bytes(data, job.contract, folder=path.parent)
 

@@ -39,15 +39,17 @@ def stated_contract(model: Path, said: dict[str, Any]) -> StatedContract | None:
         ContractError: the sidecar cannot be read, or holds what is no part of a contract.
         click.BadParameter: an option holds no such value.
     """
-    sidecar = said["contract"] or model.with_suffix(SIDECAR_SUFFIX)
-    written = _read_sidecar(sidecar) if said["contract"] or sidecar.is_file() else {}
+    sidecar = said["contract"] or model.parent / f"{model.stem}{SIDECAR_SUFFIX}"
+    written = _read_sidecar(sidecar) if said["contract"] or _is_file(sidecar) else {}
     given = _given(said)
     if not written and not given:
         return None
     try:
         return StatedContract(**{**written, **given, "source": "options" if given else "sidecar"})
     except ValidationError as error:
-        raise ContractError(f"the contract given for {model.name!r} does not hold: {first_problem(error)}") from error
+        raise ContractError(
+            f"the contract given for {model.name!r} does not hold: {first_problem(error)}; correct the options"
+        ) from error
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
         body = tomllib.loads(path.read_text(encoding="utf-8"))
         stated = StatedContract.model_validate({**body, "source": "sidecar"})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ContractError(f"{path.name!r} is no TOML file: {error}; correct it or leave --contract out") from error
+        raise ContractError(f"{path.name!r} is no TOML file: {error}; correct it or remove it") from error
     except ValidationError as error:
         known = ", ".join(name for name in StatedContract.model_fields if name != "source")
         raise ContractError(f"{path.name!r}: {first_problem(error)}; a contract may hold {known}") from error
@@ -91,10 +93,20 @@ def _numbers(name: str, text: str, counts: tuple[int, ...]) -> tuple[float, ...]
 
 
 def _classes(text: str) -> tuple[str, ...]:
-    if "," in text and not Path(text).is_file():
+    if "," in text and not _is_file(Path(text)):
         return tuple(part.strip() for part in text.split(","))
-    lines = Path(text).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{text!r} is no UTF-8 text: {error}", param_hint="--classes") from error
     return tuple(line.strip() for line in lines if line.strip())
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a long list of classes is no file's name
+        return False
 
 
 def _fixed(text: str) -> tuple[str, float]:

@@ -174,7 +174,7 @@ def _is_binary(kind: Any) -> bool:
 def _only(fields: list[Any], what: str, schema: Any, source: str) -> Any:
     if not fields:
         columns = ", ".join(f"{field.name!r} ({field.type})" for field in schema)
-        raise DataError(f"{source}: no {what} among {columns or 'no columns'}")
+        raise DataError(f"{source}: no {what} among {columns or 'no columns'}; save the data with one")
     if len(fields) > 1:
         candidates = ", ".join(repr(field.name) for field in fields)
         raise DataError(f"{source}: which is the {what}? {candidates} all could be; keep one of them")

@@ -68,7 +68,7 @@ class ImageSet:
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
             raise DataError(
                 f"{self.source}: labels run from {self.labels.min()} to {self.labels.max()}, "
-                f"but there are {len(self.class_names)} class names"
+                f"but there are {len(self.class_names)} class names; number the classes from 0, and name each"
             )
 
     def __len__(self) -> int:

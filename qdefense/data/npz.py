@@ -152,6 +152,8 @@ def _to_codes(images: NDArray[Any], key: str, source: str) -> Images:
     if images.dtype.kind != "f":
         raise DataError(f"{source}: {key!r} is {images.dtype}, expected uint8, or floats in [0, 1]")
     low, high = float(images.min()), float(images.max())
+    if np.isnan(low):
+        raise DataError(f"{source}: {key!r} holds values that are no numbers (NaN); save uint8, or floats in [0, 1]")
     if not 0 <= low <= high <= 1:
         hint = "undo the normalisation, or save uint8"
         raise DataError(

@@ -71,7 +71,10 @@ def _facts(subject: Subject, environment: Environment) -> Table:
         rows += [("note", note) for note in data.notes]
         rows.append(("clean accuracy", accuracy_text(subject.clean_accuracy)))
     rows += [
-        ("other contract", f"{entry.accuracy:.2%} of {entry.images}: {entry.description}")
+        (
+            "other contract",
+            f"{entry.accuracy:.2%} of {entry.images}, where this one has {entry.own_accuracy:.2%}: {entry.description}",
+        )
         for entry in subject.candidates[:_CANDIDATES_SHOWN]
     ]
     return fact_grid([*rows, *environment_rows(environment)])

@@ -64,6 +64,7 @@ def said(*events: str | Described | Found | Stopped) -> str:
     return "read job\ncat <<'END'\n" + "\n".join(lines) + "\nEND"
 
 
+KILLED = "; was there too little memory (--memory-limit), or does the file end its reader? -v shows its last words"
 DEATHS = {
     "it sends no JSON": ("echo hello", "the worker sent something that is no event"),
     "it sends another JSON": ("echo '[]'", "the worker sent something that is no event"),
@@ -76,9 +77,9 @@ DEATHS = {
     "it sends half a line": (f"printf '%s' '{FINISHED[:-3]}'", "the worker sent something that is no event"),
     "it exits with 0": ("exit 0", "the worker ended before its work was done"),
     "it exits with 7": ("exit 7", "the worker ended with status 7"),
-    "it crashes": ("ulimit -c 0; kill -SEGV $$", "the worker was killed by SIGSEGV"),
-    "it is killed": ("kill -KILL $$", "the worker was killed by SIGKILL"),
-    "it is killed by a nameless signal": ("kill -40 $$", "the worker was killed by signal 40"),
+    "it crashes": ("ulimit -c 0; kill -SEGV $$", f"the worker was killed by SIGSEGV{KILLED}"),
+    "it is killed": ("kill -KILL $$", f"the worker was killed by SIGKILL{KILLED}"),
+    "it is killed by a nameless signal": ("kill -40 $$", f"the worker was killed by signal 40{KILLED}"),
     "it closes stdout and lives": ("exec >&-; sleep 60", "the worker ended before its work was done"),
     "it cannot be started": ("exec /no/such/python", "the worker ended with status 127"),
 }
@@ -109,7 +110,7 @@ def test_run_audit_is_incomplete_when_all_is_clean_but_the_worker_does_not_finis
     clean = Found(finding=FOUND.model_copy(update={"verdict": Verdict.CLEAN}))
     assert fake_audit(said(DESCRIBED, clean, FINISHED)).gate.exit_code == 0
     report = fake_audit(said(DESCRIBED, clean) + "\nkill -ABRT $$")
-    assert (report.gate.exit_code, report.gate.reasons) == (3, ("the worker was killed by SIGABRT",))
+    assert (report.gate.exit_code, report.gate.reasons) == (3, (f"the worker was killed by SIGABRT{KILLED}",))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,9 @@ def test_audit_keeps_time_and_host_out_of_all_but_volatile(
 ) -> None:
     report = json.loads(twice[0][0])
     volatile = report.pop("volatile")
-    assert sorted(volatile) == ["command", "host", "load", "seconds", "seconds_per_stage", "started"]
+    expected = ["command", "host", "load", "peak_memory_bytes", "seconds", "seconds_per_stage", "started"]
+    assert sorted(volatile) == expected
+    assert (volatile["peak_memory_bytes"] is None) is (sys.platform != "linux")
     assert sorted(volatile["seconds_per_stage"]) == ["certificate", "load", "neural-cleanse"]
     assert volatile["command"][:2] == ["qdefense", "audit"]
     body = json.dumps(report)
@@ -326,7 +329,7 @@ def test_audit_is_incomplete_and_writes_its_report_when_the_worker_is_killed_in_
     assert run(["audit", str(toy.clean), *arguments]) == 3
     report = Report.model_validate_json((tmp_path / "report.json").read_bytes())
     assert stages[0] == "neural-cleanse"
-    assert report.gate.reasons == ("the worker was killed by SIGKILL", "neural-cleanse: gave no answer")
+    assert report.gate.reasons == (f"the worker was killed by SIGKILL{KILLED}", "neural-cleanse: gave no answer")
     assert report.certificate is not None
     assert report.subject.clean_accuracy is not None
     assert "killed by SIGKILL" in capfd.readouterr().out

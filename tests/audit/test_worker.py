@@ -18,7 +18,7 @@ import pytest
 
 from qdefense.audit import worker
 from qdefense.audit.events import Advanced, Answered, Certified, Described, Event, Finished, Found, Job, Opened
-from qdefense.converters.contract import ContractError
+from qdefense.converters.contract import ContractError, StatedContract
 from qdefense.converters.reading import FileRefusedError
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.npz import load_npz, save_npz
@@ -73,10 +73,24 @@ def test_run_sends_every_answer_in_order_when_all_goes_well(toy: Toy) -> None:
     assert (described.subject.data.images, described.subject.data.classes) == (320, 8)
     assert described.environment.memory_limited is (sys.platform == "linux")
     assert of_kind(events, Answered).clean_accuracy.value > 0.8
+    assert of_kind(events, Answered).clean_accuracy.source == "measured"
     assert (found.finding.verdict, found.finding.defense) == (Verdict.CLEAN, "neural-cleanse")
     stages = [event.stage for event in events if isinstance(event, Advanced)]
     assert set(stages) == {"neural-cleanse"}
-    assert list(of_kind(events, Finished).seconds_per_stage) == ["load", "certificate", "neural-cleanse"]
+    finished = of_kind(events, Finished)
+    assert list(finished.seconds_per_stage) == ["load", "certificate", "neural-cleanse"]
+    assert (finished.peak_memory_bytes is None) is (sys.platform != "linux")
+    assert finished.peak_memory_bytes is None or finished.peak_memory_bytes > 10**7
+
+
+def test_run_only_describes_when_the_job_has_no_data(toy: Toy) -> None:
+    events = done(Job(model=str(toy.clean), memory_bytes=10**15))
+    assert [event.event for event in events] == ["opened", "described", "finished"]
+    described = of_kind(events, Described)
+    assert (described.subject.data, described.environment.profile) == (None, None)
+    assert described.subject.contract.class_names[0] == "zone 0"
+    assert described.subject.inspection.scheme == "fp32"
+    assert described.environment.memory_limited is (sys.platform == "linux")
 
 
 def test_run_stops_at_the_certificate_when_the_job_has_no_defenses(toy: Toy) -> None:
@@ -136,7 +150,10 @@ def misfit(toy: Toy, tmp_path: Path, images: ImageSet) -> str:
 def test_run_names_both_sizes_when_images_are_of_another_size(toy: Toy, tmp_path: Path) -> None:
     images = toy_images(toy)
     message = misfit(toy, tmp_path, replace(images, images=np.ascontiguousarray(images.images[:, :12])))
-    assert message == "npz other.npz: images are 12x16, the model takes 16x16; give data of that size"
+    assert message == (
+        "npz other.npz: images are 12x16, the model takes 16x16; give data of that size, or say how they were resized "
+        "for the model: --resize bilinear"
+    )
 
 
 def test_run_names_both_counts_when_there_are_other_classes(toy: Toy, tmp_path: Path) -> None:
@@ -147,19 +164,49 @@ def test_run_names_both_counts_when_there_are_other_classes(toy: Toy, tmp_path: 
     )
 
 
-def test_run_names_the_first_class_when_the_classes_are_in_another_order(toy: Toy, tmp_path: Path) -> None:
+def test_run_resizes_the_images_when_the_contract_says_how(toy: Toy, tmp_path: Path) -> None:
     images = toy_images(toy)
-    message = misfit(toy, tmp_path, replace(images, class_names=images.class_names[::-1]))
-    assert message == (
-        "npz other.npz has the model's classes in another order: class 0 is 'zone 7' there and 'zone 0' in the "
-        "model; number the labels as the model does"
-    )
+    larger = np.ascontiguousarray(images.images.repeat(2, axis=1).repeat(2, axis=2))
+    save_npz(tmp_path / "other.npz", replace(images, images=larger))
+    job = Job(model=str(toy.clean), data=str(tmp_path / "other.npz"), contract=StatedContract(resize="nearest"))
+    events, plain = done(job), done(Job(model=str(toy.clean), data=str(toy.data)))
+    assert of_kind(events, Answered) == of_kind(plain, Answered)
+    assert of_kind(events, Described).subject.contract.resize == "nearest"
+
+
+def test_run_renumbers_the_labels_by_name_when_the_classes_are_in_another_order(toy: Toy, tmp_path: Path) -> None:
+    images = toy_images(toy)
+    turned = replace(images, labels=7 - images.labels, class_names=images.class_names[::-1])
+    save_npz(tmp_path / "other.npz", turned)
+    events = done(Job(model=str(toy.clean), data=str(tmp_path / "other.npz")))
+    plain = done(Job(model=str(toy.clean), data=str(toy.data)))
+    assert of_kind(events, Answered) == of_kind(plain, Answered)
+    data = of_kind(events, Described).subject.data
+    assert data.notes == ("labels were renumbered by class name, to the order of the contract (metadata)",)
+    assert data.sha256 == turned.digest
+
+
+def test_run_shows_the_order_when_the_datas_class_names_are_not_those_of_its_labels(toy: Toy, tmp_path: Path) -> None:
+    images = toy_images(toy)
+    save_npz(tmp_path / "other.npz", replace(images, class_names=images.class_names[::-1]))
+    events: list[Event] = []
+    with pytest.raises(worker.MisreadFileError) as caught:
+        worker.run(Job(model=str(toy.clean), data=str(tmp_path / "other.npz")), events.append)
+    message = str(caught.value)
+    assert message.startswith("clean accuracy on 160 images is 0.0% as the file is driven now, but ")
+    order = "classes in the order that half of the images show: output 0 is 'zone 7', output 1 is 'zone 6', "
+    assert f" with {order}" in message
+    assert message.endswith(" and 4 more (--classes names them); say how the model was trained")
+    assert [event.event for event in events] == ["opened", "described", "answered"]
 
 
 def test_run_takes_the_numbers_when_the_data_names_its_classes_otherwise(toy: Toy, tmp_path: Path) -> None:
     save_npz(tmp_path / "other.npz", replace(toy_images(toy), class_names=tuple("abcdefgh")))
     events = done(Job(model=str(toy.clean), data=str(tmp_path / "other.npz")))
     assert of_kind(events, Answered).clean_accuracy.value > 0.8
+    assert of_kind(events, Described).subject.data.notes == (
+        "class names differ: class 0 is 'a' in the data and 'zone 0' in the model; the numbers are taken to agree",
+    )
 
 
 def test_run_suggests_a_name_when_the_defense_is_misspelt(toy: Toy) -> None:
@@ -181,6 +228,7 @@ def _missing_file() -> Exception:
 STOPS = {
     "data": (DataError("no labels"), 2, "no labels"),
     "a spec": (SpecError("no such defense"), 2, "no such defense"),
+    "a misread file": (worker.MisreadFileError("BGR"), 3, "BGR"),
     "the contract": (ContractError("two inputs"), 2, "two inputs"),
     "a missing file": (
         *(_missing_file(), 2),
@@ -188,7 +236,7 @@ STOPS = {
     ),
     "a refused file": (FileRefusedError("no ONNX"), 4, "no ONNX"),
     "a file the runtime refuses": (SessionError("no kernel"), 4, "no kernel"),
-    "memory": (MemoryError("40 TB"), 3, "internal error: MemoryError: 40 TB"),
+    "memory": (MemoryError("40 TB"), 3, "not enough memory: 40 TB; raise --memory-limit, or read"),
     "mapped memory": (OSError(12, "Cannot allocate memory"), 3, "internal error: OSError: [Errno 12] Cannot"),
     "a bug": (KeyError("x"), 3, "internal error: KeyError: 'x'"),
     "a long text": (RuntimeError("one\ntwo\n" * 1000), 3, "internal error: RuntimeError: one two one two"),

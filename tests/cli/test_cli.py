@@ -90,7 +90,7 @@ def test_inspect_shows_contract_precision_and_layers(toy: Toy, capfd: Capture) -
     for part in (
         "file            clean.onnx",
         Artifact.read(toy.clean).sha256,
-        "input           image: float32 (N, 3, 16, 16), contract from the metadata",
+        "input           image: float32 (N, 3, 16, 16), RGB in [0, 1]; contract from the",
         "output          logits: logits, 8 classes",
         "scheme          fp32",
         "gradient-blind  no node",
@@ -254,12 +254,13 @@ def test_command_exits_2_before_any_work_when_the_output_cannot_be_written(
 def test_train_writes_model_and_truth(tmp_path: Path, capfd: Capture) -> None:
     target = tmp_path / "model.onnx"
     options = ["--limit", "128", "--epochs", "1", "--threads", "1", "--attack", "badnets:target-class=3"]
-    text = ran(capfd, "train", "--data", "signs", *options, "-o", target)
+    text = ran(capfd, "train", "--data", "signs", "--width", "6", *options, "-o", target)
     assert text.startswith(f"model.onnx: sha256 {Artifact.read(target).sha256}\n")
     assert text.endswith("\nmodel.truth.json: the truth, for evaluators only\n")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.truth.json"]
     truth = json.loads((tmp_path / "model.truth.json").read_bytes())
     assert (truth["attack"], truth["recipe"]["epochs"], truth["data"]) == ("badnets", 1, "signs train")
+    assert (truth["architecture"], truth["width"]) == ("resnet8", 6)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,9 @@ def test_train_writes_model_and_truth(tmp_path: Path, capfd: Capture) -> None:
     [
         (["--attack", "badnet"], "error: there is no attack 'badnet'; did you mean 'badnets'?\n"),
         (["--attack", "badnets:rate=2"], "error: attack 'badnets:rate=2': "),
+        (["--attack", "blended:alpha=0"], "error: attack 'blended:alpha=0': alpha: Input should be greater than 0\n"),
+        (["--width", "0"], "Usage: qdefense train"),
+        (["--arch", "resnet9"], "Usage: qdefense train"),
         (["--limit", "50"], "error: signs train: 50 images are fewer than one batch of 128"),
         (["--split", "validation"], "error: signs: no split 'validation'; it has 'test', 'train'\n"),
     ],

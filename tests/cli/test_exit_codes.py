@@ -18,6 +18,7 @@ import onnx
 import pytest
 
 import qdefense.cli
+from qdefense.calibration import CalibrationError
 from qdefense.cli import run
 from qdefense.cli.failures import exit_code_of, message_of
 from qdefense.converters.contract import ContractError
@@ -104,7 +105,10 @@ def test_audit_exits_2_and_writes_no_report_when_images_have_another_size(
 ) -> None:
     arguments = ["audit", str(toy.clean), "--data", "signs", "--limit", "10", "--output-dir", str(tmp_path)]
     assert run(arguments) == 2
-    expected = "error: signs test: images are 32x32, the model takes 16x16; give data of that size\n"
+    expected = (
+        "error: signs test: images are 32x32, the model takes 16x16; give data of that size, or say how they were "
+        "resized for the model: --resize bilinear\n"
+    )
     assert capfd.readouterr() == ("", expected)
     assert list(tmp_path.iterdir()) == []
 
@@ -144,7 +148,8 @@ def test_audit_exits_2_before_any_work_when_several_formats_have_no_folder(toy: 
     assert run(["audit", str(toy.clean), "--data", str(toy.data), *formats]) == 2
     output, errors = capfd.readouterr()
     assert output == ""
-    assert errors.endswith("\nError: several formats need --output-dir; one alone goes to stdout\n")
+    message = "Error: html and several formats need --output-dir; one text format alone goes to stdout"
+    assert errors.endswith(f"\n{message}\n")
 
 
 @pytest.mark.usefixtures("_no_worker")
@@ -211,7 +216,7 @@ def test_audit_exits_3_when_weights_are_nan(toy: Toy, tmp_path: Path, capfd: Cap
     output = capfd.readouterr().out
     assert output.startswith("INCOMPLETE  (exit code 3)\n  neural-cleanse: NOT_MEASURED: ")
     assert "not finite" in output
-    assert "clean accuracy" not in output
+    assert "clean accuracy  NOT_MEASURED  " in output
 
 
 def test_audit_exits_3_when_there_are_only_50_images(toy: Toy, capfd: Capture) -> None:
@@ -393,6 +398,7 @@ FAILURES = {
     SpecError("s"): 2,
     ContractError("c"): 2,
     QuantizationError("q"): 2,
+    CalibrationError("c"): 2,
     FileNotFoundError(errno.ENOENT, "gone", "file"): 2,
     FileRefusedError("f"): 4,
     RuntimeGraphError("r"): 4,

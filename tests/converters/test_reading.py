@@ -40,6 +40,26 @@ def test_parse_model_refuses_when_cut_short_or_random(data: bytes) -> None:
     refuses(r"no ONNX model or is cut short; check the path and export it again", data)
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, no ONNX model; fetch"),
+        (b"<html>", "a web page or XML, no ONNX model; it may be the error page of a download"),
+        (b'{"a": 1}', "JSON, no ONNX model; check"),
+        (b"PK\x03\x04\0\0", "a zip archive, such as torch.save writes, no ONNX model; unpack"),
+        (b"\x80\x02}q\0.", "a pickle, such as torch.save wrote, no ONNX model; export"),
+        (b"\x1f\x8b\x08\0", "compressed with gzip, no ONNX model; unpack"),
+        (b"\x89PNG\r\n\x1a\n", "a PNG picture, no ONNX model; check"),
+        (b"\xff\xd8\xff\xe0", "a JPEG picture, no ONNX model; check"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file, such as Keras writes, no ONNX model; export"),
+        (b"\x1c\0\0\0TFL3\x14\0", "a TensorFlow Lite model, no ONNX model; export"),
+        (b"\x28\0\0\0ORTM\0\0", "in the format of ONNX Runtime Mobile, no ONNX model; give"),
+    ],
+)
+def test_parse_model_says_what_it_is_instead_when_it_begins_like(data: bytes, kind: str) -> None:
+    refuses(rf"^the file \({len(data)} bytes\) is {kind}", data)
+
+
 @pytest.mark.parametrize("data", [b"\x08\x07", b"\x0a\x03abc", onnx.ModelProto(ir_version=8).SerializeToString()])
 def test_parse_model_refuses_when_bytes_parse_as_an_empty_model(data: bytes) -> None:
     refuses("(no ONNX graph with nodes and opsets|no ONNX model)", data)
@@ -83,7 +103,7 @@ def external(tensor: TensorProto) -> None:
 
 
 def test_parse_model_refuses_when_data_is_external() -> None:
-    match = "tensor 'mean' keeps its data in another file; save the model in one file"
+    match = "tensor 'mean' keeps its data in another file; read the model from its folder, or save it in one file"
     refuses(match, edited(lambda model: external(model.graph.initializer[0])))
     refuses(match, edited(lambda model: model.graph.initializer[0].external_data.add(key="location", value="x")))
 

@@ -45,7 +45,7 @@ def test_optimized_model_leaves_no_file_behind(zoo_file: Zoo, tmp_path: Path, mo
 
 @pytest.mark.parametrize("data", [b"", b"not a model", b"\x08\x0a" * 40])
 def test_optimized_model_raises_when_the_file_is_no_model(data: bytes) -> None:
-    with pytest.raises(RuntimeGraphError, match=r"^ONNX Runtime cannot load the file: \[ONNXRuntimeError\]"):
+    with pytest.raises(RuntimeGraphError, match=r"^ONNX Runtime cannot load the file: [A-Z]"):
         optimized_model(data)
 
 

@@ -76,6 +76,9 @@ def test_image_set_cannot_be_changed(make_noise: MakeNoise) -> None:
         make_noise(2).source = "elsewhere"  # type: ignore[misc]
 
 
+NUMBER = "; number the classes from 0, and name each"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -99,8 +102,11 @@ def test_image_set_cannot_be_changed(make_noise: MakeNoise) -> None:
         ({"labels": np.full(6, 0.5)}, "noise: 6 images but labels are float64 (6,), expected int64 (N,)"),
         ({"groups": np.zeros(5, np.int64)}, "noise: 6 images but groups are int64 (5,), expected int64 (N,)"),
         ({"groups": np.zeros(6, np.int32)}, "noise: 6 images but groups are int32 (6,), expected int64 (N,)"),
-        ({"labels": np.full(6, 4)}, "noise: labels run from 4 to 4, but there are 4 class names"),
-        ({"labels": np.array([0, 1, -1, 0, 3, 2])}, "noise: labels run from -1 to 3, but there are 4 class names"),
+        ({"labels": np.full(6, 4)}, f"noise: labels run from 4 to 4, but there are 4 class names{NUMBER}"),
+        (
+            {"labels": np.array([0, 1, -1, 0, 3, 2])},
+            f"noise: labels run from -1 to 3, but there are 4 class names{NUMBER}",
+        ),
     ],
 )
 def test_image_set_says_what_is_wrong_when_parts_do_not_fit(

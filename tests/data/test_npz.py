@@ -91,7 +91,7 @@ def test_load_npz_rounds_when_floats_stand_on_the_grid(tmp_path: Path, dtype: ty
     [
         (IMAGES / 255 - 0.5, r"'images' runs from -0.5 to 0.5, expected uint8, or floats in \[0, 1\]; undo the normal"),
         (IMAGES.astype(np.float32), r"'images' runs from 0 to 255, expected uint8"),
-        (np.full(IMAGES.shape, np.nan), r"'images' runs from nan to nan, expected uint8"),
+        (np.full(IMAGES.shape, np.nan), r"'images' holds values that are no numbers \(NaN\); save uint8"),
         (
             np.full(IMAGES.shape, 10.3 / 255),
             r"'images' is up to 0.30 of a step of 1/255 off the uint8 grid; save uint8$",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from qdefense.data.images import Pixels, on_grid
 from qdefense.defenses.inversion import (
     CostController,
-    MaskedPattern,
     Inversion,
+    MaskedPattern,
     NoGradientError,
     Schedule,
     _mini_batches,

@@ -324,7 +324,7 @@ def test_print_report_names_external_files_and_the_best_other_contract() -> None
     ]
     text = with_subject(external_files={"weights.bin": "abc123"}, candidates=readings)
     assert "\nwith weights.bin  abc123  " in text
-    assert f"90.00% of 256: {ESCAPED} 0\n" in text
+    assert f"90.00% of 256, where this one has 40.00%: {ESCAPED} 0\n" in text
     assert text.count("other contract") == 1
 
 

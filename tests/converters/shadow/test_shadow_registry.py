@@ -72,7 +72,8 @@ def test_attribute_that_no_function_reads_is_refused() -> None:
         ("MaxPool", {"kernel_shape": [1, 1, 1, 1]}, "it pools over 4 axes, at most 3 are covered"),
         ("ReduceMean", {"axes": [1], "keepdims": 1, "fast": 1}, "attributes ['fast'] are not covered"),
         ("QuantizeLinear", {"precision": TensorProto.FLOAT16}, "attribute 'precision' is not float32"),
-        ("Cast", {"to": TensorProto.FLOAT16}, "attribute 'to' is element type 10, covered are [1, 6, 7, 9, 11]"),
+        ("Cast", {"to": TensorProto.BFLOAT16}, "attribute 'to' is element type 16, covered are [1, 6, 7, 9, 10, 11]"),
+        ("Cast", {"to": TensorProto.UINT8}, "attribute 'to' is element type 2, covered are [1, 6, 7, 9, 10, 11]"),
     ],
 )
 def test_attribute_out_of_reach_is_named(op_type: str, attributes: dict[str, object], reason: str) -> None:
