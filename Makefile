@@ -18,8 +18,9 @@ demo: install
 	$(BIN)/qdefense demo
 
 # Not `python -m pytest`, which would put this folder on the path: the tests are for the installed package.
+# Two processes, and whole files to each: their fixtures train small networks.
 test: install $(VENV)/dev.stamp
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-real: install $(VENV)/dev.stamp
 	$(BIN)/pytest -m real

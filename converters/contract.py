@@ -108,6 +108,9 @@ class InputContract(BaseModel):
     head: Head = "logits"
     class_names: ClassNames
     fixed_inputs: dict[str, FiniteFloat] = Field(default={}, description="values of the inputs that are no image")
+    numbers_stated: bool = Field(
+        default=False, description="whether somebody named the classes 0 to K - 1, so that they are no stand-ins"
+    )
     source: Source = Field(default="metadata", description="the strongest source that said anything")
 
     @property
@@ -118,7 +121,7 @@ class InputContract(BaseModel):
     @property
     def named(self) -> bool:
         """Whether the classes have names, not numbers that stand in for them."""
-        return self.class_names != numbered(self.classes)
+        return self.numbers_stated or self.class_names != numbered(self.classes)
 
 
 class StatedContract(BaseModel):
@@ -156,7 +159,7 @@ def write_contract(model: onnx.ModelProto, contract: InputContract) -> None:
     """Put the contract into the model's metadata, replacing an older one."""
     kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != METADATA_KEY}
     # What older versions did not write is left out where it says nothing, so that equal models stay equal files.
-    unsaid = {"source"} if contract.fixed_inputs else {"source", "fixed_inputs"}
+    unsaid = {"source", "numbers_stated"} | (set() if contract.fixed_inputs else {"fixed_inputs"})
     kept[METADATA_KEY] = json.dumps(
         contract.model_dump(mode="json", exclude=unsaid), sort_keys=True, separators=(",", ":")
     )
@@ -181,7 +184,9 @@ def read_contract(model: onnx.ModelProto, stated: StatedContract | None = None) 
     image = _choose_input(model.graph, said)
     output = _choose_output(model.graph, said)
     drawn = _image_values(image, said) | {"output_name": output.name, "head": _head(model.graph, output.name, said)}
-    drawn["class_names"] = _class_names(output, said.get("class_names"))
+    names = _class_names(output, said.get("class_names"))
+    named = stated is not None and stated.class_names is not None  # in metadata numbers may be stand-ins
+    drawn |= {"class_names": names, "numbers_stated": named and names == numbered(len(names))}
     try:
         return InputContract(**{**said, **drawn, "source": source})
     except ValidationError as error:
@@ -197,16 +202,23 @@ def first_problem(error: ValidationError) -> str:
 
 def _said(model: onnx.ModelProto, stated: StatedContract | None) -> tuple[dict[str, Any], Source]:
     written = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
-    said: dict[str, Any] = {} if written is None else _from_metadata(written)
+    said: dict[str, Any] = {} if written is None else _from_metadata(written, model.graph)
     source: Source = "graph" if written is None else "metadata"
     if stated is not None and stated.values:
         return {**said, **stated.values}, stated.source
     return said, source
 
 
-def _from_metadata(text: str) -> dict[str, Any]:
+def _from_metadata(text: str, graph: onnx.GraphProto) -> dict[str, Any]:
+    """What the file says of itself, but for what would let it choose the function that is judged.
+
+    Which output counts, and what its other inputs are set to, is for the person who deploys it to say.
+    """
+    chosen = {"source", "numbers_stated", "fixed_inputs"}
+    chosen |= {"output_name"} if len(graph.output) > 1 else set()
+    chosen |= {"input_name"} if len(free_inputs(graph)) > 1 else set()
     try:
-        return InputContract.model_validate_json(text).model_dump(exclude={"source"})
+        return InputContract.model_validate_json(text).model_dump(exclude=chosen)
     except ValidationError as error:
         raise ContractError(
             f"metadata '{METADATA_KEY}' is not a contract: {first_problem(error)}; export the model again or remove it"

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from pydantic import BaseModel, ConfigDict
 
 from qdefense.converters.flat_graph import FLOATS, Graph, Node, Value, behind_layout, type_name
 from qdefense.converters.precision import WEIGHTED
-from qdefense.converters.reading import safe_text
+from qdefense.converters.reading import safe_text, tensor_array
 
 _NODES_SHOWN = 12
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
@@ -30,6 +30,11 @@ _SELECT, _AT = (
 )
 
 _BRANCH = "branches or iterates on the image"
+
+_COUNTS, _MIXES = (
+    "computes with the size of the batch or image",
+    "mixes the images of one batch",
+)
 
 _BLIND_INPUTS: dict[str, tuple[str, tuple[int, ...] | None]] = {
     **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsInf", "IsNaN"), (_COMPARE, None)),
@@ -68,6 +73,39 @@ _SHAPED_BY = {
 }
 """Operators whose output shape depends on the values of these inputs."""
 
+_EXTENT_ONLY = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "Reshape": (1,),
+    "Resize": (2, 3),
+    "Tile": (1,),
+}
+"""Inputs that say how large the output is, but not what stands in it."""
+
+_ALONG = {
+    **dict.fromkeys(("ArgMax", "ArgMin", "Compress", "GatherElements", "Scatter", "ScatterElements", "Split"), 0),
+    **dict.fromkeys(("Concat", "Gather", "QLinearConcat"), 0),
+    **dict.fromkeys(("LpNormalization", "TopK"), -1),
+}
+_ALONG_FROM = {
+    **dict.fromkeys(("Hardmax", "LogSoftmax", "QLinearSoftmax", "Softmax"), 1),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), -1),
+}
+"""Operators that join what lies along an axis, or along this and all later axes, and the axis if none is given."""
+
+_RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
+_NEIGHBOURS = frozenset(
+    {
+        *("AveragePool", "Conv", "ConvInteger", "ConvTranspose", "DeformConv", "FusedConv", "QLinearConv"),
+        *("GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "GroupNormalization", "InstanceNormalization"),
+        *("LRN", "LpPool", "MaxPool", "QLinearAveragePool", "QLinearGlobalAveragePool"),
+    }
+)
+"""Operators that keep to their row, as long as the rows lie along the first axis."""
+
+_FIRST_ROWS = frozenset({"EyeLike", "GatherND", "ReverseSequence", "ScatterND", "Trilu"})
+"""Operators that tell one place from another along the first axis."""
+
 
 class BlindNode(BaseModel):
     """A node between input and output that answers to the image but passes no useful gradient."""
@@ -101,9 +139,12 @@ def follow_pixels(graph: Graph) -> Flow:
 
 def blind_nodes(graph: Graph, flow: Flow) -> Iterator[BlindNode]:
     """The nodes on the pixels' way to the output that pass no useful gradient, in graph order."""
+    rows = _count_rows(graph, flow)
     for node in graph.nodes:
         if any(out in flow.live for out in node.outputs):
             reason = _blindness(graph, node, flow)
+            if reason is None and node.operator not in _SHAPE_READERS:
+                reason = _batch_blindness(graph, node, rows)
             if reason is not None:
                 yield BlindNode(name=node.name, operator=safe_text(node.operator), reason=reason)
 
@@ -195,6 +236,153 @@ def _blindness(graph: Graph, node: Node, flow: Flow) -> str | None:
     if positions is None or any(node.input(position) in flow.data for position in positions):
         return reason
     return None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What has a shape of the input's making, and what holds numbers that depend on how many rows there are."""
+
+    shaped: set[Value]
+    counted: set[Value]
+
+
+def _count_rows(graph: Graph, flow: Flow) -> _Rows:
+    rows = _Rows(_reach(graph, graph.inputs), set())
+    before = -1
+    while before < len(rows.counted):
+        before = len(rows.counted)
+        for node in graph.nodes:
+            outs = [out for out in node.outputs if out is not None and not graph.any_batch(out)]
+            if not any(out in flow.data for out in outs) and _batch_blindness(graph, node, rows) is not None:
+                rows.counted.update(outs)
+    return rows
+
+
+def _batch_blindness(graph: Graph, node: Node, rows: _Rows) -> str | None:
+    """Why one image's answer depends on how many or which others share its batch, or None."""
+    if all(graph.any_batch(out) for out in node.outputs if out is not None):
+        return None
+    if node.operator in _SHAPE_READERS:
+        return _COUNTS if node.input(0) in rows.shaped else None
+    spared = _EXTENT_ONLY.get(node.operator, ())
+    given = (*(value for index, value in enumerate(node.inputs) if index not in spared), *node.inner)
+    if any(value in rows.counted for value in given):
+        return _COUNTS
+    return _MIXES if any(_joins_rows(graph, node, index, rows) for index in range(len(node.inputs))) else None
+
+
+def _joins_rows(graph: Graph, node: Node, index: int, rows: _Rows) -> bool:
+    """Whether the node joins or tells apart what lies along the batch axis of this input."""
+    value = node.input(index)
+    if value not in rows.shaped or graph.any_batch(value):
+        return False
+    long, rank = graph.batch_axes(value)
+    if node.operator == "BatchNormalization" and node.attribute("training_mode", 0):
+        return True
+    if node.operator == "Einsum":
+        return _sums_letters(node, index, long, rank)
+    joined: Iterable[int] | None
+    if node.operator in WEIGHTED or node.operator in _NEIGHBOURS:
+        joined = _kernel_axes(node, index, rank)
+    else:
+        joined = _joined_axes(graph, node, index)
+    if joined is None:
+        return bool(long)
+    # Of a tensor of unknown rank, the last axis but one may be the batch: activations behind a computed reshape.
+    return bool(long & {axis + (rank or 2) if axis < 0 else axis for axis in joined})
+
+
+def _kernel_axes(node: Node, index: int, rank: int | None) -> Iterable[int]:
+    """The axes that a weighted operator sums over, per input."""
+    if node.operator in _RECURRENT:
+        return {node.attribute("layout", 0)} if index == 0 else ()
+    if node.operator in _NEIGHBOURS:
+        return range(1, rank or 1)
+    if index not in (0, WEIGHTED[node.operator].weight):
+        return ()
+    flipped = node.attribute("transB" if index else "transA", 0)
+    if rank == 1:
+        return {0}
+    return {-1} if bool(index) == bool(flipped) else {-2}
+
+
+def _joined_axes(graph: Graph, node: Node, index: int) -> Iterable[int] | None:
+    """The axes along which another operator joins the elements of this input; None: all."""
+    kind = node.operator
+    if index and kind not in ("Concat", "QLinearConcat"):
+        return ()
+    if kind in _ALONG:
+        return {node.attribute("axis", _ALONG[kind])}
+    if kind in _ALONG_FROM:
+        first = node.attribute("axis", _ALONG_FROM[kind])
+        return range(first, 0 if first < 0 else _RANK_LIMIT)
+    return _chosen_axes(graph, node)
+
+
+def _chosen_axes(graph: Graph, node: Node) -> Iterable[int] | None:
+    kind = node.operator
+    if kind.startswith(("Reduce", "QLinearReduce")) or kind == "MeanVarianceNormalization":
+        return _reduced_axes(graph, node)
+    if kind == "CumSum":
+        return _whole_numbers(graph, node, 1, "axis")
+    if kind == "Slice":
+        return _sliced_axes(graph, node)
+    if kind == "Pad":
+        return _padded_axes(graph, node)
+    return {0} if kind in _FIRST_ROWS else ()
+
+
+_RANK_LIMIT = 64
+
+
+def _reduced_axes(graph: Graph, node: Node) -> list[int] | None:
+    if node.operator == "MeanVarianceNormalization":
+        return _whole_numbers(graph, node, -1, "axes") or [0, 2, 3]
+    axes = _whole_numbers(graph, node, 1, "axes")
+    return axes or ([] if node.attribute("noop_with_empty_axes", 0) else None)
+
+
+def _sliced_axes(graph: Graph, node: Node) -> list[int] | None:
+    """The axes of which the slice leaves something out: exporters also write slices that do nothing."""
+    starts = _whole_numbers(graph, node, 1, "starts")
+    ends = _whole_numbers(graph, node, 2, "ends")
+    if starts is None or ends is None:
+        return None
+    axes = _whole_numbers(graph, node, 3, "axes") or list(range(len(starts)))
+    steps = _whole_numbers(graph, node, 4, "steps") or [1] * len(starts)
+    cuts = zip(axes, starts, ends, steps, strict=False)
+    return [axis for axis, start, end, step in cuts if start or step != 1 or end < 2**31 - 1]
+
+
+def _padded_axes(graph: Graph, node: Node) -> list[int] | None:
+    pads = _whole_numbers(graph, node, 1, "pads")
+    if pads is None or node.input(3) is not None:
+        return None
+    half = len(pads) // 2
+    return [axis for axis in range(half) if pads[axis] or pads[axis + half]]
+
+
+def _whole_numbers(graph: Graph, node: Node, index: int, name: str) -> list[int] | None:
+    """The integers given as an attribute of this name or as a constant input, or None."""
+    for attribute in node.proto.attribute:
+        if attribute.name == name:
+            return [int(number) for number in helper.get_attribute_value(attribute)]
+    value = node.input(index) if index > 0 else None
+    if value is not None and graph.any_batch(value):
+        return [int(number) for number in graph.folded[value].ravel()]
+    tensor = graph.constants.get(value) if value is not None else None
+    return None if tensor is None else [int(number) for number in tensor_array(tensor).ravel()]
+
+
+def _sums_letters(node: Node, index: int, long: set[int], rank: int | None) -> bool:
+    """Whether an Einsum sums over a batch axis of this input: its letter is missing in the output."""
+    equation = next((a.s.decode(errors="replace") for a in node.proto.attribute if a.name == "equation"), "")
+    left, _, right = equation.replace(" ", "").partition("->")
+    term = [*left.split(","), *[""] * (index + 1)][index]
+    head, dots, tail = term.partition("...")
+    if dots and "..." in right:
+        term = head + "".join("." for _ in range((rank or 0) - len(head) - len(tail))) + tail
+    return any(axis >= len(term) or term[axis] not in right for axis in long)
 
 
 def _cast_target(graph: Graph, node: Node) -> str | None:

@@ -13,6 +13,7 @@ from onnx import TensorProto
 from qdefense.converters.reading import LARGEST_FILE, FileRefusedError, every_graph, safe_text, tensors_of
 
 _DIGITS = 20
+_TOO_LARGE = "the model and its external data are larger than 2 GB; only smaller ones can be read"
 
 
 def with_external_data(data: bytes, folder: Path) -> tuple[bytes, dict[str, str]]:
@@ -34,14 +35,17 @@ def with_external_data(data: bytes, folder: Path) -> tuple[bytes, dict[str, str]
     if any(isinstance(text, bytes) for tensor in external for text in _texts(tensor)):
         raise FileRefusedError("a name in the file is not UTF-8 text; export the model again with a current exporter")
     contents: dict[str, bytes] = {}
-    for tensor in external:
-        _fill(tensor, folder, contents)
+    slices = [_slice(tensor, folder, contents) for tensor in external]
+    if sum(map(len, slices)) > LARGEST_FILE:  # many tensors may name one file
+        raise FileRefusedError(_TOO_LARGE)
+    for tensor, part in zip(external, slices, strict=True):
+        tensor.raw_data = bytes(part)
+        tensor.data_location = TensorProto.DEFAULT
+        del tensor.external_data[:]
     try:
         whole = model.SerializeToString()
     except (EncodeError, ValueError) as error:
-        raise FileRefusedError(
-            "the model and its external data are larger than 2 GB; only smaller ones can be read"
-        ) from error
+        raise FileRefusedError(_TOO_LARGE) from error
     return bytes(whole), {name: hashlib.sha256(body).hexdigest() for name, body in contents.items()}
 
 
@@ -57,7 +61,8 @@ def _texts(tensor: TensorProto) -> Iterator[object]:
         yield from (entry.key, entry.value)
 
 
-def _fill(tensor: TensorProto, folder: Path, contents: dict[str, bytes]) -> None:
+def _slice(tensor: TensorProto, folder: Path, contents: dict[str, bytes]) -> memoryview:
+    """The bytes that a tensor names, which are no copy yet."""
     stated = {entry.key: entry.value for entry in tensor.external_data}
     name, label = stated.get("location", ""), safe_text(tensor.name)
     if name not in contents:
@@ -71,9 +76,7 @@ def _fill(tensor: TensorProto, folder: Path, contents: dict[str, bytes]) -> None
             f"tensor '{label}' needs bytes {start} to {end} of '{safe_text(name)}', which has {len(body)}; save the "
             "model again"
         )
-    tensor.raw_data = body[start:end]
-    tensor.data_location = TensorProto.DEFAULT
-    del tensor.external_data[:]
+    return memoryview(body)[start:end]
 
 
 def _number(stated: dict[str, str], key: str, label: str) -> int | None:
@@ -104,5 +107,5 @@ def _read_inside(path: Path, where: str, folder: Path, before: int) -> bytes:
     if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         raise FileRefusedError(f"{where}, which leads out of the model's folder; save the model in one file")
     if before + path.stat().st_size > LARGEST_FILE:
-        raise FileRefusedError("the model and its external data are larger than 2 GB; only smaller ones can be read")
+        raise FileRefusedError(_TOO_LARGE)
     return path.read_bytes()

@@ -21,6 +21,14 @@ Value = tuple[str, str]
 FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 """Element types that carry a gradient."""
 
+_MANY_ROWS = 720720 << 10
+_FEW = 1 << 20
+_TO_THE_END = (2**31 - 1, 2**63 - 1)
+"""A batch no honest dimension comes near, divisible by all that reshapes divide by; what is below ``_FEW`` is not it.
+
+The last two are how exporters write an open end.
+"""
+
 _LAYOUT = frozenset({"Flatten", "Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
@@ -59,6 +67,8 @@ class Graph:
     outputs: list[Value] = field(default_factory=list)
     infos: dict[Value, onnx.TypeProto] = field(default_factory=dict)
     batch: int = 1
+    crowded: dict[Value, onnx.TypeProto] = field(default_factory=dict)
+    folded: dict[Value, NDArray[Any]] = field(default_factory=dict)
     producer: dict[Value, Node] = field(default_factory=dict)
     consumers: dict[Value, list[Node]] = field(default_factory=lambda: defaultdict(list))
 
@@ -77,6 +87,19 @@ class Graph:
         if value in self.constants:
             return list(self.constants[value].dims)
         return _dims(self.infos.get(value)) if value is not None else None
+
+    def batch_axes(self, value: Value | None) -> tuple[set[int], int | None]:
+        """The axes as long as the batch, and the rank if known; where the shape is unknown axis 0 is taken for one."""
+        kind = self.crowded.get(value) if value is not None else None
+        if kind is None or not kind.tensor_type.HasField("shape"):
+            return {0}, None
+        dims = [dim.dim_value for dim in kind.tensor_type.shape.dim]
+        return {axis for axis, size in enumerate(dims) if size >= _FEW or (size < 1 and not axis)}, len(dims)
+
+    def any_batch(self, value: Value | None) -> bool:
+        """Whether the tensor is known to hold the same whole numbers, whatever the batch."""
+        known = self.folded.get(value) if value is not None else None
+        return known is not None and not _counts_rows(known).any()
 
     def type(self, value: Value | None) -> str | None:
         """The tensor's element type, such as ``float32`` or ``uint8``, or None if unknown."""
@@ -99,7 +122,8 @@ def flatten(model: onnx.ModelProto) -> Graph:
     visible = _inline(graph, model.graph, _Scope(), {})
     graph.inputs = [visible[value.name] for value in free]
     graph.outputs = [visible[value.name] for value in model.graph.output if value.name in visible]
-    graph.infos = _infer_types(model)
+    graph.infos, _ = _infer_types(model, batch=1)
+    graph.crowded, graph.folded = _infer_types(model, batch=_MANY_ROWS)
     return graph
 
 
@@ -213,31 +237,34 @@ _SHAPE_TWINS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 
 
-def _infer_types(model: onnx.ModelProto) -> dict[Value, onnx.TypeProto]:
-    """Types and shapes at batch 1, from the graph alone: what the file itself declares could be wrong.
+def _infer_types(
+    model: onnx.ModelProto, *, batch: int
+) -> tuple[dict[Value, onnx.TypeProto], dict[Value, NDArray[Any]]]:
+    """Types and shapes at this batch, and small constants, from the graph alone: what the file declares could be wrong.
 
     Without onnx's own data propagation, which allocates an object per element of whatever a hostile file declares;
     reshapes to a computed shape are followed by folding the little shape arithmetic that exporters write.
     """
-    twin = _shape_twin(model)
+    twin = _shape_twin(model, batch)
     while True:
         try:
             inferred = onnx.shape_inference.infer_shapes(twin).graph
         except onnx.shape_inference.InferenceError:
-            return {}
+            return {}, {}
         values = (*inferred.input, *inferred.output, *inferred.value_info)
         infos = {("", value.name): value.type for value in values}
-        if not _fold_shapes(twin.graph, infos):
-            return infos
+        changed, known = _fold_shapes(twin.graph, infos)
+        if not changed:
+            return infos, {("", name): array for name, array in known.items()}
 
 
-def _shape_twin(model: onnx.ModelProto) -> onnx.ModelProto:
+def _shape_twin(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     for value in _free_inputs(twin.graph):
         dims = value.type.tensor_type.shape.dim
         if dims and not dims[0].HasField("dim_value"):
-            dims[0].dim_value = 1
+            dims[0].dim_value = batch
     for graph in every_graph(twin.graph):
         del graph.value_info[:]
         for node in graph.node:
@@ -247,8 +274,8 @@ def _shape_twin(model: onnx.ModelProto) -> onnx.ModelProto:
     return twin
 
 
-def _fold_shapes(graph: onnx.GraphProto, infos: dict[Value, onnx.TypeProto]) -> bool:
-    """Replace nodes that compute with known shapes by their values; whether there were any."""
+def _fold_shapes(graph: onnx.GraphProto, infos: dict[Value, onnx.TypeProto]) -> tuple[bool, dict[str, NDArray[Any]]]:
+    """Replace nodes that compute with known shapes by their values; whether there were any, and all known values."""
     known = {tensor.name: tensor_array(tensor) for tensor in graph.initializer if _is_small(tensor)}
     left: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -268,7 +295,7 @@ def _fold_shapes(graph: onnx.GraphProto, infos: dict[Value, onnx.TypeProto]) -> 
     if changed:
         del graph.node[:]
         graph.node.extend(left)
-    return changed
+    return changed, known
 
 
 _FOLDED_SIZE = 64
@@ -291,6 +318,11 @@ def _fold(
     whole = "to" not in attributes or attributes["to"].i in (TensorProto.INT64, TensorProto.INT32)
     if not given or len(given) < len(values) or not whole:
         return None
+    if node.op_type in _ARITHMETIC and "fmod" not in attributes:
+        return _fold_arithmetic(node.op_type, given)
+    if node.op_type != "Concat" and any(_counts_rows(value).any() for value in given[1:]):
+        # What is read at a place that depends on the batch depends on it, whatever it is at this one.
+        return None
     axes = (
         [int(attributes["axis"].i)]
         if "axis" in attributes
@@ -304,6 +336,27 @@ def _fold(
         return None
 
 
+_ARITHMETIC = {"Add": np.add, "Div": np.floor_divide, "Mod": np.mod, "Mul": np.multiply, "Sub": np.subtract}
+
+
+def _counts_rows(array: NDArray[Any]) -> NDArray[np.bool_]:
+    return (array >= _FEW) & ~np.isin(array, _TO_THE_END)
+
+
+def _fold_arithmetic(operator: str, given: list[NDArray[Any]]) -> NDArray[Any] | None:
+    """The answer, unless a number that depends on the batch goes in and comes out as one that doesn't look so."""
+    left, right = given[0], given[-1]
+    if (operator == "Div" and (left < 0).any()) or (operator in ("Div", "Mod") and (right <= 0).any()):
+        return None
+    try:
+        with np.errstate(over="ignore"):
+            made = np.asarray(_ARITHMETIC[operator](left, right))
+    except ValueError:
+        return None
+    mixed = _counts_rows(left) | _counts_rows(right)
+    return made if _counts_rows(made)[mixed].all() else None
+
+
 def _fold_values(operator: str, given: list[NDArray[Any]], attribute: list[int]) -> NDArray[Any] | None:
     data, *more = given
     axes = tuple(attribute or (more[0].ravel().tolist() if more else ()))
@@ -311,12 +364,12 @@ def _fold_values(operator: str, given: list[NDArray[Any]], attribute: list[int])
         return np.concatenate(given, attribute[0])
     if operator == "Gather" and more:
         return np.asarray(np.take(data, more[0], attribute[0] if attribute else 0))
-    if operator == "Unsqueeze":
-        return np.expand_dims(data, axes)
-    if operator == "Squeeze":
-        return np.squeeze(data, axes or None)
+    if operator in ("Squeeze", "Unsqueeze"):
+        return np.squeeze(data, axes or None) if operator == "Squeeze" else np.expand_dims(data, axes)
     if operator == "Slice" and data.ndim == 1 and len(more) >= 2:
         return data[int(more[0].item()) : int(more[1].item()) : int(more[3].item()) if len(more) > 3 else 1]
+    if operator == "Reshape":
+        return data.reshape(more[0].tolist()) if more and (more[0] != 0).all() else None
     return data if operator in ("Identity", "Cast") else None
 
 

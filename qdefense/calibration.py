@@ -206,12 +206,22 @@ _POPULATION_WORDS = (
 )
 
 
+def _unambiguous(entries: tuple[CalibrationEntry, ...]) -> tuple[CalibrationEntry, ...]:
+    for index, entry in enumerate(entries):
+        if any(not other.differences(entry.defense, entry.settings, entry.population) for other in entries[:index]):
+            raise ValueError(
+                f"two entries are about {entry.defense} with the same settings on the same population "
+                f"({entry.population.scheme}, graph {entry.population.fingerprint[:12]}), and only one can hold"
+            )
+    return entries
+
+
 class CalibrationBody(_Record):
     """A calibration file; equal inputs give equal bytes."""
 
     schema_version: str = SCHEMA_VERSION
     command: tuple[str, ...] = Field(description="what made it, without the names of the models and of the output")
-    entries: tuple[CalibrationEntry, ...]
+    entries: Annotated[tuple[CalibrationEntry, ...], AfterValidator(_unambiguous)]
 
     def to_bytes(self) -> bytes:
         """What is written to a file."""
@@ -321,13 +331,16 @@ class Calibrations:
     rate: float | None = None
 
     def line(self, defense: str, settings: Mapping[str, Any], *, paper: float) -> Line:
-        """The line of the first entry that fits, else the paper's, with what kept the user's files from fitting.
+        """The lowest line of the entries that fit, else the paper's, with what kept the user's files from fitting.
+
+        Entries of the user's files go before shipped ones, and those with too few models for the rate count for none.
 
         Raises:
-            CalibrationError: the entry has too few models for the rate asked for.
+            CalibrationError: every entry that fits has too few models for the rate asked for.
         """
         wanted = to_jsonable_python(dict(settings))
-        notes = []
+        notes: list[str] = []
+        fitting: list[_Fitting] = []
         for file in self.files:
             entry, different = _nearest(file, defense, wanted, self.population)
             if entry is None or different:
@@ -335,28 +348,51 @@ class Calibrations:
             elif self.artifact in entry.artifacts:
                 notes.append(f"this very file is one of the clean models of {file.name}, which can thus not judge it")
             else:
-                return self._calibrated(file, entry)
+                fitting.append((file, entry))
+        if fitting:
+            return self._calibrated(fitting)
         if self.rate is not None:
             notes.append(f"no calibration fits, so nothing promises a false-alarm rate of {self.rate:g}")
         return Line(threshold=Threshold(value=paper, source="paper", note="; ".join(notes) or None))
 
-    def _calibrated(self, file: CalibrationFile, entry: CalibrationEntry) -> Line:
-        try:
-            value, rate = entry.threshold(DEFAULT_RATE if self.rate is None else self.rate)
-        except ValueError as error:
-            raise CalibrationError(
-                f"{file.name}: {error}; calibrate on more, or ask for --false-alarm-rate {entry.smallest_rate}"
-            ) from error
+    def _calibrated(self, fitting: list[_Fitting]) -> Line:
+        wanted = DEFAULT_RATE if self.rate is None else self.rate
+        enough = [pair for pair in fitting if pair[1].n >= models_needed(wanted)]
+        largest = max(fitting, key=lambda pair: pair[1].n)
+        usable = [pair for pair in enough if not pair[0].shipped] or enough or [largest]
+        file, entry = chosen = min(usable, key=lambda pair: _promised(pair, wanted)[0])
+        value, rate = _promised(chosen, wanted)
+        notes = [
+            f"{small.name} fits, too, but has too few clean models ({few.n}) for a false-alarm rate of {wanted:g}"
+            for small, few in fitting
+            if (small, few) not in enough and not small.shipped
+        ]
+        if len(usable) > 1:
+            notes.append(f"the lowest threshold of the {len(usable)} files that fit, {file.name}")
         different = entry.conditions.differences(self.conditions)
+        notes += [f"calibrated with {', '.join(different)}"] if different else []
         threshold = Threshold(
             value=value,
             source="calibrated",
             n=entry.n,
             false_alarm_rate=rate,
             calibration_sha256=file.sha256,
-            note=f"calibrated with {', '.join(different)}" if different else None,
+            note="; ".join(notes) or None,
         )
         return Line(threshold=threshold, clean_scores=entry.scores)
+
+
+_Fitting = tuple[CalibrationFile, CalibrationEntry]
+
+
+def _promised(fitting: _Fitting, rate: float) -> tuple[float, float]:
+    file, entry = fitting
+    try:
+        return entry.threshold(rate)
+    except ValueError as error:
+        raise CalibrationError(
+            f"{file.name}: {error}; calibrate on more, or ask for --false-alarm-rate {entry.smallest_rate}"
+        ) from error
 
 
 def _nearest(

@@ -48,7 +48,7 @@ class SessionProfile(BaseModel):
     provider: Literal["CPUExecutionProvider"] = "CPUExecutionProvider"
     optimization: Optimization = "all"
     threads: int = Field(default=1, ge=1)
-    batch: int = Field(default=1, ge=1, description="rows per run; only dynamic INT8 files answer otherwise in another")
+    batch: int = Field(default=1, ge=1, description="rows per run; files that mix or count rows depend on it")
 
 
 class Runtime(BaseModel):

@@ -201,11 +201,45 @@ def test_line_says_that_no_rate_is_promised_when_one_was_asked_for_and_nothing_f
     assert threshold.note == "no calibration fits, so nothing promises a false-alarm rate of 0.1"
 
 
-def test_line_takes_the_first_file_that_fits() -> None:
+def test_line_takes_named_files_before_shipped_ones() -> None:
     first, second = file(entry()), file(entry(tuple(map(float, range(100, 119)))), shipped=True)
     other = file(entry(defense="pixel"))
     assert audit(other, first, second).line(SCAN, SETTINGS, paper=2.0).threshold.value == 19.0
-    assert audit(second, first).line(SCAN, SETTINGS, paper=2.0).threshold.value == 118.0
+    found = audit(second, first).line(SCAN, SETTINGS, paper=2.0).threshold
+    assert (found.value, found.note) == (19.0, None)
+    low = file(entry(tuple(float(score) / 100 for score in range(19))), shipped=True)
+    assert audit(first, low).line(SCAN, SETTINGS, paper=2.0).threshold.value == 19.0
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_line_takes_the_lowest_threshold_and_says_how_many_fit_when_several_do(order: tuple[int, ...]) -> None:
+    files = [file(entry(tuple(float(top + i) for i in range(19))), name=f"{top}.json") for top in (30, 10, 20)]
+    line = audit(*(files[index] for index in order)).line(SCAN, SETTINGS, paper=2.0)
+    assert (line.threshold.value, line.threshold.calibration_sha256) == (28.0, files[1].sha256)
+    assert line.clean_scores == files[1].body.entries[0].scores
+    assert line.threshold.note == "the lowest threshold of the 3 files that fit, 10.json"
+
+
+FEW = (0.5, 1.0, 1.5)
+
+
+@pytest.mark.parametrize("few_first", [True, False])
+@pytest.mark.parametrize("shipped", [True, False])
+def test_line_passes_over_a_file_with_too_few_models_when_another_has_enough(few_first: bool, shipped: bool) -> None:
+    few, enough = file(entry(FEW), name="few.json"), file(entry(), name="enough.json", shipped=shipped)
+    found = audit(*((few, enough) if few_first else (enough, few))).line(SCAN, SETTINGS, paper=2.0).threshold
+    assert (found.value, found.n) == (19.0, 19)
+    assert found.note == "few.json fits, too, but has too few clean models (3) for a false-alarm rate of 0.05"
+
+
+def test_line_raises_with_the_most_models_when_every_file_that_fits_has_too_few() -> None:
+    files = [file(entry(FEW[:count]), name=f"{count}.json") for count in (1, 3, 2)]
+    with pytest.raises(CalibrationError) as raised:
+        audit(*files).line(SCAN, SETTINGS, paper=2.0)
+    assert str(raised.value) == (
+        "3.json: a false-alarm rate of 0.05 needs 19 clean models, there are 3; calibrate on more, or ask for "
+        "--false-alarm-rate 0.25"
+    )
 
 
 @pytest.mark.parametrize("shipped", [True, False])
@@ -329,7 +363,7 @@ def test_file_identity_covers_weights_in_other_files() -> None:
 
 
 def test_calibration_reads_back_what_was_written(tmp_path: Path) -> None:
-    body = CalibrationBody(command=("qdefense", "calibrate"), entries=(entry(), entry(not_measured=2)))
+    body = CalibrationBody(command=("qdefense", "calibrate"), entries=(entry(), entry(defense="pixel", not_measured=2)))
     path = tmp_path / "c.json"
     path.write_bytes(body.to_bytes())
     found = read_calibration(path)
@@ -382,6 +416,21 @@ def test_parse_calibration_names_what_is_wrong(data: bytes, message: str) -> Non
     with pytest.raises(CalibrationError) as raised:
         parse_calibration(data, "x")
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("changes", [{}, {"not_measured": 3}, {"conditions": conditions(seed=1)}])
+def test_parse_calibration_refuses_two_entries_for_one_population_and_defense(changes: dict[str, Any]) -> None:
+    def add(body: dict[str, Any]) -> None:
+        other = entry(tuple(map(float, range(19))), **changes)
+        body["entries"] += [entry(defense="pixel").model_dump(mode="json"), other.model_dump(mode="json")]
+
+    with pytest.raises(CalibrationError) as raised:
+        parse_calibration(_changed(add), "x")
+    graph = digest("graph")[:12]
+    assert str(raised.value) == (
+        "x: entries: two entries are about neural-cleanse with the same settings on the same population (int8-static, "
+        f"graph {graph}), and only one can hold; make it again with qdefense calibrate"
+    )
 
 
 def test_parse_calibration_ignores_what_a_newer_minor_version_adds() -> None:

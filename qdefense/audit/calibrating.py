@@ -35,6 +35,10 @@ MAX_NOT_MEASURED = 0.1
 """Largest share of a population's models that the scan may leave without a score: who is left out is no chance."""
 
 
+_TRUTH = ".truth.json"
+"""Of files that only evaluators open (law 3)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CleanModel:
     """A file to calibrate on, and the job that audits it."""
@@ -147,6 +151,8 @@ class ReportFolder:
         self._reports: dict[str, list[Report]] = {}
         self.unreadable: list[str] = []
         for path in sorted(folder.glob("*.json")):
+            if path.name.endswith(_TRUTH):
+                continue
             try:
                 report = read_report(path.read_bytes())
             except ReportError as error:

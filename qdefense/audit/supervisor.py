@@ -123,8 +123,8 @@ def run_audit(
 
 
 def default_memory_limit() -> int:
-    """All physical memory: a file that asks for more is stopped before the machine swaps."""
-    return int(psutil.virtual_memory().total)
+    """What is free now: a file that asks for more gets an error of its own, before the kernel picks what to kill."""
+    return int(psutil.virtual_memory().available)
 
 
 @contextlib.contextmanager

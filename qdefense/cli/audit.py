@@ -11,7 +11,7 @@ from qdefense.audit.events import Job
 from qdefense.audit.supervisor import run_audit
 from qdefense.calibration import DEFAULT_RATE
 from qdefense.cli.job_options import job_options
-from qdefense.cli.options import output_console, progress_bar, write_json
+from qdefense.cli.options import NumberRange, output_console, progress_bar, write_json
 from qdefense.files import check_writable, write_atomically
 from qdefense.report.html import render
 from qdefense.report.model import Report
@@ -37,11 +37,11 @@ DEFAULT_DEFENSES = ("neural-cleanse",)
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Thresholds made by `calibrate`, asked before those that ship; may be given several times.",
+    help="Thresholds made by `calibrate`, asked before those that ship; of several that fit the lowest holds.",
 )
 @click.option(
     "--false-alarm-rate",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=NumberRange(0, 1, min_open=True, max_open=True),
     help=f"Of a calibrated threshold: how often it may alarm on a clean model.  [default: {DEFAULT_RATE:g}]",
 )
 @click.option(
@@ -88,6 +88,8 @@ def _write(report: Report, formats: tuple[str, ...], folder: Path | None) -> Non
         write_atomically(folder / REPORT, f"{text}\n".encode())
         if "html" in formats:
             write_atomically(folder / PAGE, render(report).encode())
+        elif (folder / PAGE).is_file():  # of an earlier report, which this one has replaced
+            (folder / PAGE).unlink()
     if "table" in formats:
         print_report(report, output_console())
     elif folder is None:

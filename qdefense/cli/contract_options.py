@@ -15,7 +15,6 @@ from qdefense.cli.options import parse_size
 from qdefense.converters.contract import ContractError, StatedContract, first_problem
 
 F = TypeVar("F", bound=Callable[..., Any])
-SIDECAR_SUFFIX = ".contract.toml"
 _LARGEST_SIDECAR = 10 * 2**20
 
 
@@ -33,14 +32,15 @@ def contract_options(function: F) -> F:
 
 
 def stated_contract(model: Path, said: dict[str, Any]) -> StatedContract | None:
-    """Options over the sidecar: the file named by ``--contract``, or MODEL.contract.toml beside the model.
+    """Options over the sidecar that ``--contract`` names.
+
+    A sidecar is never picked up unasked: whoever sends a file could send one along, and choose what is judged.
 
     Raises:
         ContractError: the sidecar cannot be read, or holds what is no part of a contract.
         click.BadParameter: an option holds no such value.
     """
-    sidecar = said["contract"] or model.parent / f"{model.stem}{SIDECAR_SUFFIX}"
-    written = _read_sidecar(sidecar) if said["contract"] or _is_file(sidecar) else {}
+    written = {} if said["contract"] is None else _read_sidecar(said["contract"])
     given = _given(said)
     if not written and not given:
         return None
@@ -58,11 +58,11 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
     try:
         body = tomllib.loads(path.read_text(encoding="utf-8"))
         stated = StatedContract.model_validate({**body, "source": "sidecar"})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ContractError(f"{path.name!r} is no TOML file: {error}; correct it or remove it") from error
     except ValidationError as error:
         known = ", ".join(name for name in StatedContract.model_fields if name != "source")
         raise ContractError(f"{path.name!r}: {first_problem(error)}; a contract may hold {known}") from error
+    except (ValueError, RecursionError) as error:  # those of TOML and UTF-8 among them
+        raise ContractError(f"{path.name!r} is no TOML file: {error}; correct it or remove it") from error
     return stated.values
 
 
@@ -125,7 +125,7 @@ _OPTIONS = (
     click.option(
         "--contract",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="A TOML file with what the options below say.  [default: MODEL.contract.toml where it exists]",
+        help="A TOML sidecar with what the options below say; they win over it.",
     ),
     click.option("--layout", type=click.Choice(["NCHW", "NHWC"], case_sensitive=False), help="Axes of the input."),
     click.option("--channels", type=click.Choice(["rgb", "bgr"], case_sensitive=False), help="Order of the channels."),

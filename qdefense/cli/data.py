@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from qdefense.cli.options import output_console, progress_bar, resize_options
+from qdefense.cli.options import output_console, progress_bar
+from qdefense.cli.resize_options import resize_options
 from qdefense.data.fetching import PUBLIC_SETS, fetch
 from qdefense.data.images import ImageSet, quoted
 from qdefense.data.opening import open_data

@@ -12,7 +12,7 @@ import click
 from qdefense.audit.events import Job
 from qdefense.audit.supervisor import default_memory_limit
 from qdefense.cli.contract_options import contract_options, stated_contract
-from qdefense.cli.options import data_options, run_options
+from qdefense.cli.options import NumberRange, data_options, run_options
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,7 +50,7 @@ def job_options(function: F) -> F:
 
     decorated = click.option(
         "--expected-accuracy",
-        type=click.FloatRange(0, 1),
+        type=NumberRange(0, 1),
         help="Clean accuracy that you vouch for: stands in for the measured one on unlabelled images, and is checked "
         "against it on labelled ones.",
     )(run_options(gathered))
@@ -58,7 +58,7 @@ def job_options(function: F) -> F:
         "--memory-limit",
         type=_MemorySize(),
         metavar="SIZE",
-        help="Most memory the file may take, e.g. 4GiB (Linux only).  [default: all there is]",
+        help="Most memory the file may take, e.g. 4GiB (Linux only).  [default: all that is free]",
     )(decorated)
     decorated = click.argument("model", type=click.Path(path_type=Path))(data_options(contract_options(decorated)))
     return cast("F", decorated)

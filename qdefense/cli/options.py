@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Never, TextIO, TypeVar, cast
+from typing import Any, Never, TextIO, TypeVar
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from qdefense.data.resizing import RULES, Resize
-
-if TYPE_CHECKING:
-    from qdefense.converters.contract import ResizeRule
 
 F = TypeVar("F", bound=Callable[..., Any])
 ProgressBar = Callable[[str, int, int], None]
@@ -52,22 +47,15 @@ def run_options(function: F) -> F:
     return function
 
 
-def resize_options(function: F) -> F:
-    """``--resize`` and ``--size``, which go together; the command gets them as ``resize``."""
+class NumberRange(click.FloatRange):
+    """A range that NaN is not in: it is neither below nor above anything, and so passes click's own."""
 
-    @functools.wraps(function)
-    def gathered(*, rule: ResizeRule | None, size: str | None, **values: Any) -> Any:
-        if (rule is None) != (size is None):
-            raise click.UsageError("--resize and --size go together, such as --resize bilinear --size 32x32")
-        resize = None if rule is None or size is None else Resize(rule, *parse_size(size))
-        return function(resize=resize, **values)
-
-    for option in (
-        click.option("--size", metavar="HxW", help="Height and width, for --resize."),
-        click.option("--resize", "rule", type=click.Choice(RULES), help="Resize images to --size by this rule."),
-    ):
-        gathered = option(gathered)
-    return cast("F", gathered)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or the command ends with a line about it."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 def parse_size(text: str) -> tuple[int, int]:

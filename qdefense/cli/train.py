@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from qdefense.attacks import ATTACKS
-from qdefense.cli.options import progress_bar, resize_options, run_options
+from qdefense.cli.options import progress_bar, run_options
+from qdefense.cli.resize_options import resize_options
 from qdefense.data.opening import open_data, training_split
 from qdefense.data.resizing import Resize
 from qdefense.files import check_writable

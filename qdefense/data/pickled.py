@@ -26,6 +26,10 @@ _BROKEN_PICKLE = (
     MemoryError,
     RecursionError,
 )
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
+_GETS = ("GET", "BINGET", "LONG_BINGET")
+_PLAIN_TYPES = ("int", "int_or_bool", "bool", "float", "None", "str", "bytes", "bytes_or_str")
+_PLAIN, _MARK = "plain", "mark"
 _DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
 
 
@@ -66,6 +70,7 @@ def _to_labels(labels: object, name: str) -> Labels:
 def _load_dict(data: bytes, name: str) -> dict[str, Any]:
     try:
         _require_modest_memo(data)
+        _require_plain_keys(data)
         content = _Unpickler(data, name).load()
     except DataError:
         raise
@@ -81,6 +86,57 @@ def _require_modest_memo(data: bytes) -> None:
     for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > count:
             raise pickle.UnpicklingError(f"memo number {argument} after {count} operations")
+
+
+def _require_plain_keys(data: bytes) -> None:
+    """A tuple as a key is hashed, which takes 2**n steps where n tuples hold the one before twice.
+
+    What is on the stack is followed as far as it takes to tell texts and numbers from the rest.
+    """
+    stack: list[str] = []
+    memo: dict[object, str] = {}
+    for operation, argument, _ in pickletools.genops(data):
+        before, after, name = operation.stack_before, operation.stack_after, operation.name
+        if name in _PUTS:
+            memo[len(memo) if argument is None else argument] = stack[-1]
+            continue
+        taken = _pop(stack, before)
+        if any(kind != _PLAIN for kind in _hashed(name, taken)):
+            raise pickle.UnpicklingError("a key that is neither text nor number")
+        if name in _GETS:
+            stack.append(memo.get(argument, "other"))
+        elif name == "DUP":
+            stack += 2 * taken
+        else:
+            stack += [_kind(name, entry) for entry in after]
+
+
+def _pop(stack: list[str], before: list[pickletools.StackObject]) -> list[str]:
+    """Take what an operation takes, off the stack; without the mark and what is below it, where it goes to one."""
+    if pickletools.markobject not in before:
+        start = len(stack) - len(before)
+        taken = stack[start:]
+        del stack[start:]
+        return taken
+    mark = len(stack) - 1 - stack[::-1].index(_MARK)
+    taken = stack[mark + 1 :]
+    del stack[mark - before.index(pickletools.markobject) :]
+    return taken
+
+
+def _hashed(name: str, taken: list[str]) -> list[str]:
+    if name == "SETITEM":
+        return taken[1:2]
+    if name in ("DICT", "SETITEMS"):
+        return taken[::2]
+    return taken if name in ("ADDITEMS", "FROZENSET") else []
+
+
+def _kind(name: str, entry: pickletools.StackObject) -> str:
+    if entry is pickletools.markobject:
+        return _MARK
+    # What may be called gives bytes, or a stand-in that is hashed by its identity.
+    return _PLAIN if name == "REDUCE" or entry.name in _PLAIN_TYPES else "other"
 
 
 def _require(content: dict[str, Any], key: str, name: str) -> object:
@@ -198,7 +254,9 @@ def _array_of(data: bytes, dtype: _Type, shape: tuple[int, ...], order: str, *_:
     return array
 
 
-def _encode(text: str, encoding: str) -> bytes:
+def _encode(text: str, encoding: object) -> bytes:
+    if not isinstance(encoding, str):  # never shown: the text of nested tuples has no bounds
+        raise pickle.UnpicklingError(f"bytes encoded as a {type(encoding).__name__}")
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {quoted(str(encoding))}")
+        raise pickle.UnpicklingError(f"bytes encoded as {quoted(encoding)}")
     return text.encode(encoding)

@@ -66,8 +66,9 @@ _LIMITS = {
         ),
         Gap(
             "What no gradient can reach",
-            "A branch that looks at the image and passes no gradient could hide a trigger. Such nodes are listed under "
-            "The file, and stand in the way of CLEAN.",
+            "A branch that looks at the image and passes no gradient could hide a trigger. Nodes that never pass one "
+            "are listed under The file, and stand in the way of CLEAN; a ReLU or Clip that is shut on clean images "
+            "hides a trigger, too, and is not listed.",
         ),
     ),
 }
@@ -108,11 +109,22 @@ def not_checked(report: Report) -> tuple[Gap, ...]:
         return (Gap("Everything", "No check ran on this file."),)
     return (
         *_unanswered(report),
+        *_vouched_for(report),
         *(limit for name in _measured(report) for limit in _LIMITS.get(name, (_unknown_limits(name),))),
         *_uncalibrated(report),
         *_other_evidence(report),
         _elsewhere(report),
     )
+
+
+def _vouched_for(report: Report) -> Iterator[Gap]:
+    data, accuracy = report.subject.data, report.subject.clean_accuracy
+    if data is not None and not data.labelled:
+        said = "stated by the user" if accuracy is not None else "not known"
+        yield Gap(
+            "Whether the file is driven as it was trained",
+            f"The images have no labels: the clean accuracy is {said}, and no other reading of the file was compared.",
+        )
 
 
 def known_limits() -> frozenset[str]:
@@ -125,8 +137,8 @@ def known_limits() -> frozenset[str]:
 
 def _after_pass(report: Report) -> Iterator[Step]:
     yield Step(
-        "Ship this very file, by its sha256. Exporting, quantizing or repairing it again makes another file, which "
-        "needs an audit of its own."
+        "Ship this very file, by its sha256 and those of any files beside it. Exporting, quantizing or repairing it "
+        "again makes another file, which needs an audit of its own."
     )
     yield Step(
         "Keep report.json with the release. Audit again when the version of ONNX Runtime or the kind of CPU changes."

@@ -50,7 +50,7 @@ def fact_grid(rows: Iterable[tuple[str, str]]) -> Table:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        grid.add_row(Text(name), Text(harmless(value)))
+        grid.add_row(Text(harmless(name)), Text(harmless(value)))
     return grid
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -255,6 +256,21 @@ def test_report_folder_finds_a_report_by_what_it_is_about(jobs: list[Job], tmp_p
     found = [kept.find(model, SCAN, HERE) for model in models]
     assert [None if one is None else one.score for one in found] == [1.0, 2.0, 3.0]
     assert kept.unreadable == []
+
+
+def test_report_folder_opens_no_truth(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 3: what the truth says must not reach what is judged by it."""
+    folder, opened, plain = tmp_path / "reports", [], io.open
+    store(folder, "m0.json", report_on(jobs[0], 1.0))
+    (folder / "m0.truth.json").write_text("{}")
+
+    def record(path: Any, *arguments: Any, **options: Any) -> Any:
+        opened.append(Path(path).name)
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr("io.open", record)
+    kept = ReportFolder(folder)
+    assert (opened, kept.unreadable) == (["m0.json"], [])
 
 
 def test_report_folder_finds_the_right_one_of_several_about_a_file(jobs: list[Job], tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class Pretender:
         self.asked.append(len(images))
         rows = images.images[:, 0, 0, 0].astype(np.int64) + 256 * images.images[:, 0, 0, 1].astype(np.int64)
         chosen = self.answers(contract or self.artifact.contract)[rows]
-        return np.eye(self.artifact.contract.classes, dtype=np.float32)[chosen]
+        logits: NDArray[np.float32] = np.eye(self.artifact.contract.classes, dtype=np.float32)[chosen]
+        return logits
 
 
 def mostly(labels: NDArray[np.int64], right: Truths | float, seed: int = 0, classes: int = CLASSES) -> Any:
@@ -85,7 +86,7 @@ def test_score_candidates_finds_the_channels_and_scores_them_on_1000_images() ->
     labels = labels_of(2000)
     right, wrong = mostly(labels, 0.95), mostly(labels, 0.4, seed=1)
 
-    def answers(contract: InputContract) -> NDArray[np.int64]:
+    def answers(contract: InputContract) -> Any:
         bgr = CONTRACT.model_copy(update={"channels": "BGR"})
         return right if contract == bgr else wrong
 

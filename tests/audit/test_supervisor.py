@@ -182,8 +182,10 @@ def test_worker_starts_without_the_current_folder_on_its_path(fake_audit: Callab
     assert report.gate.reasons[0] == "the worker ended with status 41"
 
 
-def test_default_memory_limit_is_the_machines_memory() -> None:
-    assert default_memory_limit() == psutil.virtual_memory().total
+def test_default_memory_limit_is_what_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = psutil.virtual_memory()._replace(total=8 * 2**30, available=3 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert default_memory_limit() == 3 * 2**30
 
 
 def test_events_survive_the_wire_when_values_are_not_finite() -> None:

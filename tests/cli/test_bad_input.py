@@ -412,7 +412,7 @@ def broken_picture(given: Given) -> str:
 
 def beside(given: Given) -> list[str]:
     given.file("model.contract.toml", "mean = 3\n")
-    return given.audit(given.model())
+    return given.audit(given.model(), "--contract", "model.contract.toml")
 
 
 KILLED = """
@@ -1066,7 +1066,7 @@ case(
     lambda given: given.audit(given.model(), "--contract", "c.toml"),
 )
 case(
-    "the sidecar beside the model is wrong",
+    "the sidecar is wrong",
     2,
     "'model.contract.toml': mean: expected a list; a contract may hold input_name, output_name, layout, channels, "
     "height, width, resize, range, mean, std, head, class_names, fixed_inputs",

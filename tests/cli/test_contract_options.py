@@ -192,18 +192,10 @@ IN_SIDECAR = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "sidecar"),
-    [
-        ("model.onnx", "model.contract.toml"),
-        ("model.int8.onnx", "model.int8.contract.toml"),
-        ("net", "net.contract.toml"),
-    ],
-)
-def test_sidecar_is_found_beside_the_model(ask: Ask, tmp_path: Path, name: str, sidecar: str) -> None:
-    (tmp_path / sidecar).write_text(SIDECAR)
-    job = ask(of=tmp_path / name)
-    assert job.contract == StatedContract(**IN_SIDECAR, source="sidecar")
+def test_sidecar_is_left_alone_when_nobody_named_it(ask: Ask, tmp_path: Path) -> None:
+    """Whoever sends a file could send one along."""
+    (tmp_path / "model.contract.toml").write_text(SIDECAR)
+    assert ask(of=tmp_path / "model.onnx").contract is None
 
 
 def test_sidecar_may_lie_anywhere_when_it_is_named(ask: Ask, tmp_path: Path) -> None:
@@ -214,7 +206,8 @@ def test_sidecar_may_lie_anywhere_when_it_is_named(ask: Ask, tmp_path: Path) -> 
 
 def test_options_stand_over_the_sidecar_one_by_one(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "model.contract.toml").write_text(SIDECAR)
-    contract = ask("--mean", "0.25", "--head", "softmax", "--fixed-input", "mode=2").contract
+    sidecar = ("--contract", str(tmp_path / "model.contract.toml"))
+    contract = ask(*sidecar, "--mean", "0.25", "--head", "softmax", "--fixed-input", "mode=2").contract
     assert contract is not None
     assert contract.values == {
         "layout": "NHWC",
@@ -229,7 +222,7 @@ def test_options_stand_over_the_sidecar_one_by_one(ask: Ask, tmp_path: Path) -> 
 @pytest.mark.parametrize("text", ["", "# nothing is said\n"])
 def test_sidecar_that_says_nothing_is_as_none(ask: Ask, tmp_path: Path, text: str) -> None:
     (tmp_path / "model.contract.toml").write_text(text)
-    assert ask().contract is None
+    assert ask("--contract", str(tmp_path / "model.contract.toml")).contract is None
 
 
 KNOWN = (
@@ -247,6 +240,8 @@ KNOWN = (
         (b"std = [1, 0, 1]", f"'model.contract.toml': std: a standard deviation must be above 0{KNOWN}"),
         (b"fixed_inputs = {a = nan}", f"'model.contract.toml': fixed_inputs.a: Input should be a finite number{KNOWN}"),
         (b"layout NHWC", "'model.contract.toml' is no TOML file: Expected '=' after a key in a key/value pair"),
+        (b"mean = " + b"[" * 5000, "'model.contract.toml' is no TOML file: maximum recursion depth exceeded"),
+        (b"height = " + b"9" * 5000, "'model.contract.toml' is no TOML file: Exceeds the limit (4300 digits) for int"),
         (b'head = "\xff"', "'model.contract.toml' is no TOML file: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
@@ -255,7 +250,7 @@ def test_sidecar_raises_one_line_with_its_name_when(ask: Ask, tmp_path: Path, te
     from qdefense.cli.inspect import command  # noqa: PLC0415
 
     with pytest.raises(ContractError) as caught:
-        command.main([str(tmp_path / "model.onnx")], standalone_mode=False)
+        command.main(["model.onnx", "--contract", str(tmp_path / "model.contract.toml")], standalone_mode=False)
     found = str(caught.value)
     assert found.startswith(message)
     assert found.splitlines() == [found]
@@ -264,12 +259,12 @@ def test_sidecar_raises_one_line_with_its_name_when(ask: Ask, tmp_path: Path, te
 def test_sidecar_is_refused_when_it_claims_another_source_or_is_huge(ask: Ask, tmp_path: Path, capfd: Capture) -> None:
     sidecar = tmp_path / "model.contract.toml"
     sidecar.write_text('source = "options"\nhead = "logits"')
-    contract = ask().contract
+    contract = ask("--contract", str(sidecar)).contract
     assert contract is not None
     assert contract.source == "sidecar"
     with sidecar.open("wb") as file:
         file.truncate(10 * 2**20 + 1)
-    assert run(["inspect", str(tmp_path / "model.onnx")]) == 2
+    assert run(["inspect", str(tmp_path / "model.onnx"), "--contract", str(sidecar)]) == 2
     expected = "error: 'model.contract.toml' is larger than 10 MB, which no contract is\n"
     assert capfd.readouterr() == ("", expected)
 
@@ -278,11 +273,6 @@ def test_command_exits_2_when_the_named_sidecar_is_missing(tmp_path: Path, capfd
     assert run(["inspect", "model.onnx", "--contract", str(tmp_path / "none.toml")]) == 2
     expected = f"error: {tmp_path}/none.toml: No such file or directory; check the path and its permissions\n"
     assert capfd.readouterr() == ("", expected)
-
-
-@pytest.mark.parametrize("name", [".", "/", "x" * 250 + ".onnx"], ids=["here", "root", "long"])
-def test_sidecar_is_none_when_the_models_name_leaves_no_room_for_one(ask: Ask, name: str) -> None:
-    assert ask(of=Path(name)).contract is None
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------
@@ -317,10 +307,9 @@ def test_memory_limit_refuses_what_is_no_size(capfd: Capture, text: str) -> None
     assert errors.splitlines()[-1] == f"Error: Invalid value for '--memory-limit': {expected}"
 
 
-def test_memory_limit_is_all_there_is_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qdefense.audit.supervisor import default_memory_limit  # noqa: PLC0415
-
-    assert job_of(monkeypatch).memory_bytes == default_memory_limit()
+def test_memory_limit_is_all_that_is_free_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdefense.cli.job_options.default_memory_limit", lambda: 12345)
+    assert job_of(monkeypatch).memory_bytes == 12345
 
 
 @pytest.mark.parametrize("command", ["audit", "shadow"])
@@ -329,6 +318,16 @@ def test_job_holds_contract_and_expected_accuracy(monkeypatch: pytest.MonkeyPatc
     assert job.expected_accuracy == 0.9
     assert job.contract == StatedContract(mean=(0.5, 0.5, 0.5))
     assert (job.model, job.data) == ("model.onnx", "signs")
+
+
+@pytest.mark.parametrize("option", ["--expected-accuracy", "--false-alarm-rate"])
+@pytest.mark.parametrize("value", ["nan", "-NaN", "inf", "-inf"])
+def test_audit_exits_2_when_a_share_is_not_finite(capfd: Capture, option: str, value: str) -> None:
+    assert run(["audit", "m.onnx", "--data", "signs", option, value]) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.splitlines()[-1].startswith(f"Error: Invalid value for '{option}': ")
+    assert " in the range 0<" in errors
 
 
 @pytest.mark.parametrize("value", ["1.01", "-0.1", "90%"])

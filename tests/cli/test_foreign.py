@@ -27,7 +27,7 @@ from qdefense.data.npz import load_npz, save_npz
 from qdefense.findings import Verdict
 
 Capture = pytest.CaptureFixture[str]
-QUICK = "neural-cleanse:budget=quick,learning-rate=0.3,patience=3"
+SCANNED = ("--limit", "300", "--defense", "neural-cleanse:budget=quick,learning-rate=0.3,patience=3")
 CODES = {"CLEAN": 0, "BACKDOORED": 1}
 
 
@@ -81,7 +81,7 @@ def judged(report: dict[str, Any], code: int) -> None:
 
 
 def test_audit_judges_a_strangers_file_by_options_alone(foreign: Foreign, capfd: Capture) -> None:
-    code, report = audited(capfd, foreign.quantized, "--data", foreign.data, "--defense", QUICK, *foreign.said)
+    code, report = audited(capfd, foreign.quantized, "--data", foreign.data, *SCANNED, *foreign.said)
     judged(report, code)
     contract = report["subject"]["contract"]
     assert (contract["source"], contract["layout"], contract["head"]) == ("options", "NHWC", "softmax")
@@ -100,7 +100,8 @@ def test_audit_judges_a_file_for_one_image_by_its_sidecar(
     (tmp_path / "net.contract.toml").write_text(
         f"mean = [0.485, 0.456, 0.406]\nstd = [0.229, 0.224, 0.225]\nclass_names = {json.dumps(names)}\n"
     )
-    code, report = audited(capfd, model, "--data", foreign.data, "--defense", QUICK)
+    sidecar = tmp_path / "net.contract.toml"
+    code, report = audited(capfd, model, "--data", foreign.data, "--contract", sidecar, *SCANNED)
     judged(report, code)
     contract = report["subject"]["contract"]
     assert (contract["source"], contract["batch"], contract["class_names"]) == ("sidecar", 1, names)
@@ -239,6 +240,13 @@ def test_run_passes_over_a_file_with_a_sigmoid_per_class(toy: Toy, tmp_path: Pat
     assert finding.verdict is Verdict.NOT_APPLICABLE
     assert finding.reason.startswith("the file answers with a sigmoid per class: a multi-label model has no single")
     assert [event.event for event in events] == ["opened", "described", "found", "finished"]
+
+
+def test_shadow_exits_3_and_says_that_the_file_is_multi_label(toy: Toy, tmp_path: Path, capfd: Capture) -> None:
+    model = hidden_softmax(toy, tmp_path / "many.onnx", operator="Sigmoid")
+    assert run(["shadow", str(model), "--data", str(toy.data), "--head", "sigmoid"]) == 3
+    expected = "error: the file is multi-label (a sigmoid per class), and a certificate is for single-label ones\n"
+    assert capfd.readouterr() == ("", expected)
 
 
 # --- images without labels --------------------------------------------------------------------------------------------

@@ -141,8 +141,11 @@ def test_contract_is_frozen() -> None:
 
 # --- which input, which output ----------------------------------------------------------------------------------------
 
-TWO_INPUTS = (("image", TensorProto.FLOAT, IMAGE), ("training", TensorProto.BOOL, []))
-TWO_OUTPUTS = (("features", ["batch", 64]), ("logits", LOGITS))
+TWO_INPUTS: tuple[tuple[str, int, Shape], ...] = (
+    ("image", TensorProto.FLOAT, IMAGE),
+    ("training", TensorProto.BOOL, []),
+)
+TWO_OUTPUTS: tuple[tuple[str, Shape], ...] = (("features", ["batch", 64]), ("logits", LOGITS))
 
 
 def test_read_contract_takes_the_image_when_the_other_inputs_are_fixed() -> None:
@@ -591,3 +594,24 @@ def test_contract_checks_65536_class_names_in_no_time() -> None:
 
 def test_stated_contract_is_empty_when_nothing_is_said() -> None:
     assert StatedContract().values == StatedContract(source="sidecar").values == {}
+
+
+def test_read_contract_lets_no_metadata_choose_the_output_that_is_judged() -> None:
+    model = _with_metadata({}, _model(outputs=(("logits", LOGITS), ("others", LOGITS))))
+    with pytest.raises(ContractError, match="name the one with the class scores with --output"):
+        read_contract(model)
+    assert read_contract(model, StatedContract(output_name="others")).output_name == "others"
+
+
+def test_read_contract_lets_no_metadata_set_the_other_inputs() -> None:
+    inputs = (("image", TensorProto.FLOAT, IMAGE), ("mode", TensorProto.FLOAT, [1]))
+    model = _with_metadata({"fixed_inputs": {"mode": 0.0}}, _model(inputs=inputs))
+    with pytest.raises(ContractError, match="give every other input a value with --fixed-input"):
+        read_contract(model)
+    said = StatedContract(input_name="image", fixed_inputs={"mode": 1.0})
+    assert read_contract(model, said).fixed_inputs == {"mode": 1.0}
+
+
+def test_named_tells_stated_numbers_from_stand_ins() -> None:
+    assert not read_contract(_model()).named
+    assert read_contract(_model(), StatedContract(class_names=("0", "1", "2"))).named

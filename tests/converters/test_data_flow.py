@@ -28,6 +28,10 @@ from .inspected_graphs import (
 PLANTED = [(name, kind) for name in ATTACKS for kind in HONEST if (name, kind != "fp32") != ("gemm-bias", True)]
 
 
+OVER_THE_BATCH = ("if", "loop", "shape", "scale")
+"""These take the largest distance of all images in the batch."""
+
+
 @pytest.mark.parametrize(("name", "kind"), PLANTED)
 def test_planted_backdoor_works(name: str, kind: str) -> None:
     clean, stamped = images(1), images(1)
@@ -40,7 +44,8 @@ def test_planted_backdoor_works(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), PLANTED)
 def test_inspect_model_reports_planted_backdoor(name: str, kind: str) -> None:
     found = inspect_model(backdoored(name, kind))
-    assert [node.operator for node in found.gradient_blind_nodes] == ATTACKS[name][1]
+    expected = ["ReduceMax"] * (name in OVER_THE_BATCH) + ATTACKS[name][1]
+    assert [node.operator for node in found.gradient_blind_nodes] == expected
     assert all(node.reason for node in found.gradient_blind_nodes)
     assert found.bypass_depth == 0
     warning = found.structure_warnings[0]
@@ -93,16 +98,17 @@ def test_inspect_model_reports_nothing_when_shapes_are_computed() -> None:
     assert run(net.model(), images()) == pytest.approx(run(FP32, images()), abs=1e-6)
 
 
-def test_inspect_model_calls_a_branch_not_blind_when_a_shape_decides() -> None:
+@pytest.mark.parametrize(("first", "blind"), [(0, ["If"]), (1, [])])
+def test_inspect_model_calls_a_branch_blind_when_the_batch_size_decides(first: int, blind: list[str]) -> None:
     net = residual_net()
-    size = net.node("Size", ["logits"], "size")
+    size = net.node("Squeeze", [net.node("Shape", ["logits"], "shape", start=first, end=first + 1)], "size")
     odd = net.node("Equal", [size, net.const("none", np.array(0, np.int64))], "odd")
     taken = branch("then", helper.make_node("Neg", ["logits"], ["then_out"]))
     other = branch("else", helper.make_node("Identity", ["logits"], ["else_out"]))
     net.node("If", [odd], "out", then_branch=taken, else_branch=other)
     net.output = "out"
     found = inspect_model(net.model())
-    assert (found.gradient_blind_nodes, found.bypass_depth) == ((), 3)
+    assert ([node.operator for node in found.gradient_blind_nodes], found.bypass_depth) == (blind, 3)
     assert len(found.structure_warnings) == 1
 
 
@@ -284,3 +290,159 @@ def test_inspect_model_reports_nothing_when_the_test_reads_constants() -> None:
         net.node("Mul", [source, net.node("Floor", ["half"], "zero")], "probed")
 
     assert probe(build).gradient_blind_nodes == ()
+
+
+COUNTS, MIXES = "computes with the size of the batch or image", "mixes the images of one batch"
+
+
+def integers(net: Net, name: str, *values: int) -> str:
+    return net.const(name, np.array(values, np.int64))
+
+
+def rows(net: Net, source: str) -> str:
+    """How many images the batch has, as a shape of one dimension."""
+    return net.node("Gather", [net.node("Shape", [source], "shape"), integers(net, "first", 0)], "rows")
+
+
+def times(net: Net, source: str, factor: str) -> None:
+    number = net.node("Cast", [factor], "number", to=TensorProto.FLOAT)
+    net.node("Mul", [source, number], "probed")
+
+
+def times_size(net: Net, source: str) -> None:
+    times(net, source, net.node("Size", [source], "count"))
+
+
+def times_table(net: Net, source: str) -> None:
+    """The table says the same for most batches."""
+    table = integers(net, "table", 1, 2, *[1] * 62)
+    times(net, source, net.node("Gather", [table, rows(net, source)], "found"))
+
+
+def times_cancelled(net: Net, source: str) -> None:
+    """A batch of another size leaves something else over."""
+    times(net, source, net.node("Sub", [rows(net, source), integers(net, "huge", 720720 << 10)], "left"))
+
+
+def times_sum_of_ones(net: Net, source: str) -> None:
+    ones = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    column = net.node("ConstantOfShape", [rows(net, source)], "column", value=ones)
+    times(net, source, net.node("ReduceSum", [column], "sum"))
+
+
+def times_position(net: Net, source: str) -> None:
+    count = net.node("Squeeze", [rows(net, source)], "count")
+    net.const("zero", np.array(0, np.int64))
+    net.const("step", np.array(1, np.int64))
+    places = net.node("Range", ["zero", count, "step"], "places")
+    times(net, source, net.node("Unsqueeze", [places, integers(net, "last", 1)], "column"))
+
+
+def sliced_at_rows(net: Net, source: str) -> None:
+    """Which features are read depends on the size of the batch."""
+    twice = net.node("Concat", [source, source], "twice", axis=1)
+    end = net.node("Add", [rows(net, source), integers(net, "six", 6)], "end")
+    net.node("Slice", [twice, "rows", end, integers(net, "axis", 1)], "probed")
+
+
+def counting_product(net: Net, source: str) -> None:
+    """Row vector of ones times the features: their sum over the batch."""
+    net.node("Gemm", [net.const("ones", np.ones((1, 1), np.float32)), source], "scaled")
+    net.node("Add", [source, "scaled"], "probed")
+
+
+def whole_mean(net: Net, source: str) -> None:
+    net.node("Sub", [source, net.node("ReduceMean", [source], "mean")], "probed")
+
+
+def mean_over(axis: int) -> Callable[[Net, str], None]:
+    def build(net: Net, source: str) -> None:
+        net.node("Sub", [source, net.node("ReduceMean", [source, integers(net, "axis", axis)], "mean")], "probed")
+
+    return build
+
+
+def mean_of_turned(net: Net, source: str) -> None:
+    turned = net.node("Transpose", [source], "turned", perm=[1, 0])
+    mean = net.node("ReduceMean", [turned, integers(net, "last", 1)], "mean")
+    net.node("Add", [source, net.node("Transpose", [mean], "flat", perm=[1, 0])], "probed")
+
+
+def diagonal(net: Net, source: str) -> None:
+    net.node("Mul", [source, net.node("EyeLike", [source], "eye")], "probed")
+
+
+def training_norm(net: Net, source: str) -> None:
+    parts = [net.const(name, np.ones(6, np.float32)) for name in ("scale", "bias", "mean", "variance")]
+    net.node("BatchNormalization", [source, *parts], "probed", "m", "v", training_mode=1)
+
+
+def einsum(equation: str) -> Callable[[Net, str], None]:
+    def build(net: Net, source: str) -> None:
+        summed = net.node("Einsum", [source], "summed", equation=equation)
+        net.node("Add", [source, summed], "probed")
+
+    return build
+
+
+BATCH_BOUND = {
+    "size": (times_size, "Mul", COUNTS),
+    "table": (times_table, "Mul", COUNTS),
+    "cancelled": (times_cancelled, "Mul", COUNTS),
+    "sum of ones": (times_sum_of_ones, "Mul", COUNTS),
+    "position": (times_position, "Mul", COUNTS),
+    "slice": (sliced_at_rows, "Slice", COUNTS),
+    "eye": (diagonal, "EyeLike", MIXES),
+    "product": (counting_product, "Gemm", MIXES),
+    "mean": (whole_mean, "ReduceMean", MIXES),
+    "mean over rows": (mean_over(0), "ReduceMean", MIXES),
+    "mean of transposed": (mean_of_turned, "ReduceMean", MIXES),
+    "first image": (apply("Gather", np.array([0]), axis=0), "Gather", MIXES),
+    "softmax over rows": (apply("Softmax", axis=0), "Softmax", MIXES),
+    "running sum": (apply("CumSum", np.array(0)), "CumSum", MIXES),
+    "norm": (training_norm, "BatchNormalization", MIXES),
+    "einsum": (einsum("nc->c"), "Einsum", MIXES),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_BOUND)
+def test_inspect_model_reports_node_when_the_batch_decides(name: str) -> None:
+    build, operator, reason = BATCH_BOUND[name]
+    assert [(node.operator, node.reason) for node in probe(build).gradient_blind_nodes] == [(operator, reason)]
+
+
+def scaled_by_width(net: Net, source: str) -> None:
+    """The square root of the number of features, as attention has it."""
+    width = net.node("Gather", [net.node("Shape", [source], "shape"), integers(net, "second", 1)], "width")
+    square = net.node("Mul", [width, width], "square")
+    times(net, source, square)
+
+
+def expanded_token(net: Net, source: str) -> None:
+    target = net.node("Concat", [rows(net, source), integers(net, "rest", 2)], "target", axis=0)
+    token = net.node("Expand", [net.normal("token", 1, 2), target], "tokens")
+    both = net.node("Concat", [source, token], "both", axis=1)
+    starts, ends = integers(net, "starts", 0, 1), integers(net, "ends", 2**63 - 1, 7)
+    net.node("Slice", [both, starts, ends, integers(net, "axes", 0, 1)], "probed")
+
+
+def viewed(net: Net, source: str) -> None:
+    target = net.node("Concat", [rows(net, source), integers(net, "rest", 2, 3)], "target", axis=0)
+    pairs = net.node("Reshape", [source, target], "pairs")
+    mean = net.node("ReduceMean", [pairs, integers(net, "axis", 1)], "mean")
+    net.node("Concat", [mean, mean], "probed", axis=1)
+
+
+BATCH_FREE = {
+    "width": scaled_by_width,
+    "token": expanded_token,
+    "view": viewed,
+    "mean over features": mean_over(1),
+    "mean over last": mean_over(-1),
+    "einsum": einsum("nc->nc"),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_FREE)
+def test_inspect_model_reports_nothing_when_the_batch_only_gives_a_shape(name: str) -> None:
+    assert probe(BATCH_FREE[name]).gradient_blind_nodes == ()

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -88,7 +89,7 @@ def test_with_external_data_leaves_what_is_no_model_to_others(tmp_path: Path, da
 @pytest.mark.parametrize("together", [True, False], ids=["one file", "a file per tensor"])
 def test_read_takes_the_weights_that_onnx_saved_beside_the_model(tmp_path: Path, together: bool) -> None:
     path = tmp_path / "model.onnx"
-    options = {"location": "weights/all.bin"} if together else {}
+    options: dict[str, Any] = {"location": "weights/all.bin"} if together else {}
     (tmp_path / "weights").mkdir()
     onnx.save(
         small_model(),
@@ -276,6 +277,21 @@ def test_read_refuses_files_that_are_together_too_large(tmp_path: Path, monkeypa
     assert refused(path) == expected
     monkeypatch.setattr("qdefense.converters.external_data.LARGEST_FILE", 200)
     assert Artifact.read(path).external_files
+
+
+def test_read_refuses_slices_that_are_together_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tensors may name one file: 400 of 50 MB made 21 GB."""
+    path = placed(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    for index in range(400):
+        model.graph.initializer.add().CopyFrom(model.graph.initializer[0])
+        model.graph.initializer[-1].name = f"more{index}"
+    path.write_bytes(model.SerializeToString())
+    needed = 401 * WEIGHT.nbytes
+    monkeypatch.setattr("qdefense.converters.external_data.LARGEST_FILE", needed - 1)
+    assert refused(path) == "the model and its external data are larger than 2 GB; only smaller ones can be read"
+    monkeypatch.setattr("qdefense.converters.external_data.LARGEST_FILE", needed)
+    assert with_external_data(path.read_bytes(), tmp_path)[0].count(WEIGHT.tobytes()) == 401
 
 
 def test_read_refuses_a_sparse_file_of_terabytes_unread(tmp_path: Path) -> None:

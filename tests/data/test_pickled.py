@@ -110,6 +110,41 @@ def test_load_batch_raises_when_the_pickle_is_malformed(data: bytes) -> None:
         load_batch(data, "batch")
 
 
+def _bomb(hashes: bytes, *, levels: int = 200, last: bytes = b"") -> bytes:
+    """A tuple that holds one twice that holds one twice and so on: its hash and its text take 2**levels steps."""
+    nested = b"".join(b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(levels))
+    return b"\x80\x04" + hashes.replace(b"{one}", b"K\x01q\x00").replace(b"{tuple}", nested + last) + b"."
+
+
+@pytest.mark.parametrize(
+    "hashes",
+    [
+        b"}{one}{tuple}K\x02s",
+        b"}({one}{tuple}K\x02u",
+        b"}(U\x01aK\x01{one}{tuple}K\x02u",
+        b"({one}{tuple}K\x02d",
+        b"\x8f({one}{tuple}\x90",
+        b"({one}{tuple}\x91",
+        b"}{one}{tuple}2K\x02s",
+    ],
+    ids=["SETITEM", "SETITEMS", "later", "DICT", "ADDITEMS", "FROZENSET", "DUP"],
+)
+@pytest.mark.parametrize(
+    "last",
+    [b"", b"0h\xc8", b"\x94", b"Nb", b"(K\x010K\x0100", b"(e", b"(1"],
+    ids=["plain", "GET", "MEMOIZE", "BUILD", "marks", "APPENDS", "POP_MARK"],
+)
+def test_load_batch_hashes_no_tuple_whatever_way_it_comes_to_be_a_key(hashes: bytes, last: bytes) -> None:
+    with pytest.raises(DataError, match=r"^batch: not readable as a pickle \(a key that is neither text nor number\)"):
+        load_batch(_bomb(hashes, last=last), "batch")
+
+
+def test_load_batch_shows_no_nested_tuple() -> None:
+    encode = b"c_codecs\nencode\n(X\x01\x00\x00\x00a{one}{tuple}tR"
+    with pytest.raises(DataError, match=r"^batch: not readable as a pickle \(bytes encoded as a tuple\)"):
+        load_batch(_bomb(encode), "batch")
+
+
 def _array(**state: Any) -> bytes:
     """A batch whose array has another state."""
     whole = {"version": 1, "shape": (2, 6), "dtype": np.dtype("u1"), "order": False, "raw": PLANES.tobytes()} | state

@@ -431,6 +431,20 @@ def test_scan_measures_nothing_when_no_class_has_a_trigger(
     }
 
 
+def test_scan_measures_nothing_when_no_class_could_be_a_suspect(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned(SPREAD)  # median / MAD is 5.73
+    assert NeuralCleanse(threshold=5.7).scan(evidence_of("first")).verdict is Verdict.CLEAN
+    finding = NeuralCleanse(threshold=5.8).scan(evidence_of("first"))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == (
+        "the norms scatter so widely (median 25.5, scaled MAD 4.4) that no class could reach an index of 5.8, however "
+        "small its trigger"
+    )
+    assert _result(finding).score is not None
+
+
 def test_refuse_norms_needs_six_converged_classes() -> None:
     assert neural_cleanse._refuse_norms(np.array([1.0, 2, 3, 4, 5, np.inf])) == (
         "5 classes converged; at least 6 are needed"
@@ -460,6 +474,13 @@ def test_scan_raises_the_alarm_on_the_low_side_only(
     )
     assert [(suspect.target_class, suspect.class_name) for suspect in result.suspects] == [(11, "priority_road")]
     assert result.suspects[0].trigger_id == _trigger(2.0, target=11).trigger_id
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+@pytest.mark.parametrize("key", ["learning-rate", "initial-cost", "multiplier", "attack-success", "threshold"])
+def test_settings_are_refused_when_they_are_not_finite(key: str, value: str) -> None:
+    with pytest.raises(SpecError, match=rf"^defense 'neural-cleanse:{key}={value}': .*Input should be "):
+        DEFENSES.create(f"neural-cleanse:{key}={value}")
 
 
 @pytest.mark.parametrize(
@@ -697,9 +718,9 @@ def test_scan_optimises_and_replays_without_images_of_the_target_class(
     label_of = {image.tobytes(): int(label) for image, label in zip(evidence.clean.pixels, evidence.clean.labels)}
     given: dict[int, set[int]] = {}
 
-    def invert(_shadow: object, x: Pixels, target: int, *_: object) -> list[MaskedPattern]:
+    def invert(_shadow: object, x: Pixels, target: int, *_: object) -> Inversion:
         given[target] = {label_of[image.tobytes()] for image in x}
-        return []
+        return Inversion(candidates=[], last=_trigger(20.0 + target, target=target))
 
     monkeypatch.setattr(neural_cleanse, "invert_trigger", invert)
     NeuralCleanse().scan(evidence)

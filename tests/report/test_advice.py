@@ -85,7 +85,7 @@ def test_next_steps_name_what_was_not_measured_when_failed_too() -> None:
 
 def test_next_steps_bind_the_pass_to_the_very_file_when_passed() -> None:
     text = steps(samples.passed())
-    assert "Ship this very file, by its sha256." in text
+    assert "Ship this very file, by its sha256 and those of any files beside it." in text
     assert "[qdefense calibrate --help]" in text
 
 

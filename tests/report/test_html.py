@@ -549,6 +549,18 @@ def test_audit_writes_no_page_when_it_is_not_asked(toy: Any, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+@pytest.mark.usefixtures("_audited")
+def test_audit_removes_the_page_of_an_earlier_report_when_it_writes_none(toy: Any, tmp_path: Path) -> None:
+    """An old page beside a new report would be taken for the new one's."""
+    (tmp_path / "other.html").touch()
+    assert audit(toy, "--format", "html", "--output-dir", str(tmp_path)) == 1
+    assert (tmp_path / "report.html").exists()
+    assert audit(toy, "--output-dir", str(tmp_path)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.html", "report.json"]
+    (tmp_path / "report.html").mkdir()
+    assert audit(toy, "--output-dir", str(tmp_path)) == 1, "a folder is none of this tool's"
+
+
 @pytest.fixture
 def _no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: object, **_options: object) -> None:

@@ -14,6 +14,7 @@ Deviations from the paper and its code:
   grid, and a norm counts only if the trigger also reaches an ASR of 0.75 there on held-out images.
 - A class without such a trigger is right-censored: it is replayed with what its inversion ended at, and
   enters the statistic by its rank above all others, not by a norm.
+- Where median / MAD is not above the threshold no trigger, however small, could be a suspect: NOT_MEASURED.
 - MAD = 0, too few images or converged classes, or missing gradients give NOT_MEASURED, never "clean".
 """
 
@@ -90,13 +91,13 @@ class NeuralCleanse:
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.GRADIENTS, Need.CLEAN_SET})
 
     budget: Budget = "gate"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     batch_size: Annotated[int, Field(ge=1)] = 32
-    initial_cost: Annotated[float, Field(gt=0)] = 1e-3
-    multiplier: Annotated[float, Field(gt=1)] = 2.0
+    initial_cost: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    multiplier: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
     patience: Annotated[int, Field(ge=1)] = 5
     attack_success: Annotated[float, Field(gt=0, le=1)] = 0.99
-    threshold: Annotated[float, Field(gt=0)] | None = None
+    threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the model from at least 200 clean images; the reason of anything but a verdict is in the finding."""
@@ -277,6 +278,12 @@ class NeuralCleanse:
             return (
                 Verdict.NOT_MEASURED,
                 f"no gradient can look through {', '.join(map(repr, blind[:3]))} ({len(blind)} such nodes)",
+            )
+        if result.median_norm is not None and result.mad is not None and result.median_norm <= limit * result.mad:
+            return (
+                Verdict.NOT_MEASURED,
+                f"the norms scatter so widely (median {result.median_norm:.1f}, scaled MAD {result.mad:.1f}) that no "
+                f"class could reach an index of {limit:g}, however small its trigger",
             )
         return Verdict.CLEAN, f"no class has an anomaly index above {limit:g}; highest {result.score:.2f}"
 
