@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 METADATA_KEY = "qdefense.contract"
 MAX_CLASSES = 65_536
+LARGEST_SIDE = 9_999
+"""Pixels of height or width that a person can state."""
 
 ResizeRule = Literal["none", "nearest", "bilinear", "bicubic", "crop"]
 """How images of another size reach the file's: not at all, stretched by an interpolation, or as ImageNet models are
@@ -133,8 +135,8 @@ class StatedContract(BaseModel):
     output_name: str | None = None
     layout: Layout | None = None
     channels: Channels | None = None
-    height: int | None = Field(default=None, gt=0)
-    width: int | None = Field(default=None, gt=0)
+    height: int | None = Field(default=None, gt=0, le=LARGEST_SIDE)
+    width: int | None = Field(default=None, gt=0, le=LARGEST_SIDE)
     resize: ResizeRule | None = None
     range: Range | None = None
     mean: Mean | None = None
