@@ -324,15 +324,15 @@ def _toy_graph(constants: dict[str, NDArray[np.float32]]) -> onnx.ModelProto:
 class Toy:
     """Files for a whole audit in seconds: a clean and a backdoored model, 320 images and 50 of them.
 
-    The scans' thresholds lie far from the scores, about 1.1 of the clean file and 4 of the other: these files are for
-    what becomes of a verdict, whatever the CPU's rounding does to a handful of norms.
+    With seed 0 the clean file scores 1.1 and could score 4.1 at most, the other scores 2.1: the scans' thresholds lie
+    between, as far off as they can. These files are for what becomes of a verdict, not for how good it is.
     """
 
     clean: Path
     backdoored: Path
     data: Path
     few: Path
-    scan: str = "neural-cleanse:budget=quick,learning-rate=0.3,patience=3,threshold=2"
+    scan: str = "neural-cleanse:budget=quick,learning-rate=0.3,patience=3,threshold=3"
     sharp_scan: str = "neural-cleanse:budget=quick,learning-rate=0.3,patience=3,threshold=1"
 
 

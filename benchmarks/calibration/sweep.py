@@ -4,7 +4,7 @@
 
 Three groups of ResNet-8 on `signs`, trained as the demo trains its own: `calibrate` (20 clean ones, which set the
 threshold), `clean` (20 others) and `badnets` (10), which are scored by it. Each is a file as FP32, static and dynamic
-INT8. An audit's report goes to `work/reports/`, one line of behaviour per file to `results/behaviour.jsonl`; the
+INT8. An audit's report goes to `results/reports/`, one line of behaviour per file to `results/behaviour.jsonl`; the
 audit sees neither. `--part I/N` takes every N-th network, for N processes side by side.
 """
 
@@ -29,7 +29,7 @@ from qdefense.zoo import train_artifact, trigger_of
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
-REPORTS = WORK / "reports"
+REPORTS = HERE / "results" / "reports"
 RESULTS = HERE / "results"
 BEHAVIOUR = RESULTS / "behaviour.jsonl"
 SCHEMES = (None, "int8-static", "int8-dynamic")

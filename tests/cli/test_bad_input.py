@@ -1141,12 +1141,6 @@ case(
     lambda given: given.audit(None, "--memory-limit", "much"),
 )
 case(
-    "the memory limit is too small to start",
-    3,
-    "not enough memory: ...; raise --memory-limit, or read fewer images with --limit",
-    lambda given: given.audit(None, "--memory-limit", "1MiB"),
-)
-case(
     "the memory limit is too small for torch",
     3,
     "the worker was killed by SIGABRT; was there too little memory (--memory-limit), or does the file end its "
