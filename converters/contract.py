@@ -36,7 +36,8 @@ _HEADS: dict[str, Head] = {
     "Sigmoid": "sigmoid",
     "QLinearSigmoid": "sigmoid",
 }
-_PASSING = frozenset({"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Reshape", "Flatten", "Squeeze"})
+CARRYING = frozenset({"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Reshape", "Flatten", "Squeeze"})
+"""Operators behind which an output still means what the one before them gave it."""
 _LAYOUT_AXES = {"NCHW": (1, 2, 3), "NHWC": (3, 1, 2)}
 
 
@@ -355,7 +356,7 @@ def _last_operator(graph: onnx.GraphProto, output: str) -> str:
     name = output
     for _ in range(len(graph.node)):
         node = producers.get(name)
-        if node is None or node.op_type not in _PASSING or not node.input:
+        if node is None or node.op_type not in CARRYING or not node.input:
             return "" if node is None else node.op_type
         name = node.input[0]
     return ""

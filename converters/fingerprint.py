@@ -13,7 +13,7 @@ import onnx
 from google.protobuf.message import Message
 from onnx import GraphProto, NodeProto, SparseTensorProto, TensorProto, TypeProto
 
-from qdefense.converters.reading import every_graph, parse_model, tensor_array
+from qdefense.converters.reading import every_graph, parse_model, plain_domain, tensor_array
 
 _SMALL = 64
 _WHOLE = frozenset({TensorProto.INT32, TensorProto.INT64})
@@ -33,8 +33,8 @@ def graph_fingerprint(model: bytes) -> str:
         FileRefusedError: see ``parse_model``.
     """
     proto = parse_model(model)
-    used = {_domain(node.domain) for body in every_graph(proto.graph) for node in body.node}
-    versions = sorted([_domain(entry.domain), entry.version] for entry in proto.opset_import)
+    used = {plain_domain(node.domain) for body in every_graph(proto.graph) for node in body.node}
+    versions = sorted([plain_domain(entry.domain), entry.version] for entry in proto.opset_import)
     return _digest("model", [entry for entry in versions if entry[0] in used], _graph(proto.graph, ChainMap(), depth=0))
 
 
@@ -58,7 +58,7 @@ def _node(node: NodeProto, scope: Scope, depth: int) -> str:
     inputs = [_input(name, scope, by_value=by_value) for name in node.input]
     attributes = {entry.name: _attribute(node, entry, scope, depth) for entry in node.attribute}
     outputs = [bool(name) for name in node.output]
-    return _digest("node", _domain(node.domain), node.op_type, attributes, inputs, outputs)
+    return _digest("node", plain_domain(node.domain), node.op_type, attributes, inputs, outputs)
 
 
 def _takes_integers(node: NodeProto) -> bool:
@@ -117,10 +117,6 @@ def _type(kind: TypeProto) -> list[Any]:
     dims: Sequence[Any] = kind.tensor_type.shape.dim
     shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
     return [kind.WhichOneof("value"), kind.tensor_type.elem_type, kind.tensor_type.HasField("shape"), shape]
-
-
-def _domain(name: str) -> str:
-    return "" if name == "ai.onnx" else name
 
 
 def _digest(*parts: Any) -> str:

@@ -62,7 +62,11 @@ def inspect_model(model: bytes) -> Inspection:
     Raises:
         FileRefusedError: see ``parse_model``.
     """
-    proto = parse_model(model)
+    return inspect_parsed(parse_model(model), size_bytes=len(model))
+
+
+def inspect_parsed(proto: onnx.ModelProto, *, size_bytes: int) -> Inspection:
+    """The same for a model that ``parse_model`` gave."""
     graph = flatten(proto)
     layers, scales = weighted_layers(graph)
     flow = follow_pixels(graph)
@@ -71,7 +75,7 @@ def inspect_model(model: bytes) -> Inspection:
         ir_version=proto.ir_version,
         opsets={safe_text(entry.domain) or "ai.onnx": entry.version for entry in proto.opset_import},
         producer=safe_text(f"{proto.producer_name} {proto.producer_version}"),
-        size_bytes=len(model),
+        size_bytes=size_bytes,
         operators=_count_operators(proto.graph),
         parameters=count_parameters(graph),
         scheme=file_scheme(layers),

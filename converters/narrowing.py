@@ -6,7 +6,7 @@ the fidelity certificate compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 
 import numpy as np
 import onnx
@@ -64,10 +64,10 @@ def narrowed(data: bytes, contract: InputContract) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _keep(values: object, names: set[str]) -> None:
-    kept = [value for value in values if value.name in names]  # type: ignore[attr-defined]
-    del values[:]  # type: ignore[attr-defined]
-    values.extend(kept)  # type: ignore[attr-defined]
+def _keep(values: MutableSequence[onnx.ValueInfoProto], names: set[str]) -> None:
+    kept = [value for value in values if value.name in names]
+    del values[:]
+    values.extend(kept)
 
 
 def _free_batch(graph: onnx.GraphProto, batch: int) -> None:

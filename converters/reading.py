@@ -119,6 +119,11 @@ def safe_text(text: str) -> str:
     return escaped if len(escaped) <= _SHOWN_CHARACTERS else escaped[: _SHOWN_CHARACTERS - 3] + "..."
 
 
+def plain_domain(name: str) -> str:
+    """The operator domain under one name: that of ONNX itself has two."""
+    return "" if name == "ai.onnx" else name
+
+
 def tensor_array(tensor: TensorProto) -> NDArray[Any]:
     """The tensor's values, in its own shape and type.
 

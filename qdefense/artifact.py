@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qdefense.converters.contract import InputContract, StatedContract, read_contract
 from qdefense.converters.external_data import with_external_data
-from qdefense.converters.inspection import Inspection, inspect_model
+from qdefense.converters.inspection import Inspection, inspect_parsed
 from qdefense.converters.narrowing import fixed_values
 from qdefense.converters.reading import every_graph, parse_model, read_file, safe_text
 from qdefense.converters.runtime_graph import optimized_model
@@ -57,7 +57,7 @@ class Artifact:
             sha256=hashlib.sha256(data).hexdigest(),
             size_bytes=len(data),
             contract=contract,
-            inspection=inspect_model(whole),
+            inspection=inspect_parsed(model, size_bytes=len(whole)),
             external_files=tuple(sorted(external.items())),
         )
 

@@ -92,7 +92,9 @@ def population_of(artifact: Artifact, data_sha256: str) -> Population:
 def driven(contract: InputContract) -> dict[str, Any]:
     """What of a contract a score rests on: everything but names, where it is not the default."""
     return contract.model_dump(
-        mode="json", exclude_defaults=True, exclude={"input_name", "output_name", "class_names", "source"}
+        mode="json",
+        exclude_defaults=True,
+        exclude={"input_name", "output_name", "class_names", "numbers_stated", "source"},
     )
 
 

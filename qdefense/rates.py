@@ -10,6 +10,15 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+MIN_SKILL = 0.25
+"""Below it a model is taken for one that guesses."""
+
+
+def skill(accuracy: float, classes: int) -> float:
+    """How far an accuracy is from guessing to perfect: ``(accuracy - 1/K) / (1 - 1/K)``; needs ``classes >= 2``."""
+    chance = 1 / classes
+    return (accuracy - chance) / (1 - chance)
+
 
 def conformal_p(score: float, clean: ArrayLike) -> float:
     """How often a clean model scores at least as high: ``(1 + #{clean >= score}) / (n + 1)``, never below 1/(n + 1).

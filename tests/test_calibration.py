@@ -347,6 +347,11 @@ def test_population_of_tells_files_apart_that_are_driven_otherwise() -> None:
     assert swapped.contract == {"height": 4, "width": 4, "channels": "BGR", "range": [0.0, 255.0]}
 
 
+def test_driven_leaves_it_out_whether_somebody_said_the_numbers() -> None:
+    contract = InputContract(input_name="a", output_name="b", height=4, width=5, class_names=("0", "1"))
+    assert driven(contract.model_copy(update={"numbers_stated": True})) == driven(contract)
+
+
 def test_driven_leaves_names_out() -> None:
     contract = InputContract(input_name="a", output_name="b", height=4, width=5, class_names=("x",), source="graph")
     assert driven(contract) == {"height": 4, "width": 5}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from qdefense.rates import alarm_rank, auroc, conformal_p, models_needed, rounded_up, wilson_interval
+from qdefense.rates import alarm_rank, auroc, conformal_p, models_needed, rounded_up, skill, wilson_interval
 
 SCORES = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=30)
 
@@ -145,3 +145,7 @@ def test_auroc_takes_infinite_scores() -> None:
 def test_auroc_raises_when_a_side_is_empty_or_nan(positive: list[float], negative: list[float], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected a row of at least one score"):
         auroc(positive, negative)
+
+
+def test_skill_runs_from_guessing_to_perfect() -> None:
+    assert [skill(accuracy, 4) for accuracy in (0.25, 0.4375, 1.0, 0.0)] == [0.0, 0.25, 1.0, -1 / 3]

@@ -13,8 +13,9 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from qdefense.converters.contract import InputContract
+from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
+from qdefense.converters.reading import plain_domain
 from qdefense.converters.runtime_graph import optimized_model
 from qdefense.converters.shadow import float_operators, quantized_operators, shape_operators  # noqa: F401
 from qdefense.converters.shadow.door import enter, read_answers
@@ -237,7 +238,7 @@ def _parse(model: bytes) -> onnx.ModelProto:
 
 def _plan(model: onnx.ModelProto) -> Plan:
     graph = model.graph
-    opsets = {_domain(entry.domain): entry.version for entry in model.opset_import}
+    opsets = {plain_domain(entry.domain): entry.version for entry in model.opset_import}
     constants = {tensor.name: _constant(tensor, tensor.name) for tensor in graph.initializer}
     inputs = [value.name for value in graph.input if value.name not in constants]
     outputs = [value.name for value in graph.output]
@@ -280,7 +281,7 @@ def _step(plan: Plan, proto: onnx.NodeProto, opsets: Mapping[str, int]) -> Step 
 
 
 def _node(plan: Plan, proto: onnx.NodeProto, opsets: Mapping[str, int]) -> Node:
-    domain = _domain(proto.domain)
+    domain = plain_domain(proto.domain)
     inputs = tuple(proto.input)
     return Node(
         name=proto.name or (proto.output[0] if proto.output else ""),
@@ -294,10 +295,6 @@ def _node(plan: Plan, proto: onnx.NodeProto, opsets: Mapping[str, int]) -> Node:
         element_types=[plan.element_types.get(name) for name in inputs],
         per_row=[name in plan.per_row for name in inputs],
     )
-
-
-def _domain(name: str) -> str:
-    return "" if name == "ai.onnx" else name
 
 
 def _announce(plan: Plan, node: Node) -> None:
@@ -333,7 +330,7 @@ def _scores_before_softmax(plan: Plan) -> Scores | None:
     """What the softmax that gives the output its meaning was given, past what only carries its answer."""
     producers = {name: step for step in plan.steps for name in step.outputs}
     step = producers.get(plan.output_name)
-    while step is not None and step.node.op_type in _CARRYING and step.inputs:
+    while step is not None and step.node.op_type in CARRYING and step.inputs:
         step = producers.get(step.inputs[0])
     if step is None or step.node.op_type not in ("Softmax", "QLinearSoftmax"):
         return None
@@ -393,7 +390,6 @@ def _constant_node(node: Node) -> Constant:
     return Constant(torch.tensor(value, dtype=_TORCH_TYPES[kinds[name]]), kinds[name])
 
 
-_CARRYING = {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Reshape", "Flatten", "Squeeze"}
 _CARRIED = {
     TensorProto.FLOAT,
     TensorProto.FLOAT16,

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +39,8 @@ from qdefense.data.opening import open_data
 from qdefense.evidence import gather_evidence
 from qdefense.files import reason_of
 from qdefense.findings import Finding, Verdict
+from qdefense.rates import MIN_SKILL, skill
 from qdefense.registry import SpecError
-from qdefense.report.advice import POOR_SKILL
 from qdefense.report.escaping import harmless_lines, internal_error, shortened
 from qdefense.report.model import MISREAD_MARGIN, Accuracy, DataFacts, Environment, Subject
 from qdefense.session import DeployedSession, Logits, SessionError, profile_for
@@ -112,34 +112,56 @@ def run(job: Job, emit: Emit) -> None:
             emit(Described(subject=_describe(job, artifact), environment=limited))
             emit(Finished(seconds_per_stage={}))
             return
-        read = open_data(
-            job.data, split=job.split, limit=job.limit, seed=job.seed, resize=resize_for(artifact.contract)
-        )
-        clean = fit_images(artifact.contract, read)
-        scans = _create_scans(job.defenses)
-        session = DeployedSession(artifact, profile_for(artifact))
-        surroundings = environment(session.profile, _limited(job))
-        calibrations = _calibrations(job, artifact, read.digest, surroundings)
-        _check_lines(scans, calibrations)
-        subject = _describe(job, artifact).model_copy(update={"data": _data_facts(read, clean)})
-        emit(Described(subject=subject, environment=surroundings))
-        logits = session.logits_of(clean)
-        check_head(logits, artifact.contract)
-        clean = clean if clean.labelled else labelled_by(logits, clean, artifact.contract)
-        if artifact.contract.head == "sigmoid":
-            _pass_over(job, scans, emit)
-            return
-        answered = _answer(job, session, clean, logits)
-        emit(answered)
-        _check_reading(job, answered, artifact.contract.classes)
+        loaded = _load(job, job.data, artifact, emit)
+        clean = _answer(job, loaded, emit)
+    if artifact.contract.head == "sigmoid":
+        _pass_over(job, loaded.scans, emit)
+        return
     with stages.measure("certificate"):
-        evidence = gather_evidence(session, clean, seed=job.seed, threads=job.threads, progress=_throttled(emit))
+        evidence = gather_evidence(loaded.session, clean, seed=job.seed, threads=job.threads, progress=_throttled(emit))
         emit(Certified(certificate=evidence.certificate))
-    evidence = replace(evidence, stated_accuracy=job.expected_accuracy, calibrations=calibrations)
-    for scan in scans:
+    evidence = replace(evidence, stated_accuracy=job.expected_accuracy, calibrations=loaded.calibrations)
+    for scan in loaded.scans:
         with stages.measure(scan.name):
             emit(Found(finding=scan.scan(evidence)))
     emit(Finished(seconds_per_stage=stages.seconds, peak_memory_bytes=_peak_memory()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """File and images, found to fit, and what is to be done with them."""
+
+    session: DeployedSession
+    clean: ImageSet
+    scans: list[ModelScan]
+    calibrations: Calibrations
+
+
+def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
+    """Everything that a user can get wrong, up to the point where the file is let in."""
+    read = open_data(data, split=job.split, limit=job.limit, seed=job.seed, resize=resize_for(artifact.contract))
+    clean = fit_images(artifact.contract, read)
+    scans = _create_scans(job.defenses)
+    session = DeployedSession(artifact, profile_for(artifact))
+    surroundings = environment(session.profile, _limited(job))
+    calibrations = _calibrations(job, artifact, read.digest, surroundings)
+    _check_lines(scans, calibrations)
+    subject = _describe(job, artifact).model_copy(update={"data": _data_facts(read, clean)})
+    emit(Described(subject=subject, environment=surroundings))
+    return _Loaded(session=session, clean=clean, scans=scans, calibrations=calibrations)
+
+
+def _answer(job: Job, loaded: _Loaded, emit: Emit) -> ImageSet:
+    """Let the file answer the clean images, check that it is read rightly, and give them with their labels."""
+    contract = loaded.session.artifact.contract
+    logits = loaded.session.logits_of(loaded.clean)
+    check_head(logits, contract)
+    clean = loaded.clean if loaded.clean.labelled else labelled_by(logits, loaded.clean, contract)
+    if contract.head != "sigmoid":
+        answered = _accuracy(job, loaded.session, clean, logits)
+        emit(answered)
+        _check_reading(job, answered, contract.classes)
+    return clean
 
 
 def _limited(job: Job) -> bool:
@@ -150,7 +172,7 @@ class MisreadFileError(ValueError):
     """The file is driven otherwise than it was trained: what would be measured is not the model that ships."""
 
 
-def _answer(job: Job, session: DeployedSession, clean: ImageSet, logits: Logits) -> Answered:
+def _accuracy(job: Job, session: DeployedSession, clean: ImageSet, logits: Logits) -> Answered:
     if not clean.labelled or not np.isfinite(logits).all():
         stated = None if clean.labelled else job.expected_accuracy
         accuracy = None if stated is None else Accuracy(value=stated, images=len(clean), source="stated")
@@ -165,11 +187,10 @@ def _check_reading(job: Job, answered: Answered, classes: int) -> None:
         return
     better = answered.candidates[0] if answered.candidates else None
     if better is not None and gain(better) > MISREAD_MARGIN:
-        chance = 1 / classes
-        if better.accuracy < chance + POOR_SKILL * (1 - chance):
+        if skill(better.accuracy, classes) < MIN_SKILL:
             raise MisreadFileError(
                 f"clean accuracy on {better.images} images is {better.own_accuracy:.1%}, and {better.accuracy:.1%} at "
-                f"best as other files are driven, where guessing gives {chance:.1%}; check the labels and how the "
+                f"best as other files are driven, where guessing gives {1 / classes:.1%}; check the labels and how the "
                 "file is driven (`qdefense inspect` shows the contract)"
             )
         raise MisreadFileError(

@@ -51,7 +51,6 @@ DEFAULT_DEFENSES = ("neural-cleanse",)
     "--output-dir", type=click.Path(path_type=Path, file_okay=False), help="Write report.json here, and the page."
 )
 def command(
-    model: Path,  # noqa: ARG001 (in the job)
     job: Job,
     defenses: tuple[str, ...],
     calibrations: tuple[Path, ...],

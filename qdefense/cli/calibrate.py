@@ -69,19 +69,9 @@ def command(
     folder = reports or output.with_name(f"{output.name}.reports")
     folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / "any.json")
-    jobs = [
-        Job(
-            model=str(model),
-            data=data,
-            split=split,
-            limit=limit,
-            seed=seed,
-            threads=threads,
-            memory_bytes=default_memory_limit(),
-            contract=stated_contract(model, said),
-        )
-        for model in models
-    ]
+    memory, contract = default_memory_limit(), stated_contract(models[0], said)
+    common = {"data": data, "split": split, "limit": limit, "seed": seed, "threads": threads}
+    jobs = [Job(model=str(model), memory_bytes=memory, contract=contract, **common) for model in models]
     scan = scan_of(spec)
     clean = read_models(jobs)
     kept = ReportFolder(folder)

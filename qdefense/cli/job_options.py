@@ -19,7 +19,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def job_options(function: F) -> F:
-    """``MODEL``, data, contract and run options; the command gets them as ``job``, and ``model`` and ``verbose``."""
+    """``MODEL``, data, contract and run options; the command gets them as ``job``, and ``verbose``."""
 
     @functools.wraps(function)
     def gathered(
@@ -46,7 +46,7 @@ def job_options(function: F) -> F:
             contract=stated_contract(model, said),
             expected_accuracy=expected_accuracy,
         )
-        return function(model=model, job=job, **values)
+        return function(job=job, **values)
 
     decorated = click.option(
         "--expected-accuracy",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from qdefense.audit.events import Job
@@ -19,7 +17,7 @@ from qdefense.report.text import certificate_table
 @click.command("shadow")
 @job_options
 @click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def command(model: Path, job: Job, format_: str, verbose: bool) -> int:  # noqa: ARG001 (the model is in the job)
+def command(job: Job, format_: str, verbose: bool) -> int:
     """Certify the differentiable twin of a file against the deployed session; 0 certified, 3 not."""
     with progress_bar() as advance:
         report = run_audit(job, required=(), on_progress=advance, verbose=verbose)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from qdefense.fidelity import MAX_RELATIVE_RMS, MIN_ROWS, MIN_TOP1_AGREEMENT
 from qdefense.findings import Finding, ScanResult, Suspect, Verdict
+from qdefense.rates import MIN_SKILL, skill
 from qdefense.report.model import MISREAD_MARGIN, Report
 
-POOR_SKILL = 0.25
-"""Neural Cleanse's own mark, whose module imports torch; a test holds the two together."""
 _NAMED = 5
 _VERDICTS = frozenset({Verdict.CLEAN, Verdict.BACKDOORED})
 
@@ -246,8 +245,7 @@ def _near_chance(report: Report) -> Iterator[Step]:
     accuracy, data = report.subject.clean_accuracy, report.subject.data
     if accuracy is None or accuracy.source == "stated" or data is None or data.classes < 2:
         return
-    chance = 1 / data.classes
-    if (accuracy.value - chance) / (1 - chance) < POOR_SKILL:
+    if skill(accuracy.value, data.classes) < MIN_SKILL:
         yield Step(
             "The model is hardly better than chance on these images. Check that they are of the model's own task, that "
             "the labels are numbered as its classes are, and that pixels reach it as in training."

@@ -10,7 +10,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -22,16 +22,11 @@ from qdefense.cli import run
 from qdefense.findings import Finding, Verdict
 from qdefense.report.model import Report, Subject
 
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 SCRIPT = Path(sysconfig.get_path("scripts"), "qdefense")
 REQUIRED = ("neural-cleanse",)
-
-
-class Toy(Protocol):
-    clean: Path
-    backdoored: Path
-    data: Path
-    few: Path
-    scan: str
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:

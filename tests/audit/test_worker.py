@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -26,27 +26,12 @@ from qdefense.findings import Verdict
 from qdefense.registry import SpecError
 from qdefense.session import SessionError
 
+from .worker_events import done, of_kind
+
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 WORKER = [sys.executable, "-P", "-m", "qdefense.audit.worker"]
-
-
-class Toy(Protocol):
-    clean: Path
-    backdoored: Path
-    data: Path
-    few: Path
-    scan: str
-
-
-def done(job: Job) -> list[Event]:
-    """The events of a job, run in this process."""
-    events: list[Event] = []
-    worker.run(job, events.append)
-    return events
-
-
-def of_kind(events: list[Event], kind: type[Event]) -> Any:
-    (event,) = [event for event in events if isinstance(event, kind)]
-    return event
 
 
 def toy_images(toy: Toy) -> ImageSet:

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -35,19 +35,14 @@ from qdefense.cli import run
 from qdefense.data.images import ImageSet
 from qdefense.data.npz import load_npz, save_npz
 
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux is the supported gate: pipes, /proc, limits")
 Capture = pytest.CaptureFixture[str]
 Change = Callable[[onnx.ModelProto], None]
 REPORT, PAGE = "report.json", "report.html"
 EARLIER = b"an earlier report"
-
-
-class Toy(Protocol):
-    clean: Path
-    backdoored: Path
-    data: Path
-    few: Path
-    scan: str
 
 
 @dataclass(frozen=True, kw_only=True)

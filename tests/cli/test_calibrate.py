@@ -6,7 +6,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -22,16 +22,12 @@ from qdefense.report.model import Report
 
 from ..audit.clean_reports import report_on  # noqa: TID252 (two folders of tests need it)
 
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 SCRIPT = Path(sysconfig.get_path("scripts"), "qdefense")
 QUICK = "neural-cleanse:budget=quick,learning-rate=0.3,patience=3"
 Capture = pytest.CaptureFixture[str]
-
-
-class Toy(Protocol):
-    clean: Path
-    backdoored: Path
-    data: Path
-    few: Path
 
 
 @pytest.fixture(scope="module")

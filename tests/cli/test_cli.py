@@ -8,7 +8,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jsonschema  # type: ignore[import-untyped]
 import numpy as np
@@ -21,16 +21,11 @@ from qdefense.cli.options import default_threads, progress_bar
 from qdefense.data.npz import load_npz, save_npz
 from qdefense.data.opening import training_split
 
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 SCRIPT = Path(sysconfig.get_path("scripts"), "qdefense")
 Capture = pytest.CaptureFixture[str]
-
-
-class Toy(Protocol):
-    clean: Path
-    backdoored: Path
-    data: Path
-    few: Path
-    scan: str
 
 
 def ran(capfd: Capture, *arguments: str | Path) -> str:

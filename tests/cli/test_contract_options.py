@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
@@ -11,13 +11,11 @@ from qdefense.audit.events import Job
 from qdefense.cli import run
 from qdefense.converters.contract import ContractError, StatedContract
 
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 Capture = pytest.CaptureFixture[str]
 Ask = Callable[..., Job]
-
-
-class Toy(Protocol):
-    clean: Path
-    data: Path
 
 
 @pytest.fixture

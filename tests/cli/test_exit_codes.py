@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -30,17 +30,11 @@ from qdefense.data.npz import load_npz, save_npz
 from qdefense.registry import SpecError
 from qdefense.session import SessionError
 
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 SCRIPT = Path(sysconfig.get_path("scripts"), "qdefense")
 Capture = pytest.CaptureFixture[str]
-
-
-class Toy(Protocol):
-    clean: Path
-    backdoored: Path
-    data: Path
-    few: Path
-    scan: str
-    sharp_scan: str
 
 
 def script(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:

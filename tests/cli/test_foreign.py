@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx
@@ -26,6 +26,11 @@ from qdefense.data.images import ImageSet
 from qdefense.data.npz import load_npz, save_npz
 from qdefense.findings import Verdict
 
+from ..audit.worker_events import done, of_kind  # noqa: TID252 (two folders of tests need it)
+
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 Capture = pytest.CaptureFixture[str]
 SCANNED = ("--limit", "300", "--defense", "neural-cleanse:budget=quick,learning-rate=0.3,patience=3")
 CODES = {"CLEAN": 0, "BACKDOORED": 1}
@@ -39,12 +44,6 @@ class Foreign(Protocol):
     said: tuple[str, ...]
 
 
-class Toy(Protocol):
-    clean: Path
-    data: Path
-    scan: str
-
-
 def audited(capfd: Capture, *arguments: str | Path) -> tuple[int, dict[str, Any]]:
     """Exit code and report of an audit; it writes nothing to stderr."""
     code = run(["audit", *map(str, arguments), "--format", "json", "--threads", "1"])
@@ -53,18 +52,6 @@ def audited(capfd: Capture, *arguments: str | Path) -> tuple[int, dict[str, Any]
     report: dict[str, Any] = json.loads(output)
     assert report["gate"]["exit_code"] == code
     return code, report
-
-
-def done(job: Job) -> list[Event]:
-    """The events of a job, run in this process."""
-    events: list[Event] = []
-    worker.run(job, events.append)
-    return events
-
-
-def of_kind(events: list[Event], kind: type[Event]) -> Any:
-    (event,) = [event for event in events if isinstance(event, kind)]
-    return event
 
 
 # --- whole audits -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
@@ -22,13 +22,12 @@ from qdefense.cli import doctor, group, probes, run
 from qdefense.cli.doctor import Check, State
 from qdefense.defenses.registered import DEFENSES
 
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
 SCRIPT = Path(sysconfig.get_path("scripts"), "qdefense")
 Capture = pytest.CaptureFixture[str]
 LISTINGS = {"attacks": ATTACKS, "defenses": DEFENSES}
-
-
-class Toy(Protocol):
-    data: Path
 
 
 def ran(capfd: Capture, *arguments: str) -> str:

@@ -46,7 +46,7 @@ def test_advice_knows_the_limits_of_every_scan() -> None:
 
 
 def test_poor_skill_is_the_mark_of_neural_cleanse() -> None:
-    assert advice.POOR_SKILL == MIN_SKILL
+    assert advice.MIN_SKILL == MIN_SKILL
 
 
 # --- what to do next --------------------------------------------------------------------------------------------------

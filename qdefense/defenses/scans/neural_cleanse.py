@@ -39,6 +39,7 @@ from qdefense.defenses.registered import DEFENSES
 from qdefense.evidence import Evidence
 from qdefense.fidelity import LogitComparison, compare_logits, finite_or_none, shadow_logits
 from qdefense.findings import Cost, Finding, InvertedTrigger, ScanResult, Suspect, TriggerPicture, Verdict
+from qdefense.rates import MIN_SKILL, skill
 from qdefense.session import DeployedSession
 
 Budget = Literal["quick", "gate", "exhaustive"]
@@ -52,8 +53,6 @@ MAX_CENSORED = 0.25
 MIN_ARTIFACT_ASR = 0.75
 MIN_OTHERS = 50
 """Images outside each class that either half must hold."""
-MIN_SKILL = 0.25
-"""Accuracy must be this far from chance to perfect: ``(accuracy - 1/K) / (1 - 1/K)``."""
 
 _REPLAYED_IMAGES = 256
 _NORM_STRIDE = 1.05
@@ -384,9 +383,9 @@ def _refuse_accuracy(session: DeployedSession, halves: _Halves, stated: float | 
     accuracy = float(np.mean(logits.argmax(axis=1) == np.concatenate([part.labels for part in parts])))
     if stated is not None and not halves.optimised.labelled:
         accuracy = stated
-    chance = 1 / logits.shape[1]
-    if (accuracy - chance) / (1 - chance) < MIN_SKILL:
-        return f"clean accuracy {accuracy:.1%} is near chance ({chance:.1%}): wrong labels, order or pixels?"
+    classes = logits.shape[1]
+    if skill(accuracy, classes) < MIN_SKILL:
+        return f"clean accuracy {accuracy:.1%} is near chance ({1 / classes:.1%}): wrong labels, order or pixels?"
     return None
 
 
