@@ -111,12 +111,12 @@ def judge(case: NodeCase) -> Outcome:
         return Outcome("unregistered", ", ".join(sorted(name for _, name in missing)))
     found = {variant: _judge_variant(case, variant) for variant in _variants(case)}
     agreed = tuple(variant for variant, outcome in found.items() if outcome.verdict == "agrees")
+    telling = {variant: outcome for variant, outcome in found.items() if NEEDS_CONSTANT not in outcome.reason}
     for verdict in ("differs", "refused"):
-        for variant, outcome in found.items():
-            excused = agreed and NEEDS_CONSTANT in outcome.reason
-            if outcome.verdict == verdict and not excused:
+        for variant, outcome in telling.items():
+            if outcome.verdict == verdict:
                 return Outcome(verdict, f"{variant}: {outcome.reason}", agreed)
-    return Outcome("agrees", variants=agreed)
+    return Outcome("agrees", variants=agreed) if agreed else next(iter(found.values()))
 
 
 def _variants(case: NodeCase) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ def _judge_variant(case: NodeCase, variant: str) -> Outcome:
         found, plan = _run(_with_initializers(case.model, feeds[live:]), feeds[:live])
     except ShadowError as error:
         return Outcome("refused", str(error))
-    except Exception as error:  # noqa: BLE001: whatever it is, the case did not agree
+    except Exception as error:  # noqa: BLE001 - whatever it is, the case did not agree
         return Outcome("differs", f"{type(error).__name__}: {error}")
     reasons = [_difference(found[tensor.name], plan, tensor, case.rtol) for tensor in wanted]
     reason = "; ".join(filter(None, reasons))
@@ -179,7 +179,7 @@ def _difference(found: torch.Tensor, plan: Plan, expected: TensorProto, rtol: fl
         return f"{expected.name!r} has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}"
     if found.dtype != wanted.dtype and kind != TensorProto.INT32:  # int32 sums of codes are floats
         return f"{expected.name!r} is carried as {found.dtype}, expected {wanted.dtype}"
-    found, wanted = found.double(), wanted.double()
+    found = found.to(wanted.dtype) if found.dtype.is_floating_point else found
     inexact = expected.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
     rtol, atol = (rtol, SMALLEST) if inexact else (0.0, 0.0)
     if torch.allclose(found, wanted, rtol=rtol, atol=atol, equal_nan=True):

@@ -1,7 +1,7 @@
-"""Which node test cases of the onnx package the shadow agrees with.
+"""Which node test cases of the onnx package the shadow agrees with: writes results.json and README.md.
 
-python -P benchmarks/operators/table.py                      writes results.json and README.md
-python -P benchmarks/operators/table.py --operator Resize    prints what came of each case of one operator
+Run it as ``python -P benchmarks/operators/table.py``. With ``--operator Resize`` it writes nothing and prints what came
+of each case of that operator; with ``--failures`` what came of all that differ or are refused.
 """
 
 from __future__ import annotations
