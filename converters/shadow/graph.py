@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
-from qdefense.converters.runtime_graph import optimized_model
+from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
 from qdefense.converters.shadow import float_operators, quantized_operators, shape_operators  # noqa: F401
 from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
 from qdefense.converters.shadow.local_functions import without_functions
 from qdefense.converters.shadow.plan import Plan, plan_graph
-from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError
+from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError, UnsupportedOperatorError
 
 Source = Literal["optimized", "shipped"]
 Quantization = Literal["float", "static", "dynamic"]
@@ -49,7 +49,7 @@ def build_shadow(model: bytes, *, source: Source, contract: InputContract | None
     if source not in ("optimized", "shipped"):
         raise ValueError(f"source is {source!r}, expected 'optimized' or 'shipped'")
     data = model if contract is None else narrowed(model, contract)
-    plan = _classifier_plan(_parse(optimized_model(data) if source == "optimized" else data))
+    plan = _classifier_plan(_parse(_optimized(data) if source == "optimized" else data))
     shadow = Shadow(plan, source=source, contract=contract)
     if contract is not None and contract.batch is not None:
         _try_free_batch(shadow, contract)
@@ -196,6 +196,20 @@ class Shadow(nn.Module):
         x = x if self.contract is None else enter(x, self.contract)
         values[self.input_name] = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         return self._plan.run(values, mode, wanted)
+
+
+def _optimized(data: bytes) -> bytes:
+    """The graph that ONNX Runtime runs; where it refuses the file, what the shipped graph's plan says is added."""
+    try:
+        return optimized_model(data)
+    except RuntimeGraphError as error:
+        try:
+            _classifier_plan(_parse(data))
+        except UnsupportedOperatorError:
+            raise error from None
+        except ShadowError as found:
+            raise RuntimeGraphError(f"{error}; {found}") from error
+        raise
 
 
 def _parse(model: bytes) -> onnx.ModelProto:
