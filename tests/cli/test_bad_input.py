@@ -694,8 +694,8 @@ case(
 case(
     "an operator is foreign",
     4,
-    "node 'f' uses operator 'Flatten' of domain 'custom.ops', opset ..., whose code is not part of ONNX Runtime; export "
-    "the model with standard operators",
+    "node 'f' uses operator 'Flatten' of domain 'custom.ops', opset ..., whose code is not part of ONNX Runtime; "
+    "export the model with standard operators",
     foreign(node=make_node("Flatten", ["x"], ["y"], name="f", domain="custom.ops")),
 )
 case(
