@@ -17,7 +17,23 @@ from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
 from qdefense.converters.reading import plain_domain
 from qdefense.converters.runtime_graph import optimized_model
-from qdefense.converters.shadow import float_operators, quantized_operators, shape_operators  # noqa: F401
+from qdefense.converters.shadow import (  # noqa: F401
+    activations,
+    casting,
+    comparisons,
+    convolutions,
+    elementwise,
+    generators,
+    indexing,
+    normalizations,
+    padding,
+    poolings,
+    products,
+    quantized_operators,
+    reductions,
+    resizing,
+    shape_operators,
+)
 from qdefense.converters.shadow.door import enter, read_answers
 from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Kernel, Mode, Node, ShadowError, build_kernel
 
