@@ -191,8 +191,9 @@ class Shadow(nn.Module):
         value = constant.value
         if value.dtype == torch.float32:
             value = value.to(self._dtype)
-        if value.ndim == 4:
-            value = value.contiguous(memory_format=torch.channels_last)
+        # what a folded node only expanded has no memory of its own for each element, which a copy needs
+        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        value = value.contiguous(memory_format=layout)
         if constant.initializer is None or constant.element_type != TensorProto.FLOAT:
             self._buffer_names[name] = f"constant{index}"
             self.register_buffer(f"constant{index}", value)
