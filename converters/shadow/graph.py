@@ -15,7 +15,23 @@ from torch import Tensor, nn
 from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
 from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
-from qdefense.converters.shadow import float_operators, quantized_operators, shape_operators  # noqa: F401
+from qdefense.converters.shadow import (  # noqa: F401
+    activations,
+    casting,
+    comparisons,
+    convolutions,
+    elementwise,
+    generators,
+    indexing,
+    normalizations,
+    padding,
+    poolings,
+    products,
+    quantized_operators,
+    reductions,
+    resizing,
+    shape_operators,
+)
 from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
 from qdefense.converters.shadow.local_functions import without_functions
@@ -176,8 +192,9 @@ class Shadow(nn.Module):
         value = constant.value
         if value.dtype == torch.float32:
             value = value.to(self._dtype)
-        if value.ndim == 4:
-            value = value.contiguous(memory_format=torch.channels_last)
+        # what a folded node only expanded has no memory of its own for each element, which a copy needs
+        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        value = value.contiguous(memory_format=layout)
         if constant.initializer is None or constant.element_type != TensorProto.FLOAT:
             self._buffer_names[name] = f"constant{index}"
             self.register_buffer(f"constant{index}", value)

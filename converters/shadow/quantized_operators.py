@@ -14,7 +14,6 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
-from qdefense.converters.shadow.float_operators import averaging
 from qdefense.converters.shadow.integer_products import (
     IntegerConvolution,
     IntegerProduct,
@@ -22,6 +21,7 @@ from qdefense.converters.shadow.integer_products import (
     mixed_signs,
 )
 from qdefense.converters.shadow.operands import spread
+from qdefense.converters.shadow.poolings import averaging
 from qdefense.converters.shadow.registry import CODE_RANGES, MICROSOFT, Kernel, Mode, Node, operator
 from qdefense.converters.shadow.rounding import Range, round_product, round_quotient, round_sum, round_value, value_of
 from qdefense.converters.shadow.windows import window
