@@ -19,6 +19,7 @@ from qdefense.converters.shadow import (  # noqa: F401
     code_operators,
     float_operators,
     linear_quantizers,
+    nbit_operators,
     product_operators,
     shape_operators,
 )
