@@ -16,11 +16,23 @@ from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
 from qdefense.converters.runtime_graph import optimized_model
 from qdefense.converters.shadow import (  # noqa: F401
+    activations,
+    casting,
     code_operators,
-    float_operators,
+    comparisons,
+    convolutions,
+    elementwise,
+    generators,
+    indexing,
     linear_quantizers,
     nbit_operators,
+    normalizations,
+    padding,
+    poolings,
     product_operators,
+    products,
+    reductions,
+    resizing,
     shape_operators,
 )
 from qdefense.converters.shadow.constants import type_name

@@ -15,6 +15,9 @@ from qdefense.converters.reading import plain_domain
 from qdefense.converters.shadow.constants import constant_node, constant_of
 from qdefense.converters.shadow.registry import Constant, Kernel, Mode, Node, ShadowError, build_kernel
 
+INLINED = ("Constant", "If")
+"""Operators of ONNX that are resolved while the graph is read, and never run."""
+
 _ITERATING = {
     "Loop": "it repeats a graph while the file runs",
     "Scan": "it repeats a graph along an axis",
@@ -167,7 +170,7 @@ def _chosen_branch(plan: Plan, node: Node, scope: _Scope) -> Iterator[Step]:
     """The steps of the branch that a constant condition chooses, under names of their own."""
     if 0 not in node.constants:
         raise node.unsupported(
-            f"its condition {node.inputs[0] if node.inputs else ''!r} is computed while the file runs, so that either "
+            f"its condition {node.inputs[0] if node.inputs else ''!r} is not a constant, so that either "
             "branch may be taken"
         )
     condition = node.constants[0].value
