@@ -22,6 +22,7 @@ from qdefense.converters.shadow import (  # noqa: F401
     comparisons,
     convolutions,
     elementwise,
+    fused_operators,
     generators,
     indexing,
     linear_quantizers,
