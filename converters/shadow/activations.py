@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,26 +11,6 @@ from torch.nn import functional
 from qdefense.converters.shadow.registry import Kernel, Node, operator
 
 Activation = Callable[[Tensor], Tensor]
-
-
-def named_activation(node: Node, name: str, numbers: tuple[float, ...]) -> Activation:
-    """The activation that ONNX Runtime fused into a node.
-
-    Raises:
-        UnsupportedOperatorError: there is no activation of that name.
-    """
-    makers: Mapping[str, Callable[..., Activation]] = {
-        "": lambda: lambda x: x,
-        "Relu": lambda: torch.relu,
-        "Sigmoid": lambda: torch.sigmoid,
-        "Tanh": lambda: torch.tanh,
-        "LeakyRelu": lambda alpha=0.01: lambda x: functional.leaky_relu(x, alpha),
-        "Clip": lambda low=-math.inf, high=math.inf: lambda x: x.clamp(low, high),
-        "HardSigmoid": lambda alpha=0.2, beta=0.5: lambda x: (alpha * x + beta).clamp(0, 1),
-    }
-    if name not in makers:
-        raise node.unsupported(f"activation {name!r} is not one of {sorted(filter(None, makers))}")
-    return makers[name](*numbers)
 
 
 @operator("Relu")
@@ -43,7 +22,8 @@ def relu(_node: Node) -> Kernel:
 @operator("LeakyRelu")
 def leaky_relu(node: Node) -> Kernel:
     """Keep x, or alpha x below zero."""
-    return named_activation(node, "LeakyRelu", (node.number("alpha", 0.01),))
+    alpha = node.number("alpha", 0.01)
+    return lambda x: functional.leaky_relu(x, alpha)
 
 
 @operator("PRelu", since=7)
@@ -101,7 +81,8 @@ def sigmoid(_node: Node) -> Kernel:
 @operator("HardSigmoid")
 def hard_sigmoid(node: Node) -> Kernel:
     """``alpha x + beta`` held between 0 and 1."""
-    return named_activation(node, "HardSigmoid", (node.number("alpha", 0.2), node.number("beta", 0.5)))
+    alpha, beta = node.number("alpha", 0.2), node.number("beta", 0.5)
+    return lambda x: (alpha * x + beta).clamp(0, 1)
 
 
 @operator("HardSwish")

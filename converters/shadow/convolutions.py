@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qdefense.converters.shadow.activations import named_activation
-from qdefense.converters.shadow.registry import MICROSOFT, Kernel, Node, operator
+from qdefense.converters.shadow.registry import Kernel, Node, operator
 from qdefense.converters.shadow.windows import Padding, Window, window
 
 _MOST_AXES = 3
@@ -37,7 +36,8 @@ def _weight_window(node: Node) -> Window:
     return sliding
 
 
-def _convolution(node: Node, finish: Callable[[Tensor, Tensor | None], Tensor]) -> Kernel:
+def convolution(node: Node, finish: Callable[[Tensor, Tensor | None], Tensor]) -> Kernel:
+    """The convolution of a node; `finish` takes its result and the fourth input, where there is one."""
     sliding = _weight_window(node)
     groups = node.integer("group", 1)
 
@@ -50,14 +50,7 @@ def _convolution(node: Node, finish: Callable[[Tensor, Tensor | None], Tensor]) 
 @operator("Conv")
 def conv(node: Node) -> Kernel:
     """Convolution over one to three axes."""
-    return _convolution(node, lambda y, _added: y)
-
-
-@operator("FusedConv", MICROSOFT)
-def fused_conv(node: Node) -> Kernel:
-    """ONNX Runtime's convolution with an optional tensor added and an activation."""
-    activate = named_activation(node, node.text("activation", ""), node.numbers("activation_params"))
-    return _convolution(node, lambda y, added: activate(y if added is None else y + added))
+    return convolution(node, lambda y, _added: y)
 
 
 @operator("ConvTranspose")

@@ -14,28 +14,33 @@ from torch import Tensor, nn
 
 from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
-from qdefense.converters.runtime_graph import optimized_model
+from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
 from qdefense.converters.shadow import (  # noqa: F401
     activations,
     casting,
+    code_operators,
     comparisons,
     convolutions,
     elementwise,
+    fused_operators,
     generators,
     indexing,
+    linear_quantizers,
+    nbit_operators,
     normalizations,
     padding,
     poolings,
+    product_operators,
     products,
-    quantized_operators,
     reductions,
     resizing,
     shape_operators,
 )
 from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
+from qdefense.converters.shadow.local_functions import without_functions
 from qdefense.converters.shadow.plan import Plan, plan_graph
-from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError
+from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError, UnsupportedOperatorError
 
 Source = Literal["optimized", "shipped"]
 Quantization = Literal["float", "static", "dynamic"]
@@ -64,7 +69,7 @@ def build_shadow(model: bytes, *, source: Source, contract: InputContract | None
     if source not in ("optimized", "shipped"):
         raise ValueError(f"source is {source!r}, expected 'optimized' or 'shipped'")
     data = model if contract is None else narrowed(model, contract)
-    plan = _classifier_plan(_parse(optimized_model(data) if source == "optimized" else data))
+    plan = _classifier_plan(_parse(_optimized(data) if source == "optimized" else data))
     shadow = Shadow(plan, source=source, contract=contract)
     if contract is not None and contract.batch is not None:
         _try_free_batch(shadow, contract)
@@ -137,7 +142,7 @@ class Shadow(nn.Module):
         """Whether any activation is rounded to integer codes."""
         return self.quantization != "float"
 
-    def forward(self, x: Tensor, *, exact: bool = False, saturate: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, exact: bool = False, saturate: bool = False, group: int = 1) -> Tensor:
         """The logits.
 
         Args:
@@ -146,12 +151,17 @@ class Shadow(nn.Module):
                 layers. Without it this is the gradient path: float32 sums, equal unless they pass 2 ** 24.
             saturate: reproduce, in value, the int16 pair saturation of u8 x s8 kernels without VNNI; no gradient
                 runs through the clipped part. Slow.
+            group: the batch at which the runtime would be run over these images, in order: so many images share each
+                scale of dynamic quantization, the last ones may be fewer. It changes nothing else.
 
         Returns:
             (N, K) float32, float64 from a module made by `to_double`.
+
+        Raises:
+            ValueError: the group is less than one image.
         """
         scores = self._scores
-        values = self._run(x, () if scores is None else (scores.name,), exact=exact, saturate=saturate)
+        values = self._run(x, () if scores is None else (scores.name,), exact=exact, saturate=saturate, group=group)
         answers: Tensor = values[self.output_name]
         if self.contract is None:
             return answers
@@ -159,7 +169,7 @@ class Shadow(nn.Module):
         return read_answers(answers, logits, self.contract)
 
     def activations(
-        self, x: Tensor, tensors: Sequence[str], *, exact: bool = False, saturate: bool = False
+        self, x: Tensor, tensors: Sequence[str], *, exact: bool = False, saturate: bool = False, group: int = 1
     ) -> dict[str, Tensor]:
         """Chosen intermediate tensors by their ONNX names; integer ones as float32 codes.
 
@@ -172,7 +182,7 @@ class Shadow(nn.Module):
         unknown = [name for name in tensors if name not in known]
         if unknown:
             raise KeyError(f"the {self.source} graph computes no tensor {unknown[0]!r}; see the outputs of its nodes")
-        values = self._run(x, tensors, exact=exact, saturate=saturate)
+        values = self._run(x, tensors, exact=exact, saturate=saturate, group=group)
         return {name: values[name] for name in tensors}
 
     def to_double(self) -> Shadow:
@@ -204,14 +214,30 @@ class Shadow(nn.Module):
             self.register_parameter(f"parameter{index}", known)
         self._parameter_of[name] = self.parameters_by_initializer[constant.initializer] = known
 
-    def _run(self, x: Tensor, wanted: Sequence[str], *, exact: bool, saturate: bool) -> dict[str, Tensor]:
-        mode = Mode(exact=exact, saturate=saturate, rows=x.shape[0], dtype=self._dtype)
+    def _run(self, x: Tensor, wanted: Sequence[str], *, exact: bool, saturate: bool, group: int) -> dict[str, Tensor]:
+        if group < 1:
+            raise ValueError(f"group is {group}, expected the runtime's batch, at least 1")
+        mode = Mode(exact=exact, saturate=saturate, rows=x.shape[0], group=group, dtype=self._dtype)
         values: dict[str, Any] = {name: self.get_buffer(key) for name, key in self._buffer_names.items()}
         values.update(self._parameter_of)
         x = x.to(self._dtype)
         x = x if self.contract is None else enter(x, self.contract)
         values[self.input_name] = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         return self._plan.run(values, mode, wanted)
+
+
+def _optimized(data: bytes) -> bytes:
+    """The graph that ONNX Runtime runs; where it refuses the file, what the shipped graph's plan says is added."""
+    try:
+        return optimized_model(data)
+    except RuntimeGraphError as error:
+        try:
+            _classifier_plan(_parse(data))
+        except UnsupportedOperatorError:
+            raise error from None
+        except ShadowError as found:
+            raise RuntimeGraphError(f"{error}; {found}") from error
+        raise
 
 
 def _parse(model: bytes) -> onnx.ModelProto:
@@ -221,7 +247,7 @@ def _parse(model: bytes) -> onnx.ModelProto:
         raise ShadowError("the bytes are no ONNX model; pass the content of an .onnx file") from error
     if not proto.HasField("graph") or not proto.graph.output:
         raise ShadowError("the bytes are no ONNX model: there is no graph in them; pass the content of an .onnx file")
-    return proto
+    return without_functions(proto)
 
 
 def _classifier_plan(model: onnx.ModelProto) -> Plan:
