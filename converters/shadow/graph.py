@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
 from qdefense.converters.runtime_graph import optimized_model
-from qdefense.converters.shadow import float_operators, quantized_operators, shape_operators  # noqa: F401
+from qdefense.converters.shadow import (  # noqa: F401
+    code_operators,
+    float_operators,
+    linear_quantizers,
+    product_operators,
+    shape_operators,
+)
 from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
 from qdefense.converters.shadow.plan import Plan, plan_graph
