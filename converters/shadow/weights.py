@@ -25,6 +25,7 @@ _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 _INT32_RANGE = (-(2**31), 2**31 - 1)
 _STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
 _ARITHMETIC = {"Sub", "Div"}
+_BIASED = {"Conv", "ConvTranspose", "Gemm"}
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,33 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class FollowingBias:
+    """A dequantized int32 bias, whose scale is by convention that of the input times that of the weights.
+
+    Attributes:
+        initializer: its name.
+        weight: that of the weights beside it.
+        input_scale: scale of the input.
+    """
+
+    initializer: str
+    weight: str
+    input_scale: Constant
+
+
+@dataclass(frozen=True)
 class Weights:
     """What training may change in a file, and what it may not.
 
     Attributes:
         trainable: by initializer.
         frozen: why an initializer that looks like a weight is none, by its name.
+        biases: the int32 biases that have a scale of their own.
     """
 
     trainable: Mapping[str, Weight]
     frozen: Mapping[str, str]
+    biases: tuple[FollowingBias, ...]
 
 
 @dataclass(frozen=True)
@@ -184,7 +202,8 @@ def weights_of(plan: Plan, foreign: Collection[str] = ()) -> Weights:
             trainable[name] = Weight(name, constant, (), trained=_is_trained(constant, uses[name]))
         elif constant.element_type in (*_FLOATS, *CODE_RANGES) and constant.value.ndim > 1:
             frozen[name] = _why_none(*uses[name][0])
-    return Weights(trainable, frozen)
+    biases = (bias for bias in _biases(plan) if {bias.initializer, bias.weight} <= trainable.keys())
+    return Weights(trainable, frozen, tuple(biases))
 
 
 def _why_none(node: Node, index: int) -> str:
@@ -271,6 +290,19 @@ def _range_in_use(held: Constant, zero_point: Constant | None) -> Range:
         seven_bits = kind == TensorProto.INT8 and max(-lowest, highest) == 64
         return (-64, 64) if seven_bits else (-high, high)
     return (0, 127) if kind == TensorProto.UINT8 and highest == 127 else (low, high)
+
+
+def _biases(plan: Plan) -> Iterator[FollowingBias]:
+    dequantized = {node.outputs[0]: node for node in plan.nodes if node.op_type == "DequantizeLinear"}
+    for node in plan.nodes:
+        before = [dequantized.get(name) for name in node.inputs[:3]]
+        if node.op_type not in _BIASED or len(before) < 3:
+            continue
+        x, weight, bias = before
+        if x is None or weight is None or bias is None or 1 not in x.constants:
+            continue
+        if bias.element_type(0) == TensorProto.INT32:
+            yield FollowingBias(bias.inputs[0], weight.inputs[0], x.constants[1])
 
 
 def _equal(a: Grid, b: Grid) -> bool:
