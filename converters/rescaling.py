@@ -125,7 +125,7 @@ def _extremes(value: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         # zeros belong to every range, so they may fill the last block
         missing = shape[axis] * grid.block - value.shape[axis]
         padded = functional.pad(value.movedim(axis, -1), (0, missing)).movedim(-1, axis)
-        groups = padded.unflatten(axis, (shape[axis], grid.block))
+        groups = padded.reshape(*shape[:axis], shape[axis], grid.block, *shape[axis + 1 :])
         return groups.amin(axis + 1), groups.amax(axis + 1)
     channels = value.reshape(1, -1) if shape.numel() == 1 else value.movedim(grid.axis, 0).flatten(1)
     return channels.amin(1).reshape(shape), channels.amax(1).reshape(shape)
