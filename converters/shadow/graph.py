@@ -25,6 +25,7 @@ from qdefense.converters.shadow import (  # noqa: F401
 )
 from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
+from qdefense.converters.shadow.local_functions import without_functions
 from qdefense.converters.shadow.plan import Plan, plan_graph
 from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError
 from qdefense.converters.shadow.weights import Weight, Weights, weights_of
@@ -258,7 +259,7 @@ def _parse(model: bytes) -> onnx.ModelProto:
         raise ShadowError("the bytes are no ONNX model; pass the content of an .onnx file") from error
     if not proto.HasField("graph") or not proto.graph.output:
         raise ShadowError("the bytes are no ONNX model: there is no graph in them; pass the content of an .onnx file")
-    return proto
+    return without_functions(proto)
 
 
 def _classifier_plan(model: onnx.ModelProto) -> Plan:

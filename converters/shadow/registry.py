@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import onnx
 import torch
 from onnx import TensorProto
 from torch import Tensor
 
-MICROSOFT = "com.microsoft"
+from qdefense.converters import operator_versions
+from qdefense.converters.operator_versions import operator_label, version_problem
+
+MICROSOFT = operator_versions.MICROSOFT
+
+VERIFIED: Mapping[str, int] = {"": 28, MICROSOFT: 1}
+"""The newest version of each domain that the registered functions were held against.
+
+A function has one meaning from its `since` up to the next function of the same operator, and at most up to here: what
+a later release of onnx changes is refused until someone has looked at it. That no operator changed in between is
+tested against ONNX Runtime at every version that its schema has (tests/converters/shadow/test_operator_versions.py).
+"""
 
 
 class ShadowError(ValueError):
@@ -51,7 +63,8 @@ class Constant:
     """A tensor known at build time.
 
     Attributes:
-        value: 4, 8 and 16 bit integers as float32 codes, everything else in its own type.
+        value: 2, 4, 8 and 16 bit integers as float32 codes, floats below 32 bits as float32, unsigned ones of 32 and
+            64 bits as int64, everything else in its own type.
         element_type: the ONNX type of the tensor in the file.
         initializer: name of the initializer that a change of `value` would have to be written to.
     """
@@ -62,6 +75,8 @@ class Constant:
 
 
 Kernel = Callable[..., Any]
+MALFORMED = (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError, OverflowError)
+"""What functions and kernels raise when inputs or attributes are none that their operator can have."""
 
 
 @dataclass
@@ -179,12 +194,20 @@ class Node:
 
     def unsupported(self, reason: str) -> UnsupportedOperatorError:
         """The error that names this node, its operator and the reason."""
-        domain = self.domain or "ai.onnx"
         return UnsupportedOperatorError(
-            f"node {self.name!r}: operator {self.op_type!r} of domain {domain!r}, opset {self.opset}: {reason}; "
+            f"{self.label}: {reason}; "
             "register it with qdefense.converters.shadow.operator, or export the model without it",
             node=self.name,
         )
+
+    def corrupt(self, reason: str) -> ShadowError:
+        """The error that names this node, its operator and what is wrong with a value that the file gives it."""
+        return ShadowError(f"{self.label}: {reason}; quantize or export the model again")
+
+    @property
+    def label(self) -> str:
+        """What errors say of this node."""
+        return operator_label(self.name, self.op_type, self.domain, self.opset)
 
     def _known(self, index: int) -> Constant:
         if index not in self.constants:
@@ -207,13 +230,20 @@ class Operator:
     build: Callable[[Node], Kernel]
     per_row: bool
     needs_mode: bool
+    also: frozenset[int] = frozenset()
 
 
 _TABLE: dict[tuple[str, str, int], Operator] = {}
 
 
 def operator(
-    op_type: str, domain: str = "", since: int = 1, *, per_row: bool = False, needs_mode: bool = False
+    op_type: str,
+    domain: str = "",
+    since: int = 1,
+    *,
+    per_row: bool = False,
+    needs_mode: bool = False,
+    also: Collection[int] = (),
 ) -> Callable[[Callable[[Node], Kernel]], Callable[[Node], Kernel]]:
     """Register the function that builds the kernel of one ONNX operator.
 
@@ -223,6 +253,7 @@ def operator(
         since: first opset version whose meaning the function has; the newest that is not above the file's wins.
         per_row: the function knows what to do with inputs that hold one value per image (see `operands`).
         needs_mode: the kernel takes the `Mode` of the pass before its inputs.
+        also: those of the `RARE_TYPES` whose values the function handles as ONNX does.
 
     Raises:
         ValueError: the operator is registered already.
@@ -232,15 +263,38 @@ def operator(
         key = (domain, op_type, since)
         if key in _TABLE:
             raise ValueError(f"operator {key} is registered twice; remove one of the two functions")
-        _TABLE[key] = Operator(op_type, domain, since, build, per_row, needs_mode)
+        _TABLE[key] = Operator(op_type, domain, since, build, per_row, needs_mode, frozenset(also))
         return build
 
     return register
 
 
+def _find(node: Node) -> Operator:
+    problem = version_problem(node.op_type, node.domain, node.opset) if node.domain in VERIFIED else ""
+    if problem:
+        raise node.unsupported(problem)
+    versions = [key[2] for key in _TABLE if key[:2] == (node.domain, node.op_type)]
+    fitting = [version for version in versions if version <= max(node.opset, 1)]
+    if not fitting:
+        later = f" before version {min(versions)}" if versions else ""
+        raise node.unsupported(f"no function is registered for it{later}")
+    if node.domain == "":
+        changed = onnx.defs.get_schema(node.op_type, node.opset, "").since_version
+        if changed > max(VERIFIED[""], *fitting):
+            raise node.unsupported(
+                f"ONNX changed it in version {changed}, and its function was held against versions up to {VERIFIED['']}"
+            )
+    return _TABLE[node.domain, node.op_type, max(fitting)]
+
+
 def registered() -> Mapping[tuple[str, str, int], Operator]:
     """The table: (domain, operator, since) to its function."""
     return dict(_TABLE)
+
+
+def one_line(error: Exception) -> str:
+    """What a malformed node made Python or torch say, shortened."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 def build_kernel(node: Node) -> Kernel:
@@ -249,13 +303,18 @@ def build_kernel(node: Node) -> Kernel:
     Raises:
         UnsupportedOperatorError: no function is registered, or it does not cover this use of the operator.
     """
-    versions = [key[2] for key in _TABLE if key[:2] == (node.domain, node.op_type) and key[2] <= node.opset]
-    if not versions:
-        raise node.unsupported("no function is registered for it")
-    found = _TABLE[node.domain, node.op_type, max(versions)]
+    found = _find(node)
     if any(node.per_row) and not found.per_row:
         raise node.unsupported("it takes a scale or zero point that dynamic quantization computes per image")
-    kernel = found.build(node)
+    rare = [kind for kind in node.element_types if kind in RARE_TYPES and kind not in found.also]
+    if rare:
+        raise node.unsupported(f"element type {TensorProto.DataType.Name(rare[0])} is not covered")
+    try:
+        kernel = found.build(node)
+    except ShadowError:
+        raise
+    except MALFORMED as error:
+        raise node.unsupported(f"its inputs or attributes don't fit it ({one_line(error)})") from error
     if node.unread():
         raise node.unsupported(f"attributes {node.unread()} are not covered")
     return kernel if found.needs_mode else lambda _mode, *inputs: kernel(*inputs)
@@ -268,4 +327,26 @@ CODE_RANGES: Mapping[int, tuple[int, int]] = {
     TensorProto.INT16: (-32768, 32767),
     TensorProto.UINT4: (0, 15),
     TensorProto.INT4: (-8, 7),
+    TensorProto.UINT2: (0, 3),
+    TensorProto.INT2: (-2, 1),
 }
+"""What codes of each type can be."""
+
+NARROW_FLOATS = frozenset(
+    {
+        TensorProto.BFLOAT16,
+        TensorProto.FLOAT8E4M3FN,
+        TensorProto.FLOAT8E4M3FNUZ,
+        TensorProto.FLOAT8E5M2,
+        TensorProto.FLOAT8E5M2FNUZ,
+        TensorProto.FLOAT8E8M0,
+        TensorProto.FLOAT4E2M1,
+    }
+)
+"""Floats that are carried as float32; what computes on them would have to round to them."""
+
+UNSIGNED = frozenset({TensorProto.UINT32, TensorProto.UINT64})
+"""Integers that are carried as int64; what computes on them would have to wrap around as they do."""
+
+RARE_TYPES = NARROW_FLOATS | UNSIGNED
+"""Element types that an operator refuses unless it is registered for them."""

@@ -60,14 +60,14 @@ class Grid:
         return torch.zeros(()) if self.zero_point is None else self.zero_point.value
 
     def laid(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Step and zero point, ready to meet a tensor of `shape`."""
+        """Step and zero point, ready to meet a tensor of `shape`; a block of zeros may have the step 0."""
         step, shift = (expanded(value, shape, self.axis, self.block) for value in (self.step, self.shift))
         return step, shift
 
     def misfit(self, shape: torch.Size) -> str | None:
         """Why these can't be the scales of codes of this shape, None where they can."""
-        if not bool((self.step > 0).all() and torch.isfinite(self.step).all()):
-            return "its scale is not positive and finite"
+        if not bool(torch.isfinite(self.step).all()):
+            return "its scale is not finite"
         try:
             torch.zeros(shape) * self.laid(shape)[0]
         except (RuntimeError, IndexError):
@@ -108,7 +108,7 @@ class Weight:
         """What the file would hold for real numbers, codes or floats, in a tensor with a straight-through gradient."""
         if not self.grids:
             return round_half(value) if self.stored.element_type == TensorProto.FLOAT16 else value
-        step, shift = self._laid
+        step, shift = self._divisor, self._laid[1]
         if self._wide:
             return round_quotient(value.double(), step.double(), shift.double(), self.grids[0].limits)
         return round_quotient(value, step, shift, self.grids[0].limits)
@@ -117,9 +117,8 @@ class Weight:
         """Which numbers lie outside the range of the codes, and are held as its end."""
         if not self.grids:
             return torch.zeros(value.shape, dtype=torch.bool)
-        step, shift = self._laid
         low, high = self.grids[0].limits
-        unclipped = (value.double() / step).round() + shift
+        unclipped = (value.double() / self._divisor).round() + self._laid[1]
         return (unclipped < low) | (unclipped > high)
 
     @property
@@ -129,6 +128,12 @@ class Weight:
     @cached_property
     def _laid(self) -> tuple[Tensor, Tensor]:
         return self.grids[0].laid(self.stored.value.shape)
+
+    @cached_property
+    def _divisor(self) -> Tensor:
+        """The step; where it is 0 every code stands for 0, so a number is held as any of them."""
+        step = self._laid[0]
+        return step.where(step != 0, torch.full_like(step, torch.inf))
 
 
 @dataclass(frozen=True)
