@@ -13,6 +13,8 @@ from qdefense.converters.reading import every_graph, plain_domain
 
 MICROSOFT = "com.microsoft"
 _SHOWN = 120
+# ONNX Runtime's optimizer makes these, in ONNX's own domain, of a file of any version.
+_MADE_BY_RUNTIME = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
 def quoted(text: str) -> str:
@@ -52,6 +54,8 @@ def _onnx_problem(op_type: str, version: int) -> str:
     try:
         schema = onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:
+        if op_type in _MADE_BY_RUNTIME:
+            return ""
         if not onnx.defs.has(op_type):
             return "ONNX has no such operator"
         first = min(
@@ -61,6 +65,14 @@ def _onnx_problem(op_type: str, version: int) -> str:
         )
         return f"ONNX has it from version {first} on"
     return f"ONNX withdrew it in version {schema.since_version}" if schema.deprecated else ""
+
+
+def last_change(op_type: str, version: int) -> int:
+    """The version in which ONNX last changed the operator up to this one; 0 for one that only ONNX Runtime has."""
+    try:
+        return int(onnx.defs.get_schema(op_type, version, "").since_version)
+    except onnx.defs.SchemaError:
+        return 0
 
 
 @cache

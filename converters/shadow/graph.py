@@ -17,10 +17,24 @@ from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
 from qdefense.converters.runtime_graph import optimized_model
 from qdefense.converters.shadow import (  # noqa: F401
+    activations,
+    casting,
     code_operators,
-    float_operators,
+    comparisons,
+    convolutions,
+    elementwise,
+    fused_operators,
+    generators,
+    indexing,
     linear_quantizers,
+    nbit_operators,
+    normalizations,
+    padding,
+    poolings,
     product_operators,
+    products,
+    reductions,
+    resizing,
     shape_operators,
 )
 from qdefense.converters.shadow.constants import type_name
@@ -164,7 +178,7 @@ class Shadow(nn.Module):
         """Whether any activation is rounded to integer codes."""
         return self.quantization != "float"
 
-    def forward(self, x: Tensor, *, exact: bool = False, saturate: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, exact: bool = False, saturate: bool = False, group: int = 1) -> Tensor:
         """The logits.
 
         Args:
@@ -173,12 +187,17 @@ class Shadow(nn.Module):
                 layers. Without it this is the gradient path: float32 sums, equal unless they pass 2 ** 24.
             saturate: reproduce, in value, the int16 pair saturation of u8 x s8 kernels without VNNI; no gradient
                 runs through the clipped part. Slow.
+            group: the batch at which the runtime would be run over these images, in order: so many images share each
+                scale of dynamic quantization, the last ones may be fewer. It changes nothing else.
 
         Returns:
             (N, K) float32, float64 from a module made by `to_double`.
+
+        Raises:
+            ValueError: the group is less than one image.
         """
         scores = self._scores
-        values = self._run(x, () if scores is None else (scores.name,), exact=exact, saturate=saturate)
+        values = self._run(x, () if scores is None else (scores.name,), exact=exact, saturate=saturate, group=group)
         answers: Tensor = values[self.output_name]
         if self.contract is None:
             return answers
@@ -186,7 +205,7 @@ class Shadow(nn.Module):
         return read_answers(answers, logits, self.contract)
 
     def activations(
-        self, x: Tensor, tensors: Sequence[str], *, exact: bool = False, saturate: bool = False
+        self, x: Tensor, tensors: Sequence[str], *, exact: bool = False, saturate: bool = False, group: int = 1
     ) -> dict[str, Tensor]:
         """Chosen intermediate tensors by their ONNX names; integer ones as float32 codes.
 
@@ -199,7 +218,7 @@ class Shadow(nn.Module):
         unknown = [name for name in tensors if name not in known]
         if unknown:
             raise KeyError(f"the {self.source} graph computes no tensor {unknown[0]!r}; see the outputs of its nodes")
-        values = self._run(x, tensors, exact=exact, saturate=saturate)
+        values = self._run(x, tensors, exact=exact, saturate=saturate, group=group)
         return {name: values[name] for name in tensors}
 
     def to_double(self) -> Shadow:
@@ -240,8 +259,10 @@ class Shadow(nn.Module):
         self.register_parameter(f"weight{index}", parameter)
         self.parameters_by_initializer[weight.initializer] = parameter
 
-    def _run(self, x: Tensor, wanted: Sequence[str], *, exact: bool, saturate: bool) -> dict[str, Tensor]:
-        mode = Mode(exact=exact, saturate=saturate, rows=x.shape[0], dtype=self._dtype)
+    def _run(self, x: Tensor, wanted: Sequence[str], *, exact: bool, saturate: bool, group: int) -> dict[str, Tensor]:
+        if group < 1:
+            raise ValueError(f"group is {group}, expected the runtime's batch, at least 1")
+        mode = Mode(exact=exact, saturate=saturate, rows=x.shape[0], group=group, dtype=self._dtype)
         values: dict[str, Any] = {name: self.get_buffer(key) for name, key in self._buffer_names.items()}
         values.update(self._parameter_of)
         parameters = self.parameters_by_initializer

@@ -93,7 +93,8 @@ class Plan:
             wanted: names of intermediate tensors to keep.
         """
         for step in self.steps:
-            result = _answer(step.node, step.kernel_of(values), mode, [values[name] if name else None for name in step.inputs])
+            inputs = [values[name] if name else None for name in step.inputs]
+            result = _answer(step.node, step.kernel_of(values), mode, inputs)
             values.update(zip(step.outputs, result, strict=False))
             for name in step.last_uses:
                 if name not in wanted:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import onnx
 import torch
 from onnx import TensorProto
 from torch import Tensor
 
 from qdefense.converters import operator_versions
-from qdefense.converters.operator_versions import operator_label, version_problem
+from qdefense.converters.operator_versions import last_change, operator_label, version_problem
 
 MICROSOFT = operator_versions.MICROSOFT
 
@@ -49,12 +48,14 @@ class Mode:
         exact: accumulate so that every quantized value equals the runtime's integer arithmetic.
         saturate: reproduce the int16 pair saturation of u8 x s8 kernels, in value.
         rows: batch size, the length of axis 0 of the graph's input.
+        group: images that share their dynamic scales: the batch that the runtime is given, the last one may be short.
         dtype: what the graph's float32 tensors are computed in.
     """
 
     exact: bool = False
     saturate: bool = False
     rows: int = 1
+    group: int = 1
     dtype: torch.dtype = torch.float32
 
 
@@ -279,7 +280,7 @@ def _find(node: Node) -> Operator:
         later = f" before version {min(versions)}" if versions else ""
         raise node.unsupported(f"no function is registered for it{later}")
     if node.domain == "":
-        changed = onnx.defs.get_schema(node.op_type, node.opset, "").since_version
+        changed = last_change(node.op_type, node.opset)
         if changed > max(VERIFIED[""], *fitting):
             raise node.unsupported(
                 f"ONNX changed it in version {changed}, and its function was held against versions up to {VERIFIED['']}"
