@@ -61,13 +61,14 @@ class Grid:
 
     def laid(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Step and zero point, ready to meet a tensor of `shape`; a block of zeros may have the step 0."""
-        step, shift = (expanded(value, shape, self.axis, self.block) for value in (self.step, self.shift))
-        return step, shift
+        step = expanded(self.step, shape, self.axis, self.block)
+        return step, self.shift if self.zero_point is None else expanded(self.shift, shape, self.axis, self.block)
 
     def misfit(self, shape: torch.Size) -> str | None:
         """Why these can't be the scales of codes of this shape, None where they can."""
-        if not bool(torch.isfinite(self.step).all()):
-            return "its scale is not finite"
+        step = self.step
+        if not bool(torch.isfinite(step).all()) or not (self.block or bool(step.all())):
+            return "the product of its scales is 0 or not finite"
         try:
             torch.zeros(shape) * self.laid(shape)[0]
         except (RuntimeError, IndexError):

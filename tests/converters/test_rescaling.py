@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import QuantFormat, QuantType
 
+from qdefense.converters.quantize import BlockSize, Format, Types
 from qdefense.converters.shadow import Shadow, build_shadow
 from qdefense.converters.writeback import WriteBackError, write_back
 
-from .shadow.quantized_files import Array, dynamic_file, int4_file, model_of, pictures, static_file
+from .shadow.quantized_files import Array, model_of, pictures, quantized
 from .shadow.shadow_graphs import run_shadow, session_output
 
 
@@ -35,8 +33,8 @@ def with_first_channel_tripled(model: bytes, name: str) -> tuple[bytes, Array]:
 
 
 @pytest.mark.parametrize("reduced", [False, True])
-def test_symmetric_channel_gets_its_largest_weight_over_half_the_range(tmp_path: Path, reduced: bool) -> None:
-    model = static_file(tmp_path, reduce_range=reduced)
+def test_symmetric_channel_gets_its_largest_weight_over_half_the_range(reduced: bool) -> None:
+    model = quantized("int8-static", reduce_range=reduced)
     data, weight = with_first_channel_tripled(model, "one.w_quantized")
     end, before, after = 64 if reduced else 127, arrays(model), arrays(data)
     largest = np.abs(weight).reshape(8, -1).max(1)
@@ -46,8 +44,8 @@ def test_symmetric_channel_gets_its_largest_weight_over_half_the_range(tmp_path:
     np.testing.assert_array_equal(after["one.w_zero_point"], before["one.w_zero_point"])
 
 
-def test_what_the_old_range_would_clip_is_kept(tmp_path: Path) -> None:
-    model = static_file(tmp_path)
+def test_what_the_old_range_would_clip_is_kept() -> None:
+    model = quantized("int8-static")
     shadow = trainable(model)
     with torch.no_grad():
         shadow.parameters_by_initializer["one.w_quantized"][2, 1, 1, 1] = 4.0
@@ -61,8 +59,8 @@ def test_what_the_old_range_would_clip_is_kept(tmp_path: Path) -> None:
     assert bool((error <= 0.5001 * step).all())
 
 
-def test_bias_follows_to_the_new_scale(tmp_path: Path) -> None:
-    model = static_file(tmp_path)
+def test_bias_follows_to_the_new_scale() -> None:
+    model = quantized("int8-static")
     before = arrays(model)
     data, _ = with_first_channel_tripled(model, "one.w_quantized")
     after = arrays(data)
@@ -74,18 +72,18 @@ def test_bias_follows_to_the_new_scale(tmp_path: Path) -> None:
         np.testing.assert_array_equal(after[name], before[name])
 
 
-def test_bias_of_a_quantized_operator_follows_too(tmp_path: Path) -> None:
-    model = static_file(tmp_path, quant_format=QuantFormat.QOperator)
+def test_bias_of_a_quantized_operator_follows_too() -> None:
+    model = quantized("int8-static", format="qoperator")
     data, _ = with_first_channel_tripled(model, "one.w_quantized")
     before, after = arrays(model)["one.b_quantized"].astype(float), arrays(data)["one.b_quantized"]
     assert abs(after[0] - before[0] / 3) <= 0.51
     np.testing.assert_allclose(after[1:], before[1:], atol=1)
 
 
-@pytest.mark.parametrize("form", [QuantFormat.QDQ, QuantFormat.QOperator])
-def test_the_same_weights_give_the_same_answers(tmp_path: Path, form: QuantFormat) -> None:
+@pytest.mark.parametrize("form", ["qdq", "qoperator"])
+def test_the_same_weights_give_the_same_answers(form: Format) -> None:
     """Recalibrated twice: the second file has the first one's scales and codes."""
-    model, x = static_file(tmp_path, quant_format=form), pictures(64)
+    model, x = quantized("int8-static", format=form), pictures(64)
     shadow = trainable(model)
     with torch.no_grad():
         for parameter in shadow.parameters():
@@ -101,12 +99,12 @@ def test_the_same_weights_give_the_same_answers(tmp_path: Path, form: QuantForma
         np.testing.assert_allclose(arrays(twice)[name].astype(float), value.astype(float), rtol=1e-6, atol=1)
 
 
-@pytest.mark.parametrize(("kind", "high"), [(QuantType.QUInt8, 255), (QuantType.QInt8, 127)])
-def test_dynamic_file_gets_scale_and_zero_point(tmp_path: Path, kind: QuantType, high: int) -> None:
-    model = dynamic_file(tmp_path, kind, per_channel=False)
+@pytest.mark.parametrize(("types", "high"), [("u8u8", 255), ("u8s8", 127)])
+def test_dynamic_file_gets_scale_and_zero_point(types: Types, high: int) -> None:
+    model = quantized("int8-dynamic", types=types, reduce_range=False)
     data, weight = with_first_channel_tripled(model, "one.w_quantized")
     scale, zero = (float(arrays(data)[f"one.w_{name}"]) for name in ("scale", "zero_point"))
-    if kind == QuantType.QInt8:
+    if types == "u8s8":
         assert scale == pytest.approx(np.abs(weight).max() / 127, rel=1e-6)
         assert zero == 0
     else:
@@ -116,30 +114,31 @@ def test_dynamic_file_gets_scale_and_zero_point(tmp_path: Path, kind: QuantType,
     assert np.abs(stored - weight).max() <= 0.5001 * scale
 
 
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("block", [0, 16])
-def test_four_bit_groups_get_their_own_scale(block: int, signed: bool) -> None:
-    data, weight = with_first_channel_tripled(int4_file(block, signed=signed), "fc.w.q")
-    found = arrays(data)
-    size = block or weight.shape[1]
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block", [None, 16])
+def test_four_bit_groups_get_their_own_scale(block: BlockSize | None, symmetric: bool) -> None:
+    model = quantized("int4", block_size=block, symmetric=symmetric)
+    data, weight = with_first_channel_tripled(model, "fc.w_int4")
+    found, size = arrays(data), block or weight.shape[1]
     for at in range(-(-weight.shape[1] // size)):
         group = weight[0, at * size : (at + 1) * size]
         low, high = min(group.min(), 0), max(group.max(), 0)
-        scale = max(-low, high) / 7 if signed else (high - low) / 15
-        assert found["fc.w.s"].reshape(5, -1)[0, at] == pytest.approx(scale, rel=1e-6)
-        assert int(found["fc.w.z"].reshape(5, -1)[0, at]) == (0 if signed else round(-low / scale))
+        scale = max(-low, high) / 7 if symmetric else (high - low) / 15
+        assert found["fc.w_int4_scale"].reshape(5, -1)[0, at] == pytest.approx(scale, rel=1e-6)
+        if not symmetric:
+            assert int(found["fc.w_int4_zero_point"].reshape(5, -1)[0, at]) == round(-low / scale)
 
 
 def four_bit_model(change: str) -> bytes:
     """A file whose scales can't take another value, and says so in one of several ways."""
-    model = onnx.load_from_string(int4_file(0, signed=False))
+    model = onnx.load_from_string(quantized("int4", symmetric=False))
     graph = model.graph
-    (node,) = (node for node in graph.node if node.name == "fc.w.dq")
+    (node,) = (node for node in graph.node if node.name == "fc.w_int4_dequantized")
     if change == "shared":
-        graph.node.append(helper.make_node("Identity", ["fc.w.s"], ["unused"], name="reader"))
+        graph.node.append(helper.make_node("Identity", [node.input[1]], ["unused"], name="reader"))
     elif change == "constant":
-        (tensor,) = (tensor for tensor in graph.initializer if tensor.name == "fc.w.s")
-        graph.node.insert(0, helper.make_node("Constant", [], ["fc.w.s"], name="c", value=tensor))
+        (tensor,) = (tensor for tensor in graph.initializer if tensor.name == node.input[1])
+        graph.node.insert(0, helper.make_node("Constant", [], [node.input[1]], name="c", value=tensor))
         graph.initializer.remove(tensor)
     else:
         del node.input[2]
@@ -149,7 +148,7 @@ def four_bit_model(change: str) -> bytes:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("shared", r"scale 'fc\.w\.s', which other nodes read too,"),
+        ("shared", r"scale 'fc\.w_int4_scale', which other nodes read too,"),
         ("constant", "scale, which is no initializer,"),
         ("no zero point", "zero point, which the file leaves out or has once for all channels,"),
     ],
@@ -158,13 +157,13 @@ def test_scale_that_can_t_be_written_is_refused(change: str, reason: str) -> Non
     model = four_bit_model(change)
     shadow = trainable(model)
     with torch.no_grad():
-        shadow.parameters_by_initializer["fc.w.q"][0] -= 1
-    with pytest.raises(WriteBackError, match=rf"initializer 'fc\.w\.q' has a {reason} .*; keep the scales \(scales="):
+        shadow.parameters_by_initializer["fc.w_int4"][0] -= 1
+    with pytest.raises(WriteBackError, match=rf"initializer 'fc\.w_int4' has a {reason} .*; keep the scales \(scales="):
         write_back(model, shadow, scales="recalibrate")
     assert write_back(model, shadow).changed
 
 
-def test_bias_between_two_scales_is_refused(tmp_path: Path) -> None:
+def test_bias_between_two_scales_is_refused() -> None:
     names = ["x", "x.s", "x.z", "{}.w", "{}.s", "{}.z", "y.s", "y.z", "bias"]
     nodes = [helper.make_node("QuantizeLinear", ["x", "x.s", "x.z"], ["q"], name="in")]
     for part in ("a", "b"):

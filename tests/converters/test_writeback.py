@@ -1,24 +1,23 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
 from torch.nn import functional
 
 from qdefense.converters.contract import InputContract, read_contract, write_contract
 from qdefense.converters.fingerprint import graph_fingerprint
+from qdefense.converters.quantize import Format
 from qdefense.converters.shadow import Shadow, ShadowError, build_shadow, runtime_saturates
 from qdefense.converters.shadow.graph import file_weights
 from qdefense.converters.writeback import ChangedTensor, Scales, WriteBackError, write_back
 from qdefense.fidelity import compare_logits
 
-from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, network, pictures, static_file
+from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, network, pictures, quantized
 from .shadow.shadow_graphs import run_shadow, session_output
 
 KINDS = (
@@ -35,13 +34,14 @@ KINDS = (
     "dynamic s8 channel",
     "int4 channel",
     "uint4 blocks",
+    "int4-a8 blocks",
 )
 INTEGER = tuple(kind for kind in KINDS if not kind.startswith("fp"))
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    found = every_file(tmp_path_factory.mktemp("files"))
+def files() -> dict[str, bytes]:
+    found = every_file()
     assert tuple(found) == KINDS
     return found
 
@@ -223,8 +223,8 @@ def test_float16_tensor_stays_float16(files: dict[str, bytes]) -> None:
     assert written[0] == np.float16(0.1)
 
 
-def test_large_bias_codes_survive(tmp_path: Path) -> None:
-    model = onnx.load_from_string(static_file(tmp_path))
+def test_large_bias_codes_survive(files: dict[str, bytes]) -> None:
+    model = onnx.load_from_string(files["qdq u8s8 channel reduced"])
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "fc.b_quantized")
     codes = np.array([2**31 - 1, 2**24 + 1, -(2**30) - 1, 5, 0], dtype=np.int32)
     tensor.CopyFrom(numpy_helper.from_array(codes, "fc.b_quantized"))
@@ -274,13 +274,12 @@ def fitted() -> onnx.ModelProto:
     return onnx.load_from_string(data)
 
 
-@pytest.mark.parametrize("form", [QuantFormat.QDQ, QuantFormat.QOperator])
+@pytest.mark.parametrize("form", ["qdq", "qoperator"])
 def test_quantization_aware_training_repairs_a_static_file_on_the_session(
-    fitted: onnx.ModelProto, form: QuantFormat, tmp_path: Path
+    fitted: onnx.ModelProto, form: Format
 ) -> None:
     # ranges that cut off three fifths of all activations
-    harsh = {"calibrate_method": CalibrationMethod.Percentile, "extra_options": {"CalibPercentile": 70.0}}
-    model = static_file(tmp_path, fitted, quant_format=form, **harsh)
+    model = quantized("int8-static", fitted, format=form, percentile=70.0)
     accuracy, loss = deployed(model)
     assert accuracy < 0.5
     better, less = deployed(fine_tuned(model, rate=0.003, steps=60))
@@ -288,8 +287,8 @@ def test_quantization_aware_training_repairs_a_static_file_on_the_session(
     assert less < loss / 2
 
 
-def test_quantization_aware_training_improves_four_bit_weights(fitted: onnx.ModelProto, tmp_path: Path) -> None:
-    model = static_file(tmp_path, fitted, weight_type=QuantType.QInt4, per_channel=False, reduce_range=False)
+def test_quantization_aware_training_improves_four_bit_weights(fitted: onnx.ModelProto) -> None:
+    model = quantized("int4-a8", fitted)
     (_, loss), (_, less) = deployed(model), deployed(fine_tuned(model, rate=0.01, steps=60))
     assert less < loss / 2
 

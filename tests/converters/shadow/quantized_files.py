@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+from qdefense.converters.quantize import Scheme, quantize
 
 Array = NDArray[Any]
 CLASSES, SIZE = 5, 8
@@ -71,71 +70,21 @@ def network() -> onnx.ModelProto:
     return model_of(network_nodes(), [numpy_helper.from_array(value, name) for name, value in random_weights().items()])
 
 
-class _Calibration(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self) -> None:
-        self.batches: Iterator[dict[str, Array]] = iter([{"x": pictures(16, seed)} for seed in (1, 2)])
-
-    def get_next(self) -> dict[str, Array] | None:
-        return next(self.batches, None)
-
-
-def static_file(folder: Path, model: onnx.ModelProto | None = None, **options: Any) -> bytes:
-    """The classifier in static INT8; QDQ, u8 x s8, per channel and in 7 bits unless said otherwise."""
-    source, target = folder / "float.onnx", folder / "static.onnx"
-    onnx.save(network() if model is None else model, source)
-    settings = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
-    settings |= {"quant_format": QuantFormat.QDQ, "reduce_range": True} | options
-    quantize_static(source, target, _Calibration(), **settings)
-    return target.read_bytes()
+def quantized(scheme: Scheme, model: onnx.ModelProto | None = None, **settings: Any) -> bytes:
+    """The classifier, or another one, quantized."""
+    images = pictures(32, seed=1) if scheme in ("int8-static", "int4-a8") else None
+    source = network() if model is None else model
+    return quantize(bytes(source.SerializeToString()), scheme, calibration=images, **settings)
 
 
-def dynamic_file(folder: Path, weight_type: QuantType, *, per_channel: bool) -> bytes:
-    """The classifier in dynamic INT8."""
-    source, target = folder / "float.onnx", folder / "dynamic.onnx"
-    onnx.save(network(), source)
-    quantize_dynamic(source, target, weight_type=weight_type, per_channel=per_channel)
-    return target.read_bytes()
-
-
-def int4_file(block: int, *, signed: bool, packed_raw: bool = True) -> bytes:
-    """The classifier with its weights in INT4 behind DequantizeLinear: per channel, or in blocks along axis 1."""
-    nodes, tensors = network_nodes(), []
-    for name, value in random_weights().items():
-        if not name.endswith(".w"):
-            tensors.append(numpy_helper.from_array(value, name))
-            continue
-        tensors += _int4_tensors(name, value, block, signed=signed, packed_raw=packed_raw)
-        settings = {"axis": 1, "block_size": block} if block else {"axis": 0}
-        inputs = [f"{name}.q", f"{name}.s", f"{name}.z"]
-        nodes.insert(0, helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}.dq", **settings))
-    return bytes(model_of(nodes, tensors).SerializeToString())
-
-
-def _int4_tensors(name: str, value: Array, block: int, *, signed: bool, packed_raw: bool) -> list[TensorProto]:
-    count, size = (-(-value.shape[1] // block), block) if block else (1, value[0].size)
-    rows = value.reshape(len(value), 1, -1) if not block else value
-    groups = [rows[:, at * size : (at + 1) * size] if block else rows for at in range(count)]
-    low = np.concatenate([np.minimum(group.min(1 if block else (1, 2), keepdims=True), 0) for group in groups], 1)
-    high = np.concatenate([np.maximum(group.max(1 if block else (1, 2), keepdims=True), 0) for group in groups], 1)
-    scale = (np.maximum(-low, high) / 7 if signed else (high - low) / 15).astype(np.float32)
-    zero = np.zeros_like(scale) if signed else np.round(-low / scale)
-    wide = [np.repeat(part, size, 1)[:, : value.shape[1]] if block else part for part in (scale, zero)]
-    step, shift = (part if block else part.reshape(-1, *(1,) * (value.ndim - 1)) for part in wide)
-    codes = np.clip(np.round(value / step) + shift, -7 if signed else 0, 7 if signed else 15)
-    kind = TensorProto.INT4 if signed else TensorProto.UINT4
-    scale, zero = (part if block else part.reshape(-1) for part in (scale, zero))
-    return [
-        _packed(f"{name}.q", kind, codes, raw=packed_raw),
-        numpy_helper.from_array(scale, f"{name}.s"),
-        _packed(f"{name}.z", kind, zero, raw=packed_raw),
-    ]
-
-
-def _packed(name: str, kind: int, codes: Array, *, raw: bool) -> TensorProto:
-    array = codes.astype(helper.tensor_dtype_to_np_dtype(kind))
-    if raw:
-        return numpy_helper.from_array(array, name)
-    return helper.make_tensor(name, kind, array.shape, array.reshape(-1))
+def in_typed_fields(data: bytes) -> bytes:
+    """The file with 4 bit codes in ``int32_data``, as `onnx.helper.make_tensor` writes them."""
+    model = onnx.load_from_string(data)
+    for tensor in model.graph.initializer:
+        if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
+            codes = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(helper.make_tensor(tensor.name, tensor.data_type, codes.shape, codes.reshape(-1)))
+    return bytes(model.SerializeToString())
 
 
 def half_file() -> bytes:
@@ -175,23 +124,22 @@ def unfolded_file() -> bytes:
     return bytes(model_of(nodes, tensors).SerializeToString())
 
 
-def every_file(folder: Path) -> dict[str, bytes]:
+def every_file() -> dict[str, bytes]:
     """The classifier by the name of its scheme."""
-    operators = {"quant_format": QuantFormat.QOperator}
-    unsigned = {"weight_type": QuantType.QUInt8, "per_channel": False, "reduce_range": False}
-    signed = {"activation_type": QuantType.QInt8, "reduce_range": False}
+    whole, single = {"reduce_range": False}, {"per_channel": False}
     return {
         "fp32": bytes(network().SerializeToString()),
         "fp32 unfolded": unfolded_file(),
         "fp16": half_file(),
-        "qdq u8s8 channel reduced": static_file(folder),
-        "qdq u8s8 tensor": static_file(folder, per_channel=False, reduce_range=False),
-        "qdq s8s8 channel": static_file(folder, **signed),
-        "qdq u8u8 tensor": static_file(folder, **unsigned),
-        "qoperator u8s8 channel reduced": static_file(folder, **operators),
-        "qoperator u8u8 tensor": static_file(folder, **operators, **unsigned),
-        "dynamic u8": dynamic_file(folder, QuantType.QUInt8, per_channel=False),
-        "dynamic s8 channel": dynamic_file(folder, QuantType.QInt8, per_channel=True),
-        "int4 channel": int4_file(0, signed=True),
-        "uint4 blocks": int4_file(16, signed=False, packed_raw=False),
+        "qdq u8s8 channel reduced": quantized("int8-static"),
+        "qdq u8s8 tensor": quantized("int8-static", **whole, **single),
+        "qdq s8s8 channel": quantized("int8-static", types="s8s8", **whole),
+        "qdq u8u8 tensor": quantized("int8-static", types="u8u8", **single),
+        "qoperator u8s8 channel reduced": quantized("int8-static", format="qoperator"),
+        "qoperator u8u8 tensor": quantized("int8-static", format="qoperator", types="u8u8", **single),
+        "dynamic u8": quantized("int8-dynamic"),
+        "dynamic s8 channel": quantized("int8-dynamic", types="u8s8", per_channel=True, **whole),
+        "int4 channel": quantized("int4"),
+        "uint4 blocks": in_typed_fields(quantized("int4", block_size=16, symmetric=False)),
+        "int4-a8 blocks": quantized("int4-a8", block_size=16),
     }

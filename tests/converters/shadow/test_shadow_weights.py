@@ -1,24 +1,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from onnx import NodeProto, TensorProto, helper
-from onnxruntime.quantization import QuantFormat
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from qdefense.converters.shadow import Shadow, ShadowError, build_shadow, runtime_saturates
 from qdefense.converters.shadow.graph import file_weights
+from qdefense.converters.writeback import write_back
 
-from .quantized_files import every_file, half_file, pictures, static_file, unfolded_file
+from .quantized_files import every_file, half_file, pictures, quantized, unfolded_file
 from .shadow_graphs import MICROSOFT, Array, graph_model, run_shadow, scalars, session_output
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return every_file(tmp_path_factory.mktemp("files"))
+def files() -> dict[str, bytes]:
+    return every_file()
 
 
 def trainable(model: bytes) -> Shadow:
@@ -36,8 +36,8 @@ def test_trainable_shadow_computes_what_the_other_one_does(files: dict[str, byte
         np.testing.assert_array_equal(with_gradients, expected, err_msg=kind)
 
 
-def test_trainable_shadow_saturates_as_the_other_one_does(tmp_path: Path) -> None:
-    model, x = static_file(tmp_path, quant_format=QuantFormat.QOperator, reduce_range=False), pictures(32)
+def test_trainable_shadow_saturates_as_the_other_one_does() -> None:
+    model, x = quantized("int8-static", format="qoperator", reduce_range=False), pictures(32)
     expected = session_output(model, x, level="ORT_DISABLE_ALL")
     np.testing.assert_array_equal(run_shadow(trainable(model), x, saturate=runtime_saturates()), expected)
 
@@ -86,8 +86,8 @@ def test_statistics_and_constants_of_arithmetic_are_not_trained_unasked(files: d
         ("qdq s8s8 channel", "one.w_quantized", (-127, 127)),
         ("qdq u8u8 tensor", "one.w_quantized", (0, 255)),
         ("dynamic u8", "one.w_quantized", (0, 255)),
-        ("int4 channel", "fc.w.q", (-7, 7)),
-        ("uint4 blocks", "fc.w.q", (0, 15)),
+        ("int4 channel", "fc.w_int4", (-7, 7)),
+        ("uint4 blocks", "fc.w_int4", (0, 15)),
         ("qdq u8u8 tensor", "one.b_quantized", (-(2**31), 2**31 - 1)),
     ],
 )
@@ -200,14 +200,29 @@ def test_codes_on_two_scales_are_frozen() -> None:
     assert len(file_weights(model).trainable["w"].grids) == 2
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.1, np.nan, np.inf])
-def test_scale_that_is_none_freezes_the_codes(scale: float) -> None:
+def test_scales_whose_product_is_lost_freeze_a_bias() -> None:
+    shadow = trainable(biased_product(np.float32(1e-30), np.float32(1e-30)))
+    assert shadow.frozen == {"c": "node 'gemm' (QGemm): the product of its scales is 0 or not finite"}
+
+
+def test_blocks_of_zero_or_negative_scale_are_trained() -> None:
+    codes = np.array([[7, -8, 3, 1]], np.int8).repeat(2, 0)
     nodes = [
-        helper.make_node("DequantizeLinear", ["w", "s"], ["v"], name="d"),
+        helper.make_node("DequantizeLinear", ["w", "s"], ["v"], axis=1, block_size=2),
         helper.make_node("MatMul", ["x", "v"], ["y"]),
     ]
-    found = reason(nodes, {"w": CODES, **scalars(s=(scale, np.float32))})
-    assert found == "node 'd' (DequantizeLinear): its scale is not positive and finite"
+    values = {"w": codes, "s": np.array([[0, -0.1], [-0.2, 0.1]], np.float32)}
+    proto = onnx.load_from_string(graph_model(nodes, np.zeros((1, 2), np.float32), values))
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4]))
+    model = bytes(proto.SerializeToString())
+    shadow, x = trainable(model), np.array([[1, 2]], np.float32)
+    np.testing.assert_array_equal(run_shadow(shadow, x), run_shadow(build_shadow(model, source="shipped"), x))
+    assert write_back(model, shadow).data == model
+    with torch.no_grad():
+        shadow.parameters_by_initializer["w"][1, 0] = 0.6
+    written = write_back(model, shadow)
+    (tensor,) = (tensor for tensor in onnx.load_from_string(written.data).graph.initializer if tensor.name == "w")
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor), [[7, -8, 3, 1], [-3, -8, 3, 1]])
 
 
 def test_dynamic_product_without_a_scale_is_frozen() -> None:
@@ -231,16 +246,20 @@ def test_codes_that_no_operator_explains_are_frozen() -> None:
     assert found == "node 'g' (Gather) takes it as input 0, which is not trained"
 
 
-def test_alpha_belongs_to_the_scale_of_a_bias() -> None:
+def biased_product(x_scale: Array, w_scale: Array) -> bytes:
+    """Half of x times codes, plus a bias in codes."""
     inputs = ["q", "s", "z", "w", "w.s", "w.z", "c"]
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
         helper.make_node("QGemm", inputs, ["y"], name="gemm", domain=MICROSOFT, alpha=0.5, transB=1),
     ]
-    values = {"w": CODES, "c": np.array([10, -20], np.int32), "w.z": np.zeros(2, np.int8)}
-    values |= {"w.s": np.array([0.1, 0.2], np.float32), **scalars(s=(0.5, np.float32), z=(0, np.uint8))}
-    model = graph_model(nodes, np.zeros((1, 2), np.float32), values)
-    shadow = trainable(model)
+    values = {"w": CODES, "c": np.array([10, -20], np.int32), "w.z": np.zeros(w_scale.shape, np.int8)}
+    values |= {"s": np.asarray(x_scale), "w.s": np.asarray(w_scale), **scalars(z=(0, np.uint8))}
+    return graph_model(nodes, np.zeros((1, 2), np.float32), values)
+
+
+def test_alpha_belongs_to_the_scale_of_a_bias() -> None:
+    shadow = trainable(biased_product(np.float32(0.5), np.array([0.1, 0.2], np.float32)))
     np.testing.assert_allclose(shadow.parameters_by_initializer["c"].detach(), [0.25, -1.0], rtol=1e-6)
     np.testing.assert_allclose(run_shadow(shadow, np.zeros((1, 2), np.float32)), [[0.25, -1.0]], rtol=1e-6)
 
