@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,6 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from qdefense.converters.shadow.convolutions import convolve
 from qdefense.converters.shadow.registry import Mode, Node
@@ -114,13 +114,18 @@ class IntegerConvolution:
         columns = self.raw.shape[0] // self.groups
         if not pairs:
             return torch.zeros(shape[0], columns, *shape[2:], dtype=torch.float64)
-        kernel, dilations = self.sliding.kernel, self.sliding.dilations
-        patches = functional.unfold(codes, kernel, dilations, 0, self.sliding.strides)
-        batch, _, pixels = patches.shape
-        # unfold's axis runs (cin, kh, kw), the kernel's (kh, kw, cin)
-        patches = patches.reshape(batch, codes.shape[1], -1, pixels).permute(2, 1, 0, 3).reshape(-1, batch * pixels)
-        error = saturation_error(patches, pairs, columns)
-        return error.reshape(columns, batch, pixels).transpose(0, 1).reshape(batch, columns, *shape[2:])
+        error = saturation_error(_patches(codes, self.sliding), pairs, columns)
+        return error.reshape(columns, shape[0], *shape[2:]).transpose(0, 1)
+
+
+def _patches(codes: Tensor, sliding: Window) -> Tensor:
+    """What each output sees of padded codes, in the order of the kernels: ((kh, kw, cin), (N, out...))."""
+    rank = len(sliding.kernel)
+    for axis, (extent, stride, dilation) in enumerate(zip(sliding.extent, sliding.strides, sliding.dilations)):
+        codes = codes.unfold(2 + axis, extent, stride)[..., ::dilation]
+    outputs, cells = range(2, 2 + rank), range(2 + rank, 2 + 2 * rank)
+    depth = math.prod(sliding.kernel) * codes.shape[1]
+    return codes.permute(*cells, 1, 0, *outputs).reshape(depth, -1)
 
 
 class _ConvolveAndRound(Function):
