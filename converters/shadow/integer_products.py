@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from qdefense.converters.shadow.convolutions import convolve
 from qdefense.converters.shadow.registry import Mode, Node
-from qdefense.converters.shadow.rounding import Range, inside, value_of
+from qdefense.converters.shadow.rounding import Range, inside, round_product, value_of
 from qdefense.converters.shadow.saturation import OverflowingPairs, overflowing_pairs, saturation_error
 from qdefense.converters.shadow.windows import Window
 
@@ -34,8 +34,8 @@ def mixed_signs(node: Node, zero_point: int, right: int) -> bool:
 
 def largest_sum(weight: Tensor, bias: Tensor | None, axes: tuple[int, ...]) -> float:
     """Upper bound of every partial sum of 8 bit codes times `weight`, reduced over `axes`."""
-    total = weight.double().abs().sum(axes) * 255
-    return float((total if bias is None else total + bias.double().abs()).max())
+    total = weight.detach().double().abs().sum(axes) * 255
+    return float((total if bias is None else total + bias.detach().double().abs()).max())
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class IntegerConvolution:
         """Whether float32 sums are exact."""
         bound = largest_sum(self.weight, self.bias, tuple(range(1, self.weight.ndim)))
         return bound < _EXACT_IN_FLOAT32
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether gradients of the weights or the bias are wanted."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     @cached_property
     def single_bias(self) -> Tensor | None:
@@ -166,6 +171,9 @@ class RequantizedConvolution:
 
     def __call__(self, codes: Tensor, mode: Mode) -> Tensor:
         """The output codes."""
+        if self.convolution.is_trained:
+            sums = self.convolution.sums(codes, self.x_zero_point, mode).float()
+            return round_product(sums, self.factor, self.y_zero_point, self.limits)
         result: Tensor = _ConvolveAndRound.apply(codes, self, mode)  # type: ignore[no-untyped-call]
         return result
 
