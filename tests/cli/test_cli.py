@@ -217,7 +217,6 @@ def test_quantize_exits_2_and_writes_nothing_when(
     ("target", "reason"),
     [
         ("{tmp}/missing/out.onnx", "No such file or directory"),
-        ("{tmp}", "Is a directory"),
         pytest.param(
             "/dev/null",
             "exists and is no regular file",  # as root it would be replaced by one
@@ -244,6 +243,11 @@ def test_command_exits_2_before_any_work_when_the_output_cannot_be_written(
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_exits_2_when_the_output_is_a_folder(tmp_path: Path, capfd: Capture) -> None:
+    assert run(["train", "--data", "signs", "-o", str(tmp_path)]) == 2
+    assert capfd.readouterr() == ("", f"error: {tmp_path}: Is a directory; check the path and its permissions\n")
 
 
 def test_train_writes_model_and_truth(tmp_path: Path, capfd: Capture) -> None:
