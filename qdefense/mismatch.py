@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qdefense.converters.reading import safe_text
 from qdefense.data.images import Pixels
 from qdefense.fidelity import MismatchCause, compare_logits, shadow_logits
-from qdefense.session import DeployedSession, Logits, SessionError, SessionProfile
+from qdefense.session import DeployedSession, Logits, SessionError
 
 if TYPE_CHECKING:
     from qdefense.converters.shadow import Shadow
 
 _ROWS = 64
 _SMALLEST_DIFFERENCE = 1e-3
+_TAPS_AT_ONCE = 16
 
 
 def find_cause(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate: bool) -> MismatchCause:
@@ -42,7 +44,7 @@ def find_cause(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
 
 
 def _with(session: DeployedSession, **change: object) -> DeployedSession:
-    profile = SessionProfile.model_validate({**session.profile.model_dump(), **change})
+    profile = session.profile.with_changes(**change)
     return session if profile == session.profile else DeployedSession(session.artifact, profile)
 
 
@@ -82,7 +84,7 @@ def _saturation(session: DeployedSession, *, emulated: bool) -> MismatchCause:
 
 def _optimization(session: DeployedSession, shadow: Shadow) -> MismatchCause:
     shipped = shadow.source == "shipped"
-    run_by_runtime = set(session.artifact.runtime_layers)
+    run_by_runtime = set(session.runtime_layers)
     replaced = tuple(safe_text(name) for name in shadow.node_names if name not in run_by_runtime) if shipped else ()
     remedy = "build the shadow from the optimized graph" if shipped else "run the session at 'all'"
     return MismatchCause(
@@ -101,12 +103,22 @@ def _diverging(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
         session = _with(session, batch=1)
     with torch.no_grad():
         values = shadow.activations(torch.from_numpy(x), shadow.tensor_names, exact=True, saturate=saturate)
-    for name, value in values.items():
-        try:
-            measured = session.activations(x, name).astype(np.float64)
-        except SessionError:
-            continue
-        own = value.double().numpy()
+    for name, tapped in _measured(session, x, list(values)):
+        own, measured = values[name].double().numpy(), tapped.astype(np.float64)
         scale = max(float(np.abs(measured).max(initial=0)), 1e-12)
         if own.shape == measured.shape and not np.allclose(own, measured, atol=_SMALLEST_DIFFERENCE * scale, rtol=0):
             yield safe_text(name)
+
+
+def _measured(session: DeployedSession, x: Pixels, names: list[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    """The session's values, several to a run; those that cannot be tapped are left out."""
+    for start in range(0, len(names), _TAPS_AT_ONCE):
+        yield from _tapped(session, x, names[start : start + _TAPS_AT_ONCE]).items()
+
+
+def _tapped(session: DeployedSession, x: Pixels, names: list[str]) -> dict[str, NDArray[np.generic]]:
+    try:
+        return session.tap(x, names)
+    except SessionError:
+        half = len(names) // 2
+        return _tapped(session, x, names[:half]) | _tapped(session, x, names[half:]) if half else {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
-from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
+from qdefense.converters.runtime_graph import GraphOptions, RuntimeGraphError, optimized_model
 from qdefense.converters.shadow import (  # noqa: F401
     activations,
     casting,
@@ -52,7 +52,12 @@ _STATIC = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "QGemm"}
 
 
 def build_shadow(
-    model: bytes, *, source: Source, contract: InputContract | None = None, trainable: bool = False
+    model: bytes,
+    *,
+    source: Source,
+    contract: InputContract | None = None,
+    options: GraphOptions | None = None,
+    trainable: bool = False,
 ) -> Shadow:
     """The differentiable twin of an ONNX file.
 
@@ -64,12 +69,14 @@ def build_shadow(
         source: "optimized" mirrors the graph that ONNX Runtime runs, for certificates and inversion;
             "shipped" mirrors the graph as it is in the file, for repairs and write-back.
         contract: what the file expects and answers. Fixed inputs become constants, a frozen batch is set free.
+        options: of the session that the shadow stands for; they decide the optimized graph.
         trainable: of the shipped graph, every weight becomes a float parameter that each pass rounds to what the
             file would hold: quantization-aware training, for `write_back`. Slower than a shadow of constants.
 
     Raises:
         ValueError: an unknown source, or the optimized graph is to be trained.
         RuntimeGraphError: ONNX Runtime refused the file ("optimized" only).
+        UnsupportedArithmeticError: the options ask for exact arithmetic, and the optimized graph has no exact form.
         ShadowError: the bytes are no self-contained ONNX model with one input and one output.
         UnsupportedOperatorError: an operator of the graph, or a use of one, has no registered function.
     """
@@ -78,7 +85,7 @@ def build_shadow(
     if trainable and source != "shipped":
         raise ValueError("the optimized graph is the runtime's own and can't be written back; train source='shipped'")
     data = model if contract is None else narrowed(model, contract)
-    proto = _parse(_optimized(data) if source == "optimized" else data)
+    proto = _parse(_optimized(data, options) if source == "optimized" else data)
     plan, weights = _classifier_plan(proto), None
     if trainable:
         weights = weights_of(plan, () if contract is None else contract.fixed_inputs)
@@ -274,10 +281,10 @@ class Shadow(nn.Module):
         return self._plan.run(values, mode, wanted)
 
 
-def _optimized(data: bytes) -> bytes:
+def _optimized(data: bytes, options: GraphOptions | None) -> bytes:
     """The graph that ONNX Runtime runs; where it refuses the file, what the shipped graph's plan says is added."""
     try:
-        return optimized_model(data)
+        return optimized_model(data, options)
     except RuntimeGraphError as error:
         try:
             _classifier_plan(_parse(data))
