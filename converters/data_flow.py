@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 from pydantic import BaseModel, ConfigDict
 
 from qdefense.converters.flat_graph import FLOATS, Graph, Node, Value, behind_layout, type_name
-from qdefense.converters.precision import WEIGHTED
 from qdefense.converters.reading import safe_text, tensor_array
+from qdefense.converters.weighted_operators import WEIGHTED
 
 _NODES_SHOWN = 12
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})

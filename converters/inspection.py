@@ -68,7 +68,7 @@ def inspect_model(model: bytes) -> Inspection:
 def inspect_parsed(proto: onnx.ModelProto, *, size_bytes: int) -> Inspection:
     """The same for a model that ``parse_model`` gave."""
     graph = flatten(proto)
-    layers, scales = weighted_layers(graph)
+    layers = weighted_layers(graph)
     flow = follow_pixels(graph)
     depth, path = bypass(graph, flow)
     return Inspection(
@@ -79,7 +79,7 @@ def inspect_parsed(proto: onnx.ModelProto, *, size_bytes: int) -> Inspection:
         operators=_count_operators(proto.graph),
         parameters=count_parameters(graph),
         scheme=file_scheme(layers),
-        granularity=file_granularity(scales),
+        granularity=file_granularity(layers),
         weight_types=_distinct(layer.weight_type for layer in layers),
         activation_types=_distinct(layer.activation_type for layer in layers),
         layers=tuple(layers),

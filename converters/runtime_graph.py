@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _native
@@ -31,10 +32,18 @@ def runtime_reason(error: Exception) -> str:
     return " ".join(_NOISE.sub("", str(error)).split()).rstrip(".")
 
 
-def optimized_model(model: bytes) -> bytes:
+Level = Literal["basic", "extended", "all"]
+LEVELS: dict[Level, onnxruntime.GraphOptimizationLevel] = {
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+def optimized_model(model: bytes, *, level: Level = "extended") -> bytes:
     """The graph that ONNX Runtime runs, as a model of its own.
 
-    EXTENDED, not ALL: on x86-64 ALL adds only NCHWc layout nodes, which are not portable and change no integer result.
+    EXTENDED, not ALL: on x86-64 ALL adds only layout nodes, which are not portable and change no integer result.
 
     Raises:
         RuntimeGraphError: the runtime refused the file.
@@ -42,7 +51,7 @@ def optimized_model(model: bytes) -> bytes:
     with tempfile.TemporaryDirectory(prefix="qdefense-") as folder:
         target = Path(folder) / "optimized.onnx"
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.graph_optimization_level = LEVELS[level]
         options.optimized_model_filepath = str(target)
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = 1

@@ -64,7 +64,8 @@ def test_inspect_model_counts_float_convolution_when_its_output_is_not_quantized
     assert [layer.integer for layer in found.layers] == [True, True, False, True, True]
     assert found.integer_mac_share == pytest.approx(1 - CONV3 / sum(MACS.values()))
     assert found.integer_weight_share == pytest.approx(1 - 144 / 708)
-    assert (found.scheme, found.layers[2].scheme, found.layers[2].weight_type) == ("mixed", "other", "int8")
+    # What a layer stores and what the runtime makes of it are two facts.
+    assert (found.scheme, found.layers[2].scheme, found.layers[2].weight_type) == ("int8-static",) * 2 + ("int8",)
     counts = runtime_operators(model.SerializeToString())
     assert (counts["QLinearConv"], counts["Conv"], counts["QGemm"]) == (3, 1, 1)
 
@@ -205,21 +206,21 @@ def four_bit(net: Net, block: int) -> None:
 
 
 @pytest.mark.parametrize(("block", "granularity"), [(0, "per-channel"), (4, "per-block")])
-def test_inspect_model_calls_the_scheme_other_when_weights_are_int4(block: int, granularity: str) -> None:
+def test_inspect_model_calls_the_scheme_int4_when_weights_alone_are(block: int, granularity: str) -> None:
     net = small("MatMul", ["image", "w"], (8,), lambda n: four_bit(n, block))
     found = inspect_model(net.model(shape=(8,)))
-    assert (found.scheme, found.granularity, found.weight_types) == ("other", granularity, ("int4",))
+    assert (found.scheme, found.granularity, found.weight_types) == ("int4", granularity, ("int4",))
     assert (found.layers[0].weights, found.layers[0].macs, found.integer_mac_share) == (32, 32, 0.0)
 
 
-def test_inspect_model_calls_the_scheme_other_when_weights_are_packed() -> None:
+def test_inspect_model_calls_the_scheme_int4_when_weights_are_packed() -> None:
     net = Net()
     net.const("packed", np.zeros((3, 1, 16), np.uint8))
     net.const("scale", np.ones(3, np.float32))
     sizes = {"K": 32, "N": 3, "bits": 4, "block_size": 32}
     net.node("MatMulNBits", ["image", "packed", "scale"], "logits", domain="com.microsoft", **sizes)
     found = inspect_model(net.model(shape=(32,)))
-    assert (found.scheme, found.granularity, found.weight_types) == ("other", "per-block", ("uint4",))
+    assert (found.scheme, found.granularity, found.weight_types) == ("int4", "per-block", ("uint4",))
     assert (found.layers[0].weights, found.layers[0].macs) == (96, 96)
 
 
