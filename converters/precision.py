@@ -88,7 +88,7 @@ def integer_share(amounts: list[tuple[int | None, bool]]) -> float | None:
 
 def _layer(graph: Graph, node: Node) -> Layer:
     activation, weight = operands(graph, node)
-    integer = has_integer_kernel(node, weight) or fuses(graph, node, activation, weight)
+    integer = has_integer_kernel(node, weight) or fuses(graph, node, weight)
     packed = node.operator == "MatMulNBits"
     weights = 0 if weight.constant is None else prod(weight.constant.dims)
     granularity, block = _scales(graph, node, weight)

@@ -2,7 +2,7 @@
 
 What they say of a file is a prediction; ``runtime_facts`` says what the runtime did. The rules:
 
-- Basic level: a quantization moves through operators that only pick or move values (``_PASSING``), on either side.
+- Basic level: a quantization moves through operators that only pick or move values (``PASSING``), on either side.
 - int8 codes become uint8 where exactly one reader follows. Others stay, and no integer kernel but one of Gemm takes
   them: a residual connection keeps the convolutions around it in float.
 - Conv, Gemm and MatMul become integer where input and output are both uint8 then. Without any QuantizeLinear behind
@@ -21,9 +21,8 @@ import numpy as np
 
 from qdefense.converters.flat_graph import Graph, Node, Value, type_name
 from qdefense.converters.reading import tensor_array
-from qdefense.converters.weighted_operators import BYTES, Operand
+from qdefense.converters.weighted_operators import BYTES, PASSING, Operand
 
-_PASSING = frozenset({"Dropout", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 _KERNELS = frozenset({"Conv", "Gemm", "MatMul"})
 _RUNTIME_EPSILON = float(np.finfo(np.float32).eps)
 
@@ -31,10 +30,11 @@ Result = Literal["uint8", "int8", "float", "mixed"]
 """What becomes of a layer's output: codes of this type, floats, or codes in one place and floats in another."""
 
 
-def fuses(graph: Graph, node: Node, activation: Operand, weight: Operand) -> bool:
+def fuses(graph: Graph, node: Node, weight: Operand) -> bool:
     """Whether the runtime turns this QDQ group into one integer kernel."""
-    codes = _codes_behind(graph, node.input(0))
-    if node.operator not in _KERNELS or codes is None or not _is_scalar(graph, activation.dequantize):
+    dequantize = _dequantize_behind(graph, node.input(0))
+    codes = dequantize.input(0) if dequantize is not None else None
+    if node.operator not in _KERNELS or codes is None or not _is_scalar(graph, dequantize):
         return False
     source, result = _settled_type(graph, [codes]), _result(graph, node.output(0))
     if source is None or result == "mixed" or not _weights_fit(graph, node, weight, result):
@@ -46,13 +46,13 @@ def fuses(graph: Graph, node: Node, activation: Operand, weight: Operand) -> boo
     return node.operator == "MatMul" and source == "uint8"
 
 
-def _codes_behind(graph: Graph, value: Value | None) -> Value | None:
-    """The codes that are dequantized into this tensor, through operators that a quantization moves through."""
+def _dequantize_behind(graph: Graph, value: Value | None) -> Node | None:
+    """The DequantizeLinear that this tensor comes from, through operators that a quantization moves through."""
     node = graph.producer.get(value) if value is not None else None
-    while node is not None and node.operator in _PASSING:
+    while node is not None and node.operator in PASSING:
         value = node.input(0)
         node = graph.producer.get(value) if value is not None else None
-    return node.input(0) if node is not None and node.operator == "DequantizeLinear" else None
+    return node if node is not None and node.operator == "DequantizeLinear" else None
 
 
 def _settled_type(graph: Graph, codes: list[Value]) -> Literal["uint8", "int8"] | None:
@@ -82,8 +82,11 @@ def _result(graph: Graph, value: Value | None) -> Result:
     users = graph.consumers.get(value, []) if value is not None else []
     if value is None or not users or value in graph.outputs:
         return "mixed" if any(user.operator == "QuantizeLinear" for user in users) else "float"
-    if len(users) == 1 and users[0].operator in _PASSING:
-        return _result(graph, users[0].output(0))
+    if len(users) == 1 and users[0].operator in PASSING:
+        behind = _result(graph, users[0].output(0))
+        # Transposing what Gemm answers makes the runtime swap its operands: the weights come first then.
+        swapped = users[0].operator == "Transpose" and graph.producer[value].operator == "Gemm"
+        return "mixed" if swapped and behind != "float" else behind
     if len(users) == 1 and users[0].operator in ("Clip", "Relu"):
         behind = _result(graph, users[0].output(0))
         return "mixed" if behind != "float" and not _quantization_clips(graph, users[0]) else behind
@@ -137,7 +140,7 @@ def _quantization_clips(graph: Graph, activation: Node) -> bool:
 
 def _quantizers_behind(graph: Graph, value: Value | None) -> Iterator[Node]:
     for user in graph.consumers.get(value, []) if value is not None else []:
-        if user.operator in _PASSING:
+        if user.operator in PASSING:
             yield from _quantizers_behind(graph, user.output(0))
         else:
             yield user

@@ -12,6 +12,8 @@ from qdefense.converters.flat_graph import Graph, Node, Value, behind_layout
 
 Family = Literal["conv", "transposed", "gemm", "matmul", "other"]
 BYTES = frozenset({"int8", "uint8"})
+PASSING = frozenset({"Dropout", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that only pick or move values: ONNX Runtime moves a quantization through them."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,21 @@ def count_macs(graph: Graph, node: Node) -> int | None:
 
 
 def _operand(graph: Graph, value: Value | None) -> Operand:
-    behind = behind_layout(graph, value)
-    node = graph.producer.get(behind) if behind is not None else None
-    if node is None or node.operator != "DequantizeLinear":
-        return Operand(value, graph.type(value), None, _constant_behind(graph, behind))
+    node = _dequantize_behind(graph, value)
+    if node is None:
+        return Operand(value, graph.type(value), None, _constant_behind(graph, value))
     codes = node.input(0)
-    kind = graph.type(codes) or graph.type(node.input(2))
-    return Operand(codes, kind, node, _constant_behind(graph, codes))
+    return Operand(codes, graph.type(codes) or graph.type(node.input(2)), node, _constant_behind(graph, codes))
+
+
+def _dequantize_behind(graph: Graph, value: Value | None) -> Node | None:
+    """The DequantizeLinear this tensor comes from by picking and moving values alone."""
+    while True:
+        behind = behind_layout(graph, value)
+        node = graph.producer.get(behind) if behind is not None else None
+        if node is None or node.operator not in PASSING:
+            return node if node is not None and node.operator == "DequantizeLinear" else None
+        value = node.input(0)
 
 
 def _constant_behind(graph: Graph, value: Value | None) -> TensorProto | None:
