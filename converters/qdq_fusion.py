@@ -13,7 +13,6 @@ What they say of a file is a prediction; ``runtime_facts`` says what the runtime
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 from typing import Literal
 
@@ -36,7 +35,7 @@ def fuses(graph: Graph, node: Node, weight: Operand) -> bool:
     codes = dequantize.input(0) if dequantize is not None else None
     if node.operator not in _KERNELS or codes is None or not _is_scalar(graph, dequantize):
         return False
-    source, result = _settled_type(graph, [codes]), _result(graph, node.output(0))
+    source, result = _settled_type(graph, [codes]), _result(graph, node)
     if source is None or result == "mixed" or not _weights_fit(graph, node, weight, result):
         return False
     if result != "float":
@@ -57,12 +56,12 @@ def _dequantize_behind(graph: Graph, value: Value | None) -> Node | None:
 
 def _settled_type(graph: Graph, codes: list[Value]) -> Literal["uint8", "int8"] | None:
     """The type of these equal codes once the runtime has made unsigned what it can."""
-    kind = graph.type(codes[0])
+    made = graph.producer.get(codes[0]) if codes else None
+    kind = graph.type(codes[0]) if codes else None
     if kind == "uint8":
         return "uint8"
     if kind != "int8":
         return None
-    made = graph.producer.get(codes[0])
     alone = made is not None and made.operator == "QuantizeLinear" and sum(_readings(graph, c) for c in codes) == 1
     return "uint8" if alone else "int8"
 
@@ -78,27 +77,33 @@ def _readings(graph: Graph, codes: Value) -> int:
     return total
 
 
-def _result(graph: Graph, value: Value | None) -> Result:
-    users = graph.consumers.get(value, []) if value is not None else []
-    if value is None or not users or value in graph.outputs:
-        return "mixed" if any(user.operator == "QuantizeLinear" for user in users) else "float"
-    if len(users) == 1 and users[0].operator in PASSING:
-        behind = _result(graph, users[0].output(0))
-        # Transposing what Gemm answers makes the runtime swap its operands: the weights come first then.
-        swapped = users[0].operator == "Transpose" and graph.producer[value].operator == "Gemm"
-        return "mixed" if swapped and behind != "float" else behind
-    if len(users) == 1 and users[0].operator in ("Clip", "Relu"):
-        behind = _result(graph, users[0].output(0))
-        return "mixed" if behind != "float" and not _quantization_clips(graph, users[0]) else behind
+def _result(graph: Graph, node: Node) -> Result:
+    value, clips, passed = node.output(0), [], set[str]()
+    users = _readers(graph, value)
+    while len(users) == 1 and value not in graph.outputs and users[0].operator in _FOLLOWED:
+        passed.add(users[0].operator)
+        clips += [users[0]] if users[0].operator in ("Clip", "Relu") else []
+        value = users[0].output(0)
+        users = _readers(graph, value)
     quantizers = [user for user in users if user.operator == "QuantizeLinear"]
+    codes = [user.output(0) for user in quantizers]
     if not quantizers:
         return "float"
-    # Equal quantizers are merged into one.
-    equal = len({user.inputs for user in quantizers}) == 1
-    outs = [out for user in quantizers for out in user.outputs[:1] if out is not None]
-    if len(quantizers) < len(users) or not equal or not outs:
+    # Equal quantizers are merged into one. Behind Gemm a Transpose is worked into it, and the weights come first then.
+    if value in graph.outputs or len(quantizers) < len(users) or len({user.inputs for user in quantizers}) > 1:
         return "mixed"
-    return _settled_type(graph, outs) or "mixed"
+    if (node.operator == "Gemm" and "Transpose" in passed) or not all(
+        _is_cut_off(graph, quantizers[0], c) for c in clips
+    ):
+        return "mixed"
+    return _settled_type(graph, [code for code in codes if code is not None]) or "mixed"
+
+
+_FOLLOWED = PASSING | {"Clip", "Relu"}
+
+
+def _readers(graph: Graph, value: Value | None) -> list[Node]:
+    return graph.consumers.get(value, []) if value is not None else []
 
 
 def _weights_fit(graph: Graph, node: Node, weight: Operand, result: Result) -> bool:
@@ -132,26 +137,12 @@ def _is_scalar(graph: Graph, dequantize: Node | None) -> bool:
     return shape is not None and prod(shape) == 1
 
 
-def _quantization_clips(graph: Graph, activation: Node) -> bool:
-    """Whether the QuantizeLinear behind a Relu or Clip cuts off at least as much, so that the runtime drops it."""
-    low, high = _clip_bounds(graph, activation)
-    return all(_cuts_off(graph, user, low, high) for user in _quantizers_behind(graph, activation.output(0)))
-
-
-def _quantizers_behind(graph: Graph, value: Value | None) -> Iterator[Node]:
-    for user in graph.consumers.get(value, []) if value is not None else []:
-        if user.operator in PASSING:
-            yield from _quantizers_behind(graph, user.output(0))
-        else:
-            yield user
-
-
-def _cuts_off(graph: Graph, quantizer: Node, low: float, high: float) -> bool:
+def _is_cut_off(graph: Graph, quantizer: Node, activation: Node) -> bool:
+    """Whether the quantizer cuts off at least as much as the Relu or Clip before it, so that the runtime drops that."""
     scale, zero = (graph.constants.get(quantizer.input(index) or ("", "")) for index in (1, 2))
-    if quantizer.operator != "QuantizeLinear" or scale is None or zero is None:
+    if scale is None or zero is None or type_name(zero.data_type) not in BYTES:
         return False
-    if type_name(zero.data_type) not in BYTES:
-        return False
+    low, high = _clip_bounds(graph, activation)
     limits, offset = np.iinfo(tensor_array(zero).dtype), tensor_array(zero).astype(np.float32)
     lowest, highest = (tensor_array(scale) * (np.float32(limit) - offset) for limit in (limits.min, limits.max))
     return not ((low - lowest > _RUNTIME_EPSILON).any() or (highest - high > _RUNTIME_EPSILON).any())

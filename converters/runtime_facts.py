@@ -37,6 +37,9 @@ class LayerRun(BaseModel):
     integer: bool
     can_saturate: bool
     saturates: bool
+    accuracy_level: int | None = Field(
+        default=None, description="of MatMulNBits: at 4 it quantizes its activations to INT8 at run time"
+    )
 
 
 class LevelEffect(BaseModel):
@@ -150,6 +153,7 @@ def _run(graph: Graph, layer: Layer, node: Node | None) -> LayerRun:
         integer=integer,
         can_saturate=risky,
         saturates=risky and _SAME_KERNEL.get(node.operator, node.operator) in runtime_saturation(),
+        accuracy_level=node.attribute("accuracy_level", 0) if node.operator == "MatMulNBits" else None,
     )
 
 

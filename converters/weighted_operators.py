@@ -54,7 +54,7 @@ WEIGHTED = {
 }
 """Operators that multiply by weights, or two activations, and where their weights come in."""
 
-_INT8_ACTIVATIONS = 4
+INT8_ACTIVATIONS = 4
 """The accuracy level at which MatMulNBits quantizes its activations, at run time, and multiplies integers."""
 
 
@@ -76,7 +76,7 @@ def operands(graph: Graph, node: Node) -> tuple[Operand, Operand]:
 def has_integer_kernel(node: Node, weight: Operand) -> bool:
     """Whether the operator itself, as it stands, multiplies integers."""
     if node.operator == "MatMulNBits":
-        return node.attribute("accuracy_level", 0) == _INT8_ACTIVATIONS
+        return node.attribute("accuracy_level", 0) == INT8_ACTIVATIONS
     return WEIGHTED[node.operator].scale is not None and weight.type in BYTES
 
 
