@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qdefense.converters.flat_graph import Graph, Node, flatten
 from qdefense.converters.precision import Layer, integer_share
-from qdefense.converters.reading import bodies, every_graph, safe_text
-from qdefense.converters.runtime_graph import LEVELS, Level, optimized_model
+from qdefense.converters.reading import FileRefusedError, bodies, count_operators, every_graph, safe_text
+from qdefense.converters.runtime_graph import LEVELS, Level, RuntimeGraphError, optimized_model
 from qdefense.converters.saturation_probe import runtime_saturation
 from qdefense.converters.weight_saturation import can_saturate
 from qdefense.converters.weighted_operators import WEIGHTED, has_integer_kernel, operands
@@ -78,14 +78,14 @@ def runtime_facts(proto: onnx.ModelProto, layers: Sequence[Layer]) -> RuntimeFac
         layers: what ``weighted_layers`` says of it.
 
     Raises:
-        RuntimeGraphError: the runtime refused the file.
+        FileRefusedError: ONNX Runtime can't load the file.
     """
     tagged = _tagged(proto)
-    counts = {"shipped": _count(proto.graph)}
+    counts = {"shipped": count_operators(proto.graph)}
     extended = Graph()
     for level in LEVELS:
-        optimized = onnx.load_from_string(optimized_model(tagged, level=level))
-        counts[level] = _count(optimized.graph)
+        optimized = _optimized(tagged, level)
+        counts[level] = count_operators(optimized.graph)
         if level == "extended":
             extended = flatten(optimized)
     found, strangers = _nodes_by_tag(extended)
@@ -94,7 +94,7 @@ def runtime_facts(proto: onnx.ModelProto, layers: Sequence[Layer]) -> RuntimeFac
     known = not (strangers and any(run.operator is None for run in runs))
     kept = [(layer, run.integer) for layer, run in zip(layers, runs, strict=True) if run.operator is not None]
     return RuntimeFacts(
-        operators=dict(sorted(counts["extended"].items())),
+        operators=counts["extended"],
         levels=tuple(_effects(counts)),
         layers=runs,
         integer_mac_share=integer_share([(layer.macs, integer) for layer, integer in kept]) if known else None,
@@ -102,6 +102,22 @@ def runtime_facts(proto: onnx.ModelProto, layers: Sequence[Layer]) -> RuntimeFac
         float_layers=tuple(layer.name for layer, integer in kept if _stored_as_integers(layer) and not integer),
         saturation_layers=tuple(run.name for run in runs if run.saturates),
     )
+
+
+def runtime_operators(model: bytes) -> dict[str, int]:
+    """Node counts by operator of the graph that ONNX Runtime runs.
+
+    Raises:
+        FileRefusedError: ONNX Runtime can't load the file.
+    """
+    return count_operators(_optimized(model, "extended").graph)
+
+
+def _optimized(model: bytes, level: Level) -> onnx.ModelProto:
+    try:
+        return onnx.load_from_string(optimized_model(model, level=level))
+    except RuntimeGraphError as error:
+        raise FileRefusedError(f"{safe_text(str(error))}; export the model again or use another onnxruntime") from error
 
 
 def _stored_as_integers(layer: Layer) -> bool:
@@ -157,14 +173,10 @@ def _run(graph: Graph, layer: Layer, node: Node | None) -> LayerRun:
     )
 
 
-def _count(graph: onnx.GraphProto) -> Counter[str]:
-    return Counter(safe_text(node.op_type) for body in every_graph(graph) for node in body.node)
-
-
-def _effects(counts: dict[str, Counter[str]]) -> Iterator[LevelEffect]:
-    below = counts["shipped"]
+def _effects(counts: dict[str, dict[str, int]]) -> Iterator[LevelEffect]:
+    below = Counter(counts["shipped"])
     for level in LEVELS:
-        here = counts[level]
+        here = Counter(counts[level])
         removed, added = dict(sorted((below - here).items())), dict(sorted((here - below).items()))
         yield LevelEffect(level=level, nodes=here.total(), removed=removed, added=added)
         below = here

@@ -89,7 +89,7 @@ class Artifact:
         """What ONNX Runtime makes of it on this CPU.
 
         Raises:
-            RuntimeGraphError: the runtime refused the file.
+            FileRefusedError: ONNX Runtime can't load the file.
         """
         return runtime_facts(onnx.load_from_string(self.data), self.inspection.layers)
 

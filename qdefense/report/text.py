@@ -117,7 +117,7 @@ def inspection_rows(found: Inspection, run: RuntimeFacts | None = None) -> list[
             if run and run.float_layers
             else []
         ),
-        ("can saturate", f"{saturating} layers, on a CPU without VNNI" if saturating else "no layer"),
+        ("can saturate", f"{_layers(saturating)}, on a CPU without VNNI" if saturating else "no layer"),
         *([("saturates here", _first(run.saturation_layers, "no layer"))] if run and saturating else []),
         ("gradient-blind", _first([f"{node.name} ({node.operator})" for node in found.gradient_blind_nodes])),
         *[("warning", warning) for warning in found.structure_warnings],
@@ -151,7 +151,7 @@ def optimization_rows(found: Inspection, run: RuntimeFacts) -> list[tuple[str, s
 
 
 def _packed_rows(run: RuntimeFacts) -> list[tuple[str, str]]:
-    """At which accuracy MatMulNBits multiplies: no shipped node says so, and it changes the logits."""
+    """At which accuracy MatMulNBits multiplies: the runtime's choice where it made the node, and part of the logits."""
     layers = Counter(layer.accuracy_level for layer in run.layers if layer.accuracy_level is not None)
     said = {
         INT8_ACTIVATIONS: ", which quantizes activations to INT8 at run time",
@@ -159,8 +159,12 @@ def _packed_rows(run: RuntimeFacts) -> list[tuple[str, str]]:
         1: ", float32",
     }
     return [
-        ("MatMulNBits", f"{n} layers at accuracy level {level}{said.get(level, '')}") for level, n in layers.items()
+        ("MatMulNBits", f"{_layers(n)} at accuracy level {level}{said.get(level, '')}") for level, n in layers.items()
     ]
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
 
 
 def _effect(effect: LevelEffect) -> str:
