@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import onnx
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from qdefense.converters.flat_graph import Graph, Node, flatten
 from qdefense.converters.precision import Layer, integer_share
 from qdefense.converters.reading import FileRefusedError, bodies, count_operators, every_graph, safe_text
-from qdefense.converters.runtime_graph import LEVELS, Level, RuntimeGraphError, optimized_model
+from qdefense.converters.runtime_graph import GraphOptions, RuntimeGraphError, dumped_model
 from qdefense.converters.saturation_probe import runtime_saturation
 from qdefense.converters.weight_saturation import can_saturate
 from qdefense.converters.weighted_operators import WEIGHTED, has_integer_kernel, operands
 
+Level = Literal["basic", "extended", "all"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 _TAG = "layer#{}#"
 _TAGS = re.compile(r"layer#(\d+)#")
 _SAME_KERNEL = {"DynamicQuantizeMatMul": "MatMulInteger", "MatMulIntegerToFloat": "MatMulInteger"}
@@ -115,7 +118,7 @@ def runtime_operators(model: bytes) -> dict[str, int]:
 
 def _optimized(model: bytes, level: Level) -> onnx.ModelProto:
     try:
-        return onnx.load_from_string(optimized_model(model, level=level))
+        return onnx.load_from_string(dumped_model(model, GraphOptions(), level))
     except RuntimeGraphError as error:
         raise FileRefusedError(f"{safe_text(str(error))}; export the model again or use another onnxruntime") from error
 

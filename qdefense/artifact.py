@@ -17,7 +17,6 @@ from qdefense.converters.inspection import Inspection, inspect_parsed
 from qdefense.converters.narrowing import fixed_values
 from qdefense.converters.reading import every_graph, parse_model, read_file, safe_text
 from qdefense.converters.runtime_facts import RuntimeFacts, runtime_facts
-from qdefense.converters.runtime_graph import optimized_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +91,6 @@ class Artifact:
             FileRefusedError: ONNX Runtime can't load the file.
         """
         return runtime_facts(onnx.load_from_string(self.data), self.inspection.layers)
-
-    @cached_property
-    def runtime_layers(self) -> tuple[str, ...]:
-        """Names of the nodes that ONNX Runtime really runs."""
-        graph = onnx.load_from_string(optimized_model(self.data)).graph
-        return tuple(node.name for node in graph.node)
 
 
 _BATCH_COUPLED = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})

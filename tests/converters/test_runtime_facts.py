@@ -114,7 +114,7 @@ def test_runtime_facts_leave_shares_open_when_a_layer_went_into_an_operator_of_n
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The untagged file stands for what the runtime made of the tagged one.
-    monkeypatch.setattr(under_test, "optimized_model", lambda _, level: FP32)
+    monkeypatch.setattr(under_test, "dumped_model", lambda *_: FP32)
     found = facts(FP32)
     assert {layer.operator for layer in found.layers} == {None}
     assert (found.integer_mac_share, found.integer_weight_share) == (None, None)
