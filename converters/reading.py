@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,12 @@ def every_graph(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     for node in graph.node:
         for _, body in bodies(node):
             yield from every_graph(body)
+
+
+def count_operators(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many nodes of each operator there are, those in the bodies of control flow included."""
+    counts = Counter(safe_text(node.op_type) for body in every_graph(graph) for node in body.node)
+    return dict(sorted(counts.items()))
 
 
 def safe_text(text: str) -> str:
