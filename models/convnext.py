@@ -73,7 +73,7 @@ class ConvNeXt(nn.Module):
 
 
 def _initialise(part: nn.Module) -> None:
-    """Weights from a normal distribution of deviation 0.02, cut off at two, biases zero, as in the authors' code."""
+    """Weights from a normal distribution of deviation 0.02, biases zero, as in the authors' code."""
     if isinstance(part, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(part.weight, std=0.02)
         if part.bias is not None:
