@@ -37,12 +37,14 @@ class Mode:
         exact: accumulate so that every quantized value equals the runtime's integer arithmetic.
         saturate: reproduce the int16 pair saturation of u8 x s8 kernels, in value.
         rows: batch size, the length of axis 0 of the graph's input.
+        group: images that share their dynamic scales: the batch that the runtime is given, the last one may be short.
         dtype: what the graph's float32 tensors are computed in.
     """
 
     exact: bool = False
     saturate: bool = False
     rows: int = 1
+    group: int = 1
     dtype: torch.dtype = torch.float32
 
 

@@ -50,12 +50,12 @@ def session_output(model: bytes, x: Array, *, level: str = "ORT_ENABLE_ALL", bat
     return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
 
-def shadow_output(model: bytes, x: Array, **options: bool) -> Array:
+def shadow_output(model: bytes, x: Array, **options: int) -> Array:
     """The output of the shadow of the shipped graph, exact unless said otherwise."""
     return run_shadow(build_shadow(model, source="shipped"), x, **options)
 
 
-def run_shadow(shadow: Shadow, x: Array, **options: bool) -> Array:
+def run_shadow(shadow: Shadow, x: Array, **options: int) -> Array:
     """The output of a shadow, exact unless said otherwise."""
     with torch.no_grad():
         y: Array = shadow(torch.from_numpy(x), **{"exact": True, **options}).numpy()

@@ -1,0 +1,226 @@
+"""From an ONNX graph to the steps that run: constants folded, branches that constants choose inlined."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from qdefense.converters.reading import plain_domain
+from qdefense.converters.shadow.constants import constant_node, constant_of
+from qdefense.converters.shadow.registry import Constant, Kernel, Mode, Node, ShadowError, build_kernel
+
+_ITERATING = {
+    "Loop": "it repeats a graph while the file runs",
+    "Scan": "it repeats a graph along an axis",
+    "SequenceMap": "it repeats a graph for each tensor of a sequence",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of the running graph: its kernel, the names it reads and writes, and those nobody reads later."""
+
+    node: Node
+    kernel: Kernel
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    last_uses: tuple[str, ...] = ()
+
+
+@dataclass
+class Plan:
+    """A parsed graph: what is constant, what runs, and what is known of each tensor.
+
+    Attributes:
+        inputs: names of the graph's inputs that no initializer gives.
+        outputs: names of its outputs.
+        constants: every tensor known at build time, by name.
+        steps: what runs, in order.
+        element_types: ONNX types by name, UNDEFINED where they are unknown.
+        per_row: names of the tensors that hold one value per image.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: dict[str, Constant]
+    steps: list[Step] = field(default_factory=list)
+    element_types: dict[str, int] = field(default_factory=dict)
+    per_row: set[str] = field(default_factory=set)
+
+    def run(self, values: dict[str, Any], mode: Mode, wanted: Sequence[str] = ()) -> dict[str, Any]:
+        """Run the steps; of what they compute, the outputs and the wanted tensors are in `values` afterwards.
+
+        Args:
+            values: the inputs and `constants_in_use`, by name; it is changed and returned.
+            mode: how the pass computes.
+            wanted: names of intermediate tensors to keep.
+        """
+        for step in self.steps:
+            result = step.kernel(mode, *[values[name] if name else None for name in step.inputs])
+            values.update(zip(step.outputs, result if isinstance(result, tuple) else (result,), strict=False))
+            for name in step.last_uses:
+                if name not in wanted:
+                    del values[name]
+        return values
+
+    def constants_in_use(self) -> dict[str, Constant]:
+        """The constants that a step reads or that are an output, by name."""
+        read = {name for step in self.steps for name in step.inputs} | set(self.outputs)
+        return {name: constant for name, constant in self.constants.items() if name in read}
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What a name of the file stands for here: a branch has names of its own, and sees those around it."""
+
+    opsets: Mapping[str, int]
+    names: MutableMapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    def read(self, name: str) -> str:
+        return self.names.get(name, name)
+
+    def write(self, name: str) -> str:
+        if name and self.prefix:
+            self.names[name] = self.prefix + name
+        return self.read(name)
+
+    def inner(self, prefix: str) -> _Scope:
+        return replace(self, names=ChainMap({}, self.names), prefix=prefix)  # type: ignore[arg-type]
+
+
+def plan_graph(model: onnx.ModelProto) -> Plan:
+    """The plan of a model's graph, with any number of inputs and outputs.
+
+    Raises:
+        ShadowError: the graph can't be read.
+        UnsupportedOperatorError: an operator of the graph, or a use of one, has no registered function.
+    """
+    graph = model.graph
+    constants = {tensor.name: constant_of(tensor, tensor.name) for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    plan = Plan(tuple(value.name for value in inputs), tuple(value.name for value in graph.output), constants)
+    plan.element_types = {value.name: value.type.tensor_type.elem_type for value in inputs}
+    plan.element_types |= {name: constant.element_type for name, constant in constants.items()}
+    scope = _Scope({plain_domain(entry.domain): entry.version for entry in model.opset_import})
+    plan.steps = _with_last_uses(plan, list(_steps(plan, graph.node, scope)))
+    for name in plan.outputs:
+        if name not in plan.element_types:
+            raise ShadowError(f"nothing computes the output {name!r}; check the file with onnx.checker")
+    return plan
+
+
+def _steps(plan: Plan, protos: Iterable[onnx.NodeProto], scope: _Scope) -> Iterator[Step]:
+    for proto in protos:
+        node = _node(plan, proto, scope)
+        for name in node.inputs:
+            if name and name not in plan.element_types:
+                raise ShadowError(
+                    f"node {node.name!r} reads {name!r}, which nothing before it computes; sort the graph"
+                )
+        if node.domain == "" and node.op_type == "Constant":
+            _hold(plan, node, constant_node(node))
+        elif node.domain == "" and node.op_type == "If":
+            yield from _chosen_branch(plan, node, scope)
+        elif node.domain == "" and node.op_type in _ITERATING:
+            raise node.unsupported(f"{_ITERATING[node.op_type]}, which the shadow can't")
+        else:
+            yield from _place(plan, node)
+
+
+def _node(plan: Plan, proto: onnx.NodeProto, scope: _Scope) -> Node:
+    domain = plain_domain(proto.domain)
+    inputs = tuple(scope.read(name) for name in proto.input)
+    outputs = tuple(scope.write(name) for name in proto.output)
+    return Node(
+        name=proto.name or next(filter(None, outputs), ""),
+        op_type=proto.op_type,
+        domain=domain,
+        opset=scope.opsets.get(domain, 1),
+        inputs=inputs,
+        outputs=outputs,
+        attributes={attribute.name: helper.get_attribute_value(attribute) for attribute in proto.attribute},
+        constants={index: plan.constants[name] for index, name in enumerate(inputs) if name in plan.constants},
+        element_types=[plan.element_types.get(name) for name in inputs],
+        per_row=[name in plan.per_row for name in inputs],
+    )
+
+
+def _place(plan: Plan, node: Node) -> Iterator[Step]:
+    """The step that runs a node; none for one whose inputs are constants, which is folded."""
+    kernel = build_kernel(node)
+    _announce(plan, node)
+    if node.inputs and all(not name or name in plan.constants for name in node.inputs):
+        _fold(plan, node, kernel)
+        return
+    live = tuple("" if index in node.folded else name for index, name in enumerate(node.inputs))
+    yield Step(node, kernel, live, node.outputs)
+
+
+def _chosen_branch(plan: Plan, node: Node, scope: _Scope) -> Iterator[Step]:
+    """The steps of the branch that a constant condition chooses, under names of their own."""
+    if 0 not in node.constants:
+        raise node.unsupported(
+            f"its condition {node.inputs[0] if node.inputs else ''!r} is computed while the file runs, so that either "
+            "branch may be taken"
+        )
+    condition = node.constants[0].value
+    if condition.numel() != 1:
+        raise node.unsupported(f"its condition has the shape {tuple(condition.shape)}, expected one value")
+    branch = node.attributes.get("then_branch" if bool(condition) else "else_branch")
+    if not isinstance(branch, onnx.GraphProto) or len(branch.output) != len(node.outputs):
+        raise node.unsupported("the branch that is taken is missing or has another number of outputs")
+    inner = scope.inner(f"{next(filter(None, node.outputs), node.name)}/")
+    for tensor in branch.initializer:
+        # no initializer of the graph: nothing is written back into a branch
+        plan.constants[inner.write(tensor.name)] = constant = constant_of(tensor, None)
+        plan.element_types[inner.read(tensor.name)] = constant.element_type
+    yield from _steps(plan, branch.node, inner)
+    outside = replace(scope, names={}, prefix="")
+    for value, output in zip(branch.output, node.outputs, strict=True):
+        alias = helper.make_node("Identity", [inner.read(value.name)], [output], name=node.name)
+        yield from _steps(plan, [alias] if output else [], outside)
+
+
+def _hold(plan: Plan, node: Node, constant: Constant) -> None:
+    plan.constants[node.outputs[0]] = constant
+    plan.element_types[node.outputs[0]] = constant.element_type
+
+
+def _announce(plan: Plan, node: Node) -> None:
+    """Tell the plan the types of a node's outputs, and which of them hold one value per image."""
+    first = node.element_types[0] if node.element_types else None
+    for index, name in enumerate(node.outputs):
+        if name in plan.element_types:
+            raise ShadowError(f"node {node.name!r} computes {name!r}, which is there already; export the model again")
+        kind = node.emits[index] if index < len(node.emits) else first
+        if name:
+            plan.element_types[name] = kind or TensorProto.UNDEFINED
+    moving = [flag for index, flag in enumerate(node.per_row) if node.inputs[index] and index not in node.constants]
+    flags = node.emits_per_row or (bool(moving) and all(moving),) * len(node.outputs)
+    plan.per_row.update(name for name, flag in zip(node.outputs, flags, strict=False) if name and flag)
+
+
+@torch.no_grad()
+def _fold(plan: Plan, node: Node, kernel: Kernel) -> None:
+    """Compute a node of constants once; a dequantized initializer keeps its initializer's name."""
+    result = kernel(Mode(), *[plan.constants[name].value if name else None for name in node.inputs])
+    origin = plan.constants[node.inputs[0]].initializer if node.op_type in ("DequantizeLinear", "Identity") else None
+    for name, value in zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=False):
+        if name:
+            plan.constants[name] = Constant(value, plan.element_types[name], origin)
+
+
+def _with_last_uses(plan: Plan, steps: Sequence[Step]) -> list[Step]:
+    seen, finished = set(plan.outputs), []
+    for step in reversed(steps):
+        free = {name for name in (*step.inputs, *step.outputs) if name and name not in plan.constants} - seen
+        seen |= free
+        finished.append(replace(step, last_uses=tuple(sorted(free))))
+    return finished[::-1]
