@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
+
+from qdefense.converters.quantize import Settings, settings_of
 
 Expectation = Literal["bit-exact", "top-1 and the operator named", "top-1", "logits"]
 
@@ -38,91 +40,48 @@ NETWORKS = (
 )
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """One way to quantize: its name, and the settings that `quantize` takes."""
-
-    name: str
-    scheme: str | None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs images."""
-        return self.scheme in ("int8-static", "int4-a8")
-
-    @property
-    def batches(self) -> tuple[int | None, ...]:
-        """The session's batches; ``None`` is the one that `profile_for` chooses."""
-        return (1, GROUPED_BATCH) if self.scheme == "int8-dynamic" else (None,)
+FP32 = "fp32"
 
 
-def schemes() -> tuple[Scheme, ...]:
-    """Every scheme of the converters."""
-    return (Scheme("fp32", None), *_static(), *_dynamic(), *_weight_only(), *_int4_a8())
-
-
-def _static() -> Iterator[Scheme]:
-    for graph_format in ("qdq", "qoperator"):
-        for types in ("u8s8", "s8s8", "u8u8"):
-            for per_channel in (True, False):
-                for reduce_range in (True, False):
-                    yield _static_scheme(graph_format, types, per_channel, reduce_range)
-    yield _static_scheme("qdq", "u8s8", True, True, method="percentile")
-
-
-def _static_scheme(
-    graph_format: str, types: str, per_channel: bool, reduce_range: bool, method: str = "minmax"
-) -> Scheme:
-    words = (
-        "int8-static",
-        graph_format,
-        types,
-        "per channel" if per_channel else "per tensor",
-        "reduced" if reduce_range else "full range",
-        *(() if method == "minmax" else (method,)),
+def schemes() -> dict[str, Settings | None]:
+    """Every scheme of the converters by its name; FP32 has no settings."""
+    static = (
+        {"format": graph_format, "types": types, "per_channel": per_channel, "reduce_range": reduce_range}
+        for graph_format, types, per_channel in product(("qdq", "qoperator"), ("u8s8", "s8s8", "u8u8"), (True, False))
+        for reduce_range in ((False,) if types == "u8u8" else (True, False))
     )
-    settings = {
-        "format": graph_format,
-        "types": types,
-        "per_channel": per_channel,
-        "reduce_range": reduce_range,
-        "method": method,
-    }
-    return Scheme(" ".join(words), "int8-static", settings)
+    weight_only = ({"block_size": block, "symmetric": flag} for block, flag in product((None, 16, 32), (True, False)))
+    every = (
+        *(settings_of("int8-static", **asked) for asked in static),
+        settings_of("int8-static", percentile=99.9),
+        settings_of("int8-dynamic"),
+        *(settings_of("int8-dynamic", types="u8s8", reduce_range=reduced) for reduced in (True, False)),
+        *(settings_of("int4", **asked) for asked in weight_only),
+        settings_of("int4-a8"),
+        settings_of("int4-a8", block_size=32, symmetric=False),
+    )
+    return {FP32: None} | {settings.name: settings for settings in every}
 
 
-def _dynamic() -> Iterator[Scheme]:
-    for weights in ("u8", "s8"):
-        yield Scheme(f"int8-dynamic {weights}", "int8-dynamic", {"weights": weights})
+def batches(settings: Settings | None) -> tuple[int | None, ...]:
+    """The session's batches; ``None`` is the one that `profile_for` chooses."""
+    dynamic = settings is not None and settings.scheme == "int8-dynamic"
+    return (1, GROUPED_BATCH) if dynamic else (None,)
 
 
-def _weight_only() -> Iterator[Scheme]:
-    for block in (None, 16, 32):
-        for symmetric in (True, False):
-            words = (
-                "int4",
-                "per channel" if block is None else f"block {block}",
-                "symmetric" if symmetric else "asymmetric",
-            )
-            yield Scheme(" ".join(words), "int4", {"block": block, "symmetric": symmetric})
-
-
-def _int4_a8() -> Iterator[Scheme]:
-    yield Scheme("int4-a8", "int4-a8")
-
-
-def expectation(scheme: str, types: str | None, inexact: dict[str, int]) -> Expectation:
+def expectation(settings: Settings | None, inexact: dict[str, int]) -> Expectation:
     """Which of the issue's marks a file has to reach.
 
     ``inexact`` are the float operators before a Quantize of its dumped graph that two implementations may round
     differently.
     """
-    if scheme == "int8-dynamic":
+    if settings is None:
+        return "top-1 and the operator named"
+    if settings.scheme == "int8-dynamic":
         return "top-1"
-    if scheme == "int4":
+    if settings.scheme == "int4":
         return "logits"
-    exact_types = scheme == "int8-static" and types in ("u8s8", "u8u8")
+    exact_types = settings.scheme == "int8-static" and settings.types in ("u8s8", "u8u8")
     return "bit-exact" if exact_types and not inexact else "top-1 and the operator named"
 
 
@@ -139,5 +98,5 @@ def passes(record: dict[str, Any]) -> bool:
         return bool(record["top1_agreement"] == 1)
     if expected == "logits":
         return bool(record["relative_difference"] <= MAX_RELATIVE_LOGIT_DIFFERENCE)
-    named = same or record["scheme"] == "fp32" or record["parts_at"] is not None
+    named = same or record["scheme"] == FP32 or record["parts_at"] is not None
     return bool(record["top1_agreement"] >= MIN_TOP1 and named)

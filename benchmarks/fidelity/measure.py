@@ -19,28 +19,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import torch
-from cells import NETWORKS, Network, Scheme, expectation, passes, schemes
+from cells import NETWORKS, Network, batches, expectation, passes, schemes
 from parting import float_operators, inexact, parts_at
 from table import write_page
 
 from qdefense.artifact import Artifact
 from qdefense.audit.versions import versions
 from qdefense.converters.contract import ContractError
-from qdefense.converters.quantize import QuantizationError, quantize
+from qdefense.converters.quantize import QuantizationError, Settings, quantize_as
 from qdefense.converters.reading import FileRefusedError
 from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
-from qdefense.converters.shadow import ShadowError, build_shadow, runtime_saturation
-from qdefense.data.images import ImageSet
+from qdefense.converters.shadow import Shadow, ShadowError, build_shadow, runtime_saturation
+from qdefense.data.images import ImageSet, Pixels
 from qdefense.data.opening import open_data
-from qdefense.fidelity import compare_logits, finite_or_none, shadow_logits
+from qdefense.fidelity import compare_logits, finite_or_none
 from qdefense.files import write_atomically
 from qdefense.models import recipe_for
-from qdefense.session import DeployedSession, SessionError, profile_for, runtime
+from qdefense.session import DeployedSession, Logits, SessionError, profile_for, runtime
 from qdefense.trial import truth_path
 from qdefense.zoo import train_artifact
 
@@ -52,9 +52,18 @@ RECORDS = RESULTS / "fidelity.jsonl"
 TRAINING = RESULTS / "training.jsonl"
 SMALL_BYTES = 400_000
 IMAGES, CALIBRATION_IMAGES, DATA_SEED = 512, 256, 0
-ROWS_FOLLOWED = 8
+ROWS_FOLLOWED, ROWS_AT_ONCE = 8, 64
 REFUSALS = (QuantizationError, RuntimeGraphError, ShadowError, SessionError, FileRefusedError, ContractError)
 Record = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """One file and the batch that its session runs at."""
+
+    network: Network
+    scheme: str
+    settings: Settings | None
+    batch: int | None
 
 
 @cache
@@ -113,26 +122,37 @@ def keep_if_small(target: Path) -> Path:
     return kept
 
 
-def quantized(model: bytes, scheme: Scheme) -> bytes:
-    if scheme.scheme is None:
+def quantized(model: bytes, settings: Settings | None) -> bytes:
+    if settings is None:
         return model
-    calibration = images("train").pixels if scheme.calibrated else None
-    return quantize(model, scheme.scheme, calibration=calibration, **scheme.settings)  # type: ignore[arg-type]
+    return quantize_as(model, settings, calibration=images("train").pixels if calibrated(settings) else None)
 
 
-def measure(data: bytes, scheme: Scheme, batch: int | None) -> Record:
+def calibrated(settings: Settings | None) -> bool:
+    return settings is not None and settings.method is not None
+
+
+def shadow_answers(shadow: Shadow, x: Pixels, *, saturate: bool, batch: int) -> Logits:
+    """The shadow's logits in its exact mode, its dynamic scales shared as a session of this batch shares them."""
+    step = batch * max(1, ROWS_AT_ONCE // batch)
+    with torch.no_grad():
+        parts = [shadow(part, exact=True, saturate=saturate, group=batch) for part in torch.from_numpy(x).split(step)]
+    return torch.cat(parts).numpy()
+
+
+def measure(data: bytes, settings: Settings | None, batch: int | None) -> Record:
     """Compare one file's session at ORT_ENABLE_ALL with its shadow of the optimized graph."""
     artifact = Artifact.from_bytes(data)
     profile = profile_for(artifact)
     session = DeployedSession(artifact, profile if batch is None else profile.model_copy(update={"batch": batch}))
     shadow = build_shadow(data, source="optimized")
-    emulate = bool(runtime_saturation())
-    x, labels = images("test").pixels, images("test").labels
-    deployed, own = session.logits(x), shadow_logits(shadow, x, saturate=emulate)
-    found, largest = compare_logits(deployed, own), float(np.abs(deployed).max())
     graph = onnx.load_from_string(optimized_model(data))
-    floats = float_operators(graph)
-    record = {
+    floats, emulate = float_operators(graph), bool(runtime_saturation())
+    x, labels = images("test").pixels, images("test").labels
+    deployed, own = session.logits(x), shadow_answers(shadow, x, saturate=emulate, batch=session.profile.batch)
+    found, largest = compare_logits(deployed, own), float(np.abs(deployed).max())
+    followed = settings is not None and settings.scheme != "int4" and found.bit_exact_rows < 1
+    return {
         "artifact_sha256": artifact.sha256,
         "size_bytes": artifact.size_bytes,
         "session": session.profile.model_dump(),
@@ -144,21 +164,26 @@ def measure(data: bytes, scheme: Scheme, batch: int | None) -> Record:
         "largest_logit": largest,
         "relative_difference": finite_or_none(found.max_abs / largest),
         "float_operators_before_a_quantize": floats,
-        "expectation": expectation(scheme.scheme or "fp32", scheme.settings.get("types"), inexact(floats)),
-        "parts_at": None,
+        "expectation": expectation(settings, inexact(floats)),
+        "parts_at": parts_at(session, shadow, graph, differing(x, deployed, own, session), saturate=emulate)
+        if followed
+        else None,
     }
-    if found.bit_exact_rows < 1 and not (artifact.inspection.scheme == "fp32" or scheme.scheme == "int4"):
-        differing = np.flatnonzero((deployed != own).any(axis=1))[:ROWS_FOLLOWED]
-        record["parts_at"] = parts_at(session, shadow, graph, x[differing], saturate=emulate)
-    return record
 
 
-def cells(only: str | None) -> Iterator[tuple[Network, Scheme, int | None]]:
+def differing(x: Pixels, deployed: Logits, own: Logits, session: DeployedSession) -> Pixels:
+    """The first images whose logits differ, each with the whole batch that it was run in."""
+    batch = session.profile.batch if session.artifact.batch_coupled else 1
+    groups = np.unique(np.flatnonzero((deployed != own).any(axis=1)) // batch)[: max(1, ROWS_FOLLOWED // batch)]
+    return np.concatenate([x[group * batch : (group + 1) * batch] for group in groups])
+
+
+def cells(only: str | None) -> Iterator[Cell]:
     for network in NETWORKS:
         if only in (None, network.architecture):
-            for scheme in schemes():
-                for batch in scheme.batches:
-                    yield network, scheme, batch
+            for name, settings in schemes().items():
+                for batch in batches(settings):
+                    yield Cell(network, name, settings, batch)
 
 
 def key(record: Record) -> tuple[object, ...]:
@@ -177,6 +202,7 @@ def append(path: Path, record: Record) -> None:
         lines.write(json.dumps(record, sort_keys=True) + "\n")
 
 
+@cache
 def commit() -> str | None:
     """The commit of the code that measures, with a plus where the tree differs from it."""
     found = subprocess.run(
@@ -199,10 +225,11 @@ def forget(wanted: Callable[[Record], bool]) -> None:
     write_atomically(RECORDS, "".join(json.dumps(record, sort_keys=True) + "\n" for record in kept).encode())
 
 
-def run_cell(scheme: Scheme, batch: int | None, model: bytes, identity: Record) -> Record:
+def run_cell(cell: Cell, model: bytes) -> Record:
     began, cpu = time.time(), time.process_time()
+    outcome: Record
     try:
-        outcome = {"refused": None, **measure(quantized(model, scheme), scheme, batch)}
+        outcome = {"refused": None, **measure(quantized(model, cell.settings), cell.settings, cell.batch)}
     except REFUSALS as error:
         outcome = {"refused": f"{type(error).__name__}: {error}"}
     volatile = {
@@ -210,39 +237,40 @@ def run_cell(scheme: Scheme, batch: int | None, model: bytes, identity: Record) 
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "load": os.getloadavg(),
     }
-    return {**identity, "settings": scheme.settings, **outcome, "volatile": volatile}
+    return {**identity_of(cell, model), **outcome, "volatile": volatile}
 
 
-def identity_of(network: Network, scheme: Scheme, batch: int | None, model: bytes) -> Record:
+def identity_of(cell: Cell, model: bytes) -> Record:
     return {
-        "network": network.name,
-        "scheme": scheme.name,
-        "batch": batch,
+        "network": cell.network.name,
+        "scheme": cell.scheme,
+        "settings": None if cell.settings is None else cell.settings.record(),
+        "batch": cell.batch,
         "network_sha256": hashlib.sha256(model).hexdigest(),
         "data_seed": DATA_SEED,
         "test_sha256": images("test").digest,
-        "calibration_sha256": images("train").digest if scheme.calibrated else None,
+        "calibration_sha256": images("train").digest if calibrated(cell.settings) else None,
         "runtime": runtime().model_dump(),
         "versions": versions(),
         "commit": commit(),
     }
 
 
-def missing(only: str | None) -> list[tuple[Network, Scheme, int | None]]:
+def missing(only: str | None) -> list[Cell]:
     done = {key(record) for record in read(RECORDS)}
     left = []
-    for network, scheme, batch in cells(only):
-        path = find(network)
-        if path is None or key(identity_of(network, scheme, batch, path.read_bytes())) not in done:
-            left.append((network, scheme, batch))
+    for cell in cells(only):
+        path = find(cell.network)
+        if path is None or key(identity_of(cell, path.read_bytes())) not in done:
+            left.append(cell)
     return left
 
 
 def tell_state(only: str | None) -> None:
     left = missing(only)
     for network in NETWORKS:
-        count = sum(cell[0] == network for cell in left)
-        total = sum(cell[0] == network for cell in cells(None))
+        count = sum(cell.network == network for cell in left)
+        total = sum(cell.network == network for cell in cells(None))
         trained = "trained" if find(network) else "not trained"
         print(f"{network.name}: {trained}, {count} of {total} cells missing", flush=True)
 
@@ -256,12 +284,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.again:
         forget(lambda r: bool(r["refused"]) or (options.again == "failed" and not passes(r)))
-    for network, scheme, batch in [] if options.state else missing(options.architecture):
-        model = train(network).read_bytes()
-        record = run_cell(scheme, batch, model, identity_of(network, scheme, batch, model))
+    for cell in [] if options.state else missing(options.architecture):
+        record = run_cell(cell, train(cell.network).read_bytes())
         append(RECORDS, record)
         shown = record["refused"] or f"bit-exact {record['bit_exact_rows']:.4f}, top-1 {record['top1_agreement']:.4f}"
-        print(f"{network.name}, {scheme.name}, batch {batch}: {shown}", flush=True)
+        print(f"{cell.network.name}, {cell.scheme}, batch {cell.batch}: {shown}", flush=True)
     write_page(HERE, read(RECORDS), read(TRAINING), len(missing(None)))
     tell_state(options.architecture)
 

@@ -116,7 +116,10 @@ def _difference(
     except SessionError:
         return None
     with torch.no_grad():
-        own = shadow.activations(torch.from_numpy(x), [name], exact=True, saturate=saturate)[name].double().numpy()
+        values = shadow.activations(
+            torch.from_numpy(x), [name], exact=True, saturate=saturate, group=session.profile.batch
+        )
+    own = values[name].double().numpy()
     if own.shape != measured.shape or np.array_equal(own, measured):
         return None
     apart = np.abs(own - measured)

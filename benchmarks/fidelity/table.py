@@ -33,7 +33,7 @@ def write_page(folder: Path, records: Sequence[Record], training: Sequence[Recor
 def in_order(records: Iterable[Record]) -> list[Record]:
     """By network, scheme and batch as the benchmark names them; of a cell measured twice the newer record."""
     networks = {network.name: place for place, network in enumerate(NETWORKS)}
-    places = {scheme.name: place for place, scheme in enumerate(schemes())}
+    places = {name: place for place, name in enumerate(schemes())}
     newest = {(r["network"], r["scheme"], r["batch"]): r for r in records if r["scheme"] in places}
     return sorted(newest.values(), key=lambda r: (networks[r["network"]], places[r["scheme"]], r["batch"] or 0))
 
