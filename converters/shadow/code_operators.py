@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qdefense.converters.shadow.code_parameters import nonzero, output_codes, scalar
-from qdefense.converters.shadow.float_operators import averaging
+from qdefense.converters.shadow.poolings import averaging
 from qdefense.converters.shadow.registry import MICROSOFT, Kernel, Mode, Node, operator
 from qdefense.converters.shadow.rounding import round_product, round_quotient, round_sum, round_value, value_of
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from onnx import TensorProto, numpy_helper
 
-from qdefense.converters.reading import safe_text
+from qdefense.converters.operator_versions import quoted
 from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Node, ShadowError
 
 _CARRIED = {
@@ -42,20 +42,20 @@ def constant_of(tensor: TensorProto, initializer: str | None) -> Constant:
     Raises:
         ShadowError: its data lie elsewhere or are not there, or its element type is not carried.
     """
-    name = safe_text(tensor.name)
+    name = quoted(tensor.name)
     if tensor.data_location == TensorProto.EXTERNAL:
         raise ShadowError(
-            f"tensor {name!r} lies in an external file; load it with onnx.load and save the model in one file"
+            f"tensor {name} lies in an external file; load it with onnx.load and save the model in one file"
         )
     if tensor.data_type not in _CARRIED and tensor.data_type not in CODE_RANGES:
         raise ShadowError(
-            f"tensor {name!r} has element type {type_name(tensor.data_type)}, which the shadow can't carry; "
+            f"tensor {name} has element type {type_name(tensor.data_type)}, which the shadow can't carry; "
             "export the model in float32"
         )
     try:
         array = numpy_helper.to_array(tensor)
     except ValueError as error:
-        raise ShadowError(f"tensor {name!r} can't be read: {error}; check the file with onnx.checker") from error
+        raise ShadowError(f"tensor {name} can't be read: {error}; check the file with onnx.checker") from error
     if tensor.data_type in CODE_RANGES or tensor.data_type == TensorProto.FLOAT16:
         array = array.astype(np.float32)
     return Constant(torch.from_numpy(np.array(array)), tensor.data_type, initializer)

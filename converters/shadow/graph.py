@@ -16,14 +16,29 @@ from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
 from qdefense.converters.runtime_graph import optimized_model
 from qdefense.converters.shadow import (  # noqa: F401
+    activations,
+    casting,
     code_operators,
-    float_operators,
+    comparisons,
+    convolutions,
+    elementwise,
+    fused_operators,
+    generators,
+    indexing,
     linear_quantizers,
+    nbit_operators,
+    normalizations,
+    padding,
+    poolings,
     product_operators,
+    products,
+    reductions,
+    resizing,
     shape_operators,
 )
 from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
+from qdefense.converters.shadow.local_functions import without_functions
 from qdefense.converters.shadow.plan import Plan, plan_graph
 from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError
 
@@ -217,7 +232,7 @@ def _parse(model: bytes) -> onnx.ModelProto:
         raise ShadowError("the bytes are no ONNX model; pass the content of an .onnx file") from error
     if not proto.HasField("graph") or not proto.graph.output:
         raise ShadowError("the bytes are no ONNX model: there is no graph in them; pass the content of an .onnx file")
-    return proto
+    return without_functions(proto)
 
 
 def _classifier_plan(model: onnx.ModelProto) -> Plan:

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from qdefense.converters.shadow.float_operators import convolve
+from qdefense.converters.shadow.convolutions import convolve
 from qdefense.converters.shadow.registry import Mode, Node
 from qdefense.converters.shadow.rounding import Range, inside, value_of
 from qdefense.converters.shadow.saturation import OverflowingPairs, overflowing_pairs, saturation_error

@@ -1,4 +1,4 @@
-"""How values that dynamic quantization computes per image meet ordinary tensors.
+"""What operators do to their inputs before they compute: meet, wrap around, be read as lists of integers.
 
 Dynamic INT8 computes one scale and zero point for a whole tensor. The shadow computes them for each image, which
 equals the runtime at batch 1. Such a value has the ONNX shape S, () for a fresh scale, and is carried as (N, *S):
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from qdefense.converters.shadow.registry import CODE_RANGES, Kernel, Node
 
+Pairwise = Callable[[Tensor, Tensor], Tensor]
+Listing = Callable[[Tensor | None], tuple[int, ...] | None]
+
 
 def spread(value: Tensor, rank: int) -> Tensor:
     """A per-image value (N, *S) as (N, 1, ..., 1, *S) of the given rank, ready to broadcast against a batch."""
@@ -24,14 +27,12 @@ def spread(value: Tensor, rank: int) -> Tensor:
     return value.reshape(value.shape[0], *(1,) * (rank - 1 - len(kept)), *kept)
 
 
-def pairwise(node: Node, function: Callable[[Tensor, Tensor], Tensor]) -> Kernel:
+def pairwise(node: Node, function: Pairwise) -> Kernel:
     """The kernel of a broadcasting operator with two inputs, either of which may be per image.
 
-    Raises:
-        UnsupportedOperatorError: an input is an 8 bit integer, whose arithmetic wraps around.
+    Integers of up to 16 bits wrap around, as they do in the file.
     """
-    if any(kind in CODE_RANGES for kind in node.element_types):
-        raise node.unsupported("it computes on integer codes, which wrap around")
+    function = wrapping(node, function)
     left, right = node.per_row
     if not (left or right):
         return function
@@ -42,3 +43,44 @@ def pairwise(node: Node, function: Callable[[Tensor, Tensor], Tensor]) -> Kernel
     if left:
         return lambda a, b: function(spread(a, max(a.ndim, b.ndim + surplus)), b)
     return lambda a, b: function(a, spread(b, max(b.ndim, a.ndim + surplus)))
+
+
+def wrapping(node: Node, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, on integer codes computed without rounding and wrapped around into their range."""
+    kind = node.element_type(0)
+    if kind is None or kind not in CODE_RANGES:
+        return function
+    limits = CODE_RANGES[kind]
+    # products of 16 bit codes have more digits than float32
+    return lambda *codes: wrap(function(*(each.double() for each in codes)), limits).to(codes[0].dtype)
+
+
+def wrap(values: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Whole numbers modulo the size of the range ``low, ..., high``, as integers of so many bits overflow."""
+    low, high = limits
+    return (values - low).remainder(high - low + 1) + low
+
+
+def listing(node: Node, index: int, attribute: str = "") -> Listing:
+    """The integers that a node lists as an attribute, a constant or a computed input: a function of that input.
+
+    The function gives None where neither the attribute nor the input is there.
+    """
+    fixed = node.integers(attribute) if attribute else None
+    if node.has(index) and index not in node.constants:
+        return lambda given: None if given is None else tuple(given.reshape(-1).tolist())
+    if node.has(index):
+        fixed = tuple(int(number) for number in node.constant(index).reshape(-1).tolist())
+    return lambda _given: fixed
+
+
+def single(node: Node, index: int, attribute: str, default: int) -> Callable[[Tensor | None], int]:
+    """The integer that a node holds as an attribute, a constant or a computed input: a function of that input."""
+    fallback = node.integer(attribute, default) if attribute else default
+    numbers = listing(node, index)
+
+    def read(given: Tensor | None) -> int:
+        found = numbers(given)
+        return found[0] if found else fallback
+
+    return read

@@ -11,9 +11,23 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
+from qdefense.converters.operator_versions import quoted, stated_versions
 from qdefense.converters.reading import plain_domain
 from qdefense.converters.shadow.constants import constant_node, constant_of
-from qdefense.converters.shadow.registry import Constant, Kernel, Mode, Node, ShadowError, build_kernel
+from qdefense.converters.shadow.quantization_parameters import check_quantization
+from qdefense.converters.shadow.registry import (
+    MALFORMED,
+    Constant,
+    Kernel,
+    Mode,
+    Node,
+    ShadowError,
+    build_kernel,
+    one_line,
+)
+
+INLINED = ("Constant", "If")
+"""Operators of ONNX that are resolved while the graph is read, and never run."""
 
 _ITERATING = {
     "Loop": "it repeats a graph while the file runs",
@@ -62,8 +76,8 @@ class Plan:
             wanted: names of intermediate tensors to keep.
         """
         for step in self.steps:
-            result = step.kernel(mode, *[values[name] if name else None for name in step.inputs])
-            values.update(zip(step.outputs, result if isinstance(result, tuple) else (result,), strict=False))
+            result = _answer(step.node, step.kernel, mode, [values[name] if name else None for name in step.inputs])
+            values.update(zip(step.outputs, result, strict=False))
             for name in step.last_uses:
                 if name not in wanted:
                     del values[name]
@@ -108,11 +122,11 @@ def plan_graph(model: onnx.ModelProto) -> Plan:
     plan = Plan(tuple(value.name for value in inputs), tuple(value.name for value in graph.output), constants)
     plan.element_types = {value.name: value.type.tensor_type.elem_type for value in inputs}
     plan.element_types |= {name: constant.element_type for name, constant in constants.items()}
-    scope = _Scope({plain_domain(entry.domain): entry.version for entry in model.opset_import})
+    scope = _Scope(stated_versions(model))
     plan.steps = _with_last_uses(plan, list(_steps(plan, graph.node, scope)))
     for name in plan.outputs:
         if name not in plan.element_types:
-            raise ShadowError(f"nothing computes the output {name!r}; check the file with onnx.checker")
+            raise ShadowError(f"nothing computes the output {quoted(name)}; check the file with onnx.checker")
     return plan
 
 
@@ -122,7 +136,7 @@ def _steps(plan: Plan, protos: Iterable[onnx.NodeProto], scope: _Scope) -> Itera
         for name in node.inputs:
             if name and name not in plan.element_types:
                 raise ShadowError(
-                    f"node {node.name!r} reads {name!r}, which nothing before it computes; sort the graph"
+                    f"node {quoted(node.name)} reads {quoted(name)}, which nothing before it computes; sort the graph"
                 )
         if node.domain == "" and node.op_type == "Constant":
             _hold(plan, node, constant_node(node))
@@ -142,7 +156,7 @@ def _node(plan: Plan, proto: onnx.NodeProto, scope: _Scope) -> Node:
         name=proto.name or next(filter(None, outputs), ""),
         op_type=proto.op_type,
         domain=domain,
-        opset=scope.opsets.get(domain, 1),
+        opset=scope.opsets.get(domain, 0),
         inputs=inputs,
         outputs=outputs,
         attributes={attribute.name: helper.get_attribute_value(attribute) for attribute in proto.attribute},
@@ -154,6 +168,7 @@ def _node(plan: Plan, proto: onnx.NodeProto, scope: _Scope) -> Node:
 
 def _place(plan: Plan, node: Node) -> Iterator[Step]:
     """The step that runs a node; none for one whose inputs are constants, which is folded."""
+    check_quantization(node)
     kernel = build_kernel(node)
     _announce(plan, node)
     if node.inputs and all(not name or name in plan.constants for name in node.inputs):
@@ -167,7 +182,7 @@ def _chosen_branch(plan: Plan, node: Node, scope: _Scope) -> Iterator[Step]:
     """The steps of the branch that a constant condition chooses, under names of their own."""
     if 0 not in node.constants:
         raise node.unsupported(
-            f"its condition {node.inputs[0] if node.inputs else ''!r} is computed while the file runs, so that either "
+            f"its condition {quoted(node.inputs[0] if node.inputs else '')} is not a constant, so that either "
             "branch may be taken"
         )
     condition = node.constants[0].value
@@ -198,7 +213,9 @@ def _announce(plan: Plan, node: Node) -> None:
     first = node.element_types[0] if node.element_types else None
     for index, name in enumerate(node.outputs):
         if name in plan.element_types:
-            raise ShadowError(f"node {node.name!r} computes {name!r}, which is there already; export the model again")
+            raise ShadowError(
+                f"node {quoted(node.name)} computes {quoted(name)}, which is there already; export the model again"
+            )
         kind = node.emits[index] if index < len(node.emits) else first
         if name:
             plan.element_types[name] = kind or TensorProto.UNDEFINED
@@ -207,12 +224,28 @@ def _announce(plan: Plan, node: Node) -> None:
     plan.per_row.update(name for name, flag in zip(node.outputs, flags, strict=False) if name and flag)
 
 
+def _answer(node: Node, kernel: Kernel, mode: Mode, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    try:
+        result = kernel(mode, *inputs)
+    except ShadowError:
+        raise
+    except MALFORMED as error:
+        raise ShadowError(
+            f"{node.label}: it can't be computed ({one_line(error)}); check the shape of the images, or export the "
+            "model again"
+        ) from error
+    answers = result if isinstance(result, tuple) else (result,)
+    if len(answers) < len(node.outputs):
+        raise node.unsupported(f"only its first {len(answers)} outputs are covered")
+    return answers
+
+
 @torch.no_grad()
 def _fold(plan: Plan, node: Node, kernel: Kernel) -> None:
     """Compute a node of constants once; a dequantized initializer keeps its initializer's name."""
-    result = kernel(Mode(), *[plan.constants[name].value if name else None for name in node.inputs])
+    result = _answer(node, kernel, Mode(), [plan.constants[name].value if name else None for name in node.inputs])
     origin = plan.constants[node.inputs[0]].initializer if node.op_type in ("DequantizeLinear", "Identity") else None
-    for name, value in zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=False):
+    for name, value in zip(node.outputs, result, strict=False):
         if name:
             plan.constants[name] = Constant(value, plan.element_types[name], origin)
 

@@ -10,7 +10,18 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-MICROSOFT = "com.microsoft"
+from qdefense.converters import operator_versions
+from qdefense.converters.operator_versions import last_change, operator_label, version_problem
+
+MICROSOFT = operator_versions.MICROSOFT
+
+VERIFIED: Mapping[str, int] = {"": 28, MICROSOFT: 1}
+"""The newest version of each domain that the registered functions were held against.
+
+A function has one meaning from its `since` up to the next function of the same operator, and at most up to here: what
+a later release of onnx changes is refused until someone has looked at it. That no operator changed in between is
+tested against ONNX Runtime at every version that its schema has (tests/converters/shadow/test_operator_versions.py).
+"""
 
 
 class ShadowError(ValueError):
@@ -64,6 +75,8 @@ class Constant:
 
 
 Kernel = Callable[..., Any]
+MALFORMED = (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError, OverflowError)
+"""What functions and kernels raise when inputs or attributes are none that their operator can have."""
 
 
 @dataclass
@@ -181,12 +194,20 @@ class Node:
 
     def unsupported(self, reason: str) -> UnsupportedOperatorError:
         """The error that names this node, its operator and the reason."""
-        domain = self.domain or "ai.onnx"
         return UnsupportedOperatorError(
-            f"node {self.name!r}: operator {self.op_type!r} of domain {domain!r}, opset {self.opset}: {reason}; "
+            f"{self.label}: {reason}; "
             "register it with qdefense.converters.shadow.operator, or export the model without it",
             node=self.name,
         )
+
+    def corrupt(self, reason: str) -> ShadowError:
+        """The error that names this node, its operator and what is wrong with a value that the file gives it."""
+        return ShadowError(f"{self.label}: {reason}; quantize or export the model again")
+
+    @property
+    def label(self) -> str:
+        """What errors say of this node."""
+        return operator_label(self.name, self.op_type, self.domain, self.opset)
 
     def _known(self, index: int) -> Constant:
         if index not in self.constants:
@@ -240,9 +261,32 @@ def operator(
     return register
 
 
+def _find(node: Node) -> Operator:
+    problem = version_problem(node.op_type, node.domain, node.opset) if node.domain in VERIFIED else ""
+    if problem:
+        raise node.unsupported(problem)
+    versions = [key[2] for key in _TABLE if key[:2] == (node.domain, node.op_type)]
+    fitting = [version for version in versions if version <= max(node.opset, 1)]
+    if not fitting:
+        later = f" before version {min(versions)}" if versions else ""
+        raise node.unsupported(f"no function is registered for it{later}")
+    if node.domain == "":
+        changed = last_change(node.op_type, node.opset)
+        if changed > max(VERIFIED[""], *fitting):
+            raise node.unsupported(
+                f"ONNX changed it in version {changed}, and its function was held against versions up to {VERIFIED['']}"
+            )
+    return _TABLE[node.domain, node.op_type, max(fitting)]
+
+
 def registered() -> Mapping[tuple[str, str, int], Operator]:
     """The table: (domain, operator, since) to its function."""
     return dict(_TABLE)
+
+
+def one_line(error: Exception) -> str:
+    """What a malformed node made Python or torch say, shortened."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 def build_kernel(node: Node) -> Kernel:
@@ -251,13 +295,15 @@ def build_kernel(node: Node) -> Kernel:
     Raises:
         UnsupportedOperatorError: no function is registered, or it does not cover this use of the operator.
     """
-    versions = [key[2] for key in _TABLE if key[:2] == (node.domain, node.op_type) and key[2] <= node.opset]
-    if not versions:
-        raise node.unsupported("no function is registered for it")
-    found = _TABLE[node.domain, node.op_type, max(versions)]
+    found = _find(node)
     if any(node.per_row) and not found.per_row:
         raise node.unsupported("it takes a scale or zero point that dynamic quantization computes per image")
-    kernel = found.build(node)
+    try:
+        kernel = found.build(node)
+    except ShadowError:
+        raise
+    except MALFORMED as error:
+        raise node.unsupported(f"its inputs or attributes don't fit it ({one_line(error)})") from error
     if node.unread():
         raise node.unsupported(f"attributes {node.unread()} are not covered")
     return kernel if found.needs_mode else lambda _mode, *inputs: kernel(*inputs)

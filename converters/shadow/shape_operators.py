@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from qdefense.converters.shadow.door import round_half
+from qdefense.converters.shadow.operands import listing
 from qdefense.converters.shadow.registry import Kernel, Node, operator
-
-_CASTS: Mapping[int, torch.dtype] = {
-    TensorProto.DOUBLE: torch.float64,
-    TensorProto.INT64: torch.int64,
-    TensorProto.INT32: torch.int32,
-    TensorProto.BOOL: torch.bool,
-}
 
 
 @operator("Identity", per_row=True)
@@ -28,28 +21,19 @@ def identity(_node: Node) -> Kernel:
 
 @operator("Dropout")
 def dropout(node: Node) -> Kernel:
-    """The input: the shadow never trains with dropout."""
+    """The input, and a mask that keeps everything: the shadow never trains with dropout.
+
+    Raises:
+        UnsupportedOperatorError: the node drops values.
+    """
     node.ignore("ratio", "seed")
-    node.keep_first_output()
-    if node.has(2) and bool(node.constant(2)):
+    ratio = node.optional_constant(1)
+    if node.has(2) and bool(node.constant(2)) and (ratio is None or float(ratio) != 0):
         raise node.unsupported("it is in training mode")
-    return lambda x, *_: x
-
-
-@operator("Cast", per_row=True, needs_mode=True)
-def cast(node: Node) -> Kernel:
-    """Another element type; float16 is carried as what it rounds to, 8 bit integers can't be made."""
-    node.ignore("saturate", "round_mode")
-    target = node.integer("to", TensorProto.UNDEFINED)
-    node.emits = (target,)
-    if target == TensorProto.FLOAT:
-        return lambda mode, x: x.to(mode.dtype)
-    if target == TensorProto.FLOAT16:
-        return lambda mode, x: round_half(x.to(mode.dtype))
-    if target not in _CASTS:
-        covered = sorted([TensorProto.FLOAT, TensorProto.FLOAT16, *_CASTS])
-        raise node.unsupported(f"attribute 'to' is element type {target}, covered are {covered}")
-    return lambda _mode, x: x.to(_CASTS[target])
+    node.emits = (node.element_type(0) or TensorProto.FLOAT, TensorProto.BOOL)
+    if len(node.outputs) == 1:
+        return lambda x, *_: x
+    return lambda x, *_: (x, torch.ones(x.shape, dtype=torch.bool))
 
 
 @operator("Flatten")
@@ -68,12 +52,10 @@ def flatten(node: Node) -> Kernel:
 def reshape(node: Node) -> Kernel:
     """Another shape; 0 keeps an axis unless `allowzero` is set."""
     keep_zero = bool(node.integer("allowzero", 0))
-    fixed = node.integers("shape") if not node.has(1) else None
-    if 1 in node.constants:
-        fixed = tuple(int(size) for size in node.constant(1).tolist())
+    sizes = listing(node, 1, "shape")
 
     def kernel(x: Tensor, shape: Tensor | None = None) -> Tensor:
-        wanted = fixed or (() if shape is None else tuple(shape.tolist()))
+        wanted = sizes(shape) or ()
         if node.per_row[0]:
             return x.reshape(x.shape[0], *_resolved(wanted, x.shape[1:], keep_zero=keep_zero))
         return x.reshape(_resolved(wanted, x.shape, keep_zero=keep_zero))
@@ -95,12 +77,12 @@ def transpose(node: Node) -> Kernel:
 @operator("Squeeze", per_row=True)
 def squeeze(node: Node) -> Kernel:
     """Axes of size 1 removed."""
-    axes, offset = _axes(node), 1 if node.per_row[0] else 0
+    axes, offset = listing(node, 1, "axes"), 1 if node.per_row[0] else 0
 
-    def kernel(x: Tensor, *_: Tensor) -> Tensor:
-        rank = x.ndim - offset
-        chosen = range(rank) if axes is None else [axis % rank for axis in axes]
-        gone = {axis + offset for axis in chosen if axes is not None or x.shape[axis + offset] == 1}
+    def kernel(x: Tensor, given: Tensor | None = None) -> Tensor:
+        rank, named = x.ndim - offset, axes(given)
+        chosen = range(rank) if named is None else [axis % rank for axis in named]
+        gone = {axis + offset for axis in chosen if named is not None or x.shape[axis + offset] == 1}
         return x.squeeze(tuple(gone))
 
     return kernel
@@ -109,26 +91,98 @@ def squeeze(node: Node) -> Kernel:
 @operator("Unsqueeze", per_row=True)
 def unsqueeze(node: Node) -> Kernel:
     """Axes of size 1 inserted."""
-    axes, offset = _axes(node) or (), 1 if node.per_row[0] else 0
+    axes, offset = listing(node, 1, "axes"), 1 if node.per_row[0] else 0
 
-    def kernel(x: Tensor, *_: Tensor) -> Tensor:
-        rank = x.ndim - offset + len(axes)
-        for axis in sorted(axis % rank for axis in axes):
+    def kernel(x: Tensor, given: Tensor | None = None) -> Tensor:
+        named = axes(given) or ()
+        rank = x.ndim - offset + len(named)
+        for axis in sorted(axis % rank for axis in named):
             x = x.unsqueeze(axis + offset)
         return x
 
     return kernel
 
 
-def _axes(node: Node) -> tuple[int, ...] | None:
-    return tuple(node.constant(1).tolist()) if node.has(1) else node.integers("axes")
-
-
 @operator("Concat")
 def concat(node: Node) -> Kernel:
     """Tensors joined along one axis."""
-    axis = node.integer("axis", 0)
+    axis = node.integer("axis", 1)
     return lambda *x: torch.cat(x, axis)
+
+
+@operator("Split")
+def split(node: Node) -> Kernel:
+    """Parts of the given sizes along one axis, else equal ones of which the last may be smaller."""
+    axis, sizes = node.integer("axis", 0), listing(node, 1, "split")
+    count = node.integer("num_outputs", len(node.outputs))
+
+    def kernel(x: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
+        named, total = sizes(given), x.shape[axis]
+        each = -(-total // count)
+        return x.split(named or tuple(max(0, min(each, total - at * each)) for at in range(count)), axis)
+
+    return kernel
+
+
+@operator("Expand", since=8)
+def expand(node: Node) -> Kernel:
+    """Axes of size 1 repeated, by the rules of broadcasting."""
+    sizes = listing(node, 1)
+
+    def kernel(x: Tensor, shape: Tensor | None = None) -> Tensor:
+        return x.expand(torch.broadcast_shapes(x.shape, sizes(shape) or ()))
+
+    return kernel
+
+
+@operator("Tile", since=6)
+def tile(node: Node) -> Kernel:
+    """Each axis repeated as a whole."""
+    repeats = listing(node, 1)
+    return lambda x, given=None: x.repeat(repeats(given) or ())
+
+
+@operator("DepthToSpace")
+def depth_to_space(node: Node) -> Kernel:
+    """Channels (N, b b C, H, W) laid out as blocks (N, C, b H, b W).
+
+    Raises:
+        UnsupportedOperatorError: the mode is neither DCR nor CRD.
+    """
+    block, mode = node.integer("blocksize", 1), node.text("mode", "DCR")
+    if mode not in ("DCR", "CRD"):
+        raise node.unsupported(f"attribute 'mode' is {mode!r}, expected 'DCR' or 'CRD'")
+
+    def kernel(x: Tensor) -> Tensor:
+        rows, channels, height, width = x.shape
+        inner = channels // block**2
+        if mode == "DCR":
+            parts = x.reshape(rows, block, block, inner, height, width).permute(0, 3, 4, 1, 5, 2)
+        else:
+            parts = x.reshape(rows, inner, block, block, height, width).permute(0, 1, 4, 2, 5, 3)
+        return parts.reshape(rows, inner, height * block, width * block)
+
+    return kernel
+
+
+@operator("SpaceToDepth")
+def space_to_depth(node: Node) -> Kernel:
+    """Blocks (N, C, b H, b W) laid out as channels (N, b b C, H, W).
+
+    Raises:
+        UnsupportedOperatorError: the mode is neither DCR nor CRD.
+    """
+    block, mode = node.integer("blocksize", 1), node.text("mode", "DCR")
+    if mode not in ("DCR", "CRD"):
+        raise node.unsupported(f"attribute 'mode' is {mode!r}, expected 'DCR' or 'CRD'")
+    order = (0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4)
+
+    def kernel(x: Tensor) -> Tensor:
+        rows, channels, height, width = x.shape
+        parts = x.reshape(rows, channels, height // block, block, width // block, block).permute(order)
+        return parts.reshape(rows, channels * block**2, height // block, width // block)
+
+    return kernel
 
 
 @operator("Shape")
@@ -139,42 +193,8 @@ def shape(node: Node) -> Kernel:
     return lambda x: torch.tensor(x.shape[start:end], dtype=torch.int64)
 
 
-@operator("Gather")
-def gather(node: Node) -> Kernel:
-    """Slices picked by index along one axis."""
-    axis = node.integer("axis", 0)
-
-    def kernel(x: Tensor, indices: Tensor) -> Tensor:
-        at = axis % x.ndim
-        positive = torch.where(indices < 0, indices + x.shape[at], indices).long()
-        picked = x.index_select(at, positive.reshape(-1))
-        return picked.reshape((*x.shape[:at], *indices.shape, *x.shape[at + 1 :]))
-
-    return kernel
-
-
-@operator("Slice", since=10)
-def slice_(node: Node) -> Kernel:
-    """Ranges of some axes, given as inputs."""
-    starts, ends = node.constant(1).tolist(), node.constant(2).tolist()
-    axes = node.constant(3).tolist() if node.has(3) else list(range(len(starts)))
-    steps = node.constant(4).tolist() if node.has(4) else [1] * len(starts)
-    return lambda x, *_: _sliced(x, starts, ends, axes, steps)
-
-
-@operator("Slice")
-def slice_by_attributes(node: Node) -> Kernel:
-    """Ranges of some axes, given as attributes (before opset 10)."""
-    starts, ends = node.integers("starts") or (), node.integers("ends") or ()
-    axes = node.integers("axes") or tuple(range(len(starts)))
-    return lambda x: _sliced(x, starts, ends, axes, [1] * len(starts))
-
-
-def _sliced(x: Tensor, starts: Sequence[int], ends: Sequence[int], axes: Sequence[int], steps: Sequence[int]) -> Tensor:
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        chosen = range(x.shape[axis])[start:end:step]
-        if step == 1:
-            x = x.narrow(axis, chosen.start, len(chosen))
-        else:
-            x = x.index_select(axis, torch.tensor(chosen, dtype=torch.int64))
-    return x
+@operator("Size")
+def size(node: Node) -> Kernel:
+    """How many elements the input has, as int64."""
+    node.emits = (TensorProto.INT64,)
+    return lambda x: torch.tensor(x.numel(), dtype=torch.int64)
