@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import onnx.backend.test.case.node as suite
 import torch
-from exceptions import EXCEPTIONS
+from node_exceptions import EXCEPTIONS
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
@@ -180,7 +180,7 @@ def _difference(found: torch.Tensor, plan: Plan, expected: TensorProto, rtol: fl
     if found.dtype != wanted.dtype and kind != TensorProto.INT32:  # int32 sums of codes are floats
         return f"{expected.name!r} is carried as {found.dtype}, expected {wanted.dtype}"
     found = found.to(wanted.dtype) if found.dtype.is_floating_point else found
-    inexact = expected.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+    inexact = expected.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     rtol, atol = (rtol, SMALLEST) if inexact else (0.0, 0.0)
     if torch.allclose(found, wanted, rtol=rtol, atol=atol, equal_nan=True):
         return ""

@@ -7,16 +7,20 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from qdefense.converters.operator_versions import quoted
-from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Node, ShadowError
+from qdefense.converters.shadow.registry import CODE_RANGES, NARROW_FLOATS, UNSIGNED, Constant, Node, ShadowError
 
-_CARRIED = {
-    TensorProto.FLOAT,
-    TensorProto.FLOAT16,
-    TensorProto.DOUBLE,
-    TensorProto.INT32,
-    TensorProto.INT64,
-    TensorProto.BOOL,
-}
+_AS_FLOATS = {*CODE_RANGES, *NARROW_FLOATS, TensorProto.FLOAT16}
+_CARRIED = (
+    _AS_FLOATS
+    | UNSIGNED
+    | {
+        TensorProto.FLOAT,
+        TensorProto.DOUBLE,
+        TensorProto.INT32,
+        TensorProto.INT64,
+        TensorProto.BOOL,
+    }
+)
 _ATTRIBUTES = {
     "value_float": (TensorProto.FLOAT, torch.float32),
     "value_floats": (TensorProto.FLOAT, torch.float32),
@@ -47,7 +51,7 @@ def constant_of(tensor: TensorProto, initializer: str | None) -> Constant:
         raise ShadowError(
             f"tensor {name} lies in an external file; load it with onnx.load and save the model in one file"
         )
-    if tensor.data_type not in _CARRIED and tensor.data_type not in CODE_RANGES:
+    if tensor.data_type not in _CARRIED:
         raise ShadowError(
             f"tensor {name} has element type {type_name(tensor.data_type)}, which the shadow can't carry; "
             "export the model in float32"
@@ -56,8 +60,12 @@ def constant_of(tensor: TensorProto, initializer: str | None) -> Constant:
         array = numpy_helper.to_array(tensor)
     except ValueError as error:
         raise ShadowError(f"tensor {name} can't be read: {error}; check the file with onnx.checker") from error
-    if tensor.data_type in CODE_RANGES or tensor.data_type == TensorProto.FLOAT16:
+    if tensor.data_type in _AS_FLOATS:
         array = array.astype(np.float32)
+    elif tensor.data_type in UNSIGNED:
+        if array.size and array.max() > np.iinfo(np.int64).max:
+            raise ShadowError(f"tensor {name} holds numbers above 2 ** 63 - 1; export the model with int64")
+        array = array.astype(np.int64)
     return Constant(torch.from_numpy(np.array(array)), tensor.data_type, initializer)
 
 

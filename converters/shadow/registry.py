@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,8 @@ class Constant:
     """A tensor known at build time.
 
     Attributes:
-        value: 4, 8 and 16 bit integers as float32 codes, everything else in its own type.
+        value: 2, 4, 8 and 16 bit integers as float32 codes, floats below 32 bits as float32, unsigned ones of 32 and
+            64 bits as int64, everything else in its own type.
         element_type: the ONNX type of the tensor in the file.
         initializer: name of the initializer that a change of `value` would have to be written to.
     """
@@ -230,13 +231,20 @@ class Operator:
     build: Callable[[Node], Kernel]
     per_row: bool
     needs_mode: bool
+    also: frozenset[int] = frozenset()
 
 
 _TABLE: dict[tuple[str, str, int], Operator] = {}
 
 
 def operator(
-    op_type: str, domain: str = "", since: int = 1, *, per_row: bool = False, needs_mode: bool = False
+    op_type: str,
+    domain: str = "",
+    since: int = 1,
+    *,
+    per_row: bool = False,
+    needs_mode: bool = False,
+    also: Collection[int] = (),
 ) -> Callable[[Callable[[Node], Kernel]], Callable[[Node], Kernel]]:
     """Register the function that builds the kernel of one ONNX operator.
 
@@ -246,6 +254,7 @@ def operator(
         since: first opset version whose meaning the function has; the newest that is not above the file's wins.
         per_row: the function knows what to do with inputs that hold one value per image (see `operands`).
         needs_mode: the kernel takes the `Mode` of the pass before its inputs.
+        also: those of the `RARE_TYPES` whose values the function handles as ONNX does.
 
     Raises:
         ValueError: the operator is registered already.
@@ -255,7 +264,7 @@ def operator(
         key = (domain, op_type, since)
         if key in _TABLE:
             raise ValueError(f"operator {key} is registered twice; remove one of the two functions")
-        _TABLE[key] = Operator(op_type, domain, since, build, per_row, needs_mode)
+        _TABLE[key] = Operator(op_type, domain, since, build, per_row, needs_mode, frozenset(also))
         return build
 
     return register
@@ -298,6 +307,9 @@ def build_kernel(node: Node) -> Kernel:
     found = _find(node)
     if any(node.per_row) and not found.per_row:
         raise node.unsupported("it takes a scale or zero point that dynamic quantization computes per image")
+    rare = [kind for kind in node.element_types if kind in RARE_TYPES and kind not in found.also]
+    if rare:
+        raise node.unsupported(f"element type {TensorProto.DataType.Name(rare[0])} is not covered")
     try:
         kernel = found.build(node)
     except ShadowError:
@@ -316,4 +328,26 @@ CODE_RANGES: Mapping[int, tuple[int, int]] = {
     TensorProto.INT16: (-32768, 32767),
     TensorProto.UINT4: (0, 15),
     TensorProto.INT4: (-8, 7),
+    TensorProto.UINT2: (0, 3),
+    TensorProto.INT2: (-2, 1),
 }
+"""What codes of each type can be."""
+
+NARROW_FLOATS = frozenset(
+    {
+        TensorProto.BFLOAT16,
+        TensorProto.FLOAT8E4M3FN,
+        TensorProto.FLOAT8E4M3FNUZ,
+        TensorProto.FLOAT8E5M2,
+        TensorProto.FLOAT8E5M2FNUZ,
+        TensorProto.FLOAT8E8M0,
+        TensorProto.FLOAT4E2M1,
+    }
+)
+"""Floats that are carried as float32; what computes on them would have to round to them."""
+
+UNSIGNED = frozenset({TensorProto.UINT32, TensorProto.UINT64})
+"""Integers that are carried as int64; what computes on them would have to wrap around as they do."""
+
+RARE_TYPES = NARROW_FLOATS | UNSIGNED
+"""Element types that an operator refuses unless it is registered for them."""
