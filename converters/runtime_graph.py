@@ -7,9 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _native
 from pydantic import BaseModel, ConfigDict, Field
+
+from qdefense.converters.exact_products import exact_model
 
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     _native.Fail,
@@ -19,6 +22,15 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     _native.NotImplemented,
     _native.RuntimeException,
 )
+Arithmetic = Literal["as-run", "exact"]
+Optimization = Literal["disable", "basic", "extended", "all"]
+
+_LEVELS = {
+    "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 _FATAL_ONLY = 4
 # What no user can make anything of: codes, and where in its own source the runtime was.
 _NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z])")
@@ -29,17 +41,18 @@ class RuntimeGraphError(ValueError):
 
 
 class GraphOptions(BaseModel):
-    """The session options that decide which operators ONNX Runtime makes of a file."""
+    """What of a session decides which operators run, and in which arithmetic."""
 
     model_config = ConfigDict(frozen=True)
 
-    matmulnbits_accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
-        default=1, description="of the MatMulNBits that INT4 weights are fused into: 1 float32, 4 INT8 activations"
+    arithmetic: Arithmetic = Field(
+        default="as-run", description="exact: no product of u8 and s8 codes is clipped to int16, whatever the CPU"
     )
-
-    def entries(self) -> dict[str, str]:
-        """The configuration entries of a session with these options."""
-        return {"session.qdq_matmulnbits_accuracy_level": str(self.matmulnbits_accuracy_level)}
+    matmulnbits_accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
+        default=1,
+        description="session.qdq_matmulnbits_accuracy_level, of products with INT4 weights: 1 float32 activations, "
+        "4 hidden INT8 ones, which is ONNX Runtime's own default",
+    )
 
 
 def runtime_reason(error: Exception) -> str:
@@ -47,25 +60,67 @@ def runtime_reason(error: Exception) -> str:
     return " ".join(_NOISE.sub("", str(error)).split()).rstrip(".")
 
 
-def optimized_model(model: bytes, options: GraphOptions | None = None) -> bytes:
+def session_options(
+    options: GraphOptions, optimization: Optimization, *, threads: int = 1
+) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's settings; exact arithmetic is none of them but another graph, see `optimized_model`."""
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = _LEVELS[optimization]
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = _FATAL_ONLY
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(options.matmulnbits_accuracy_level))
+    return settings
+
+
+def open_session(
+    model: bytes, options: GraphOptions, optimization: Optimization, *, threads: int = 1
+) -> onnxruntime.InferenceSession:
+    """A session of these bytes.
+
+    Raises:
+        RuntimeGraphError: the runtime refused them.
+    """
+    return _loaded(model, session_options(options, optimization, threads=threads))
+
+
+def optimized_model(
+    model: bytes, options: GraphOptions | None = None, *, optimization: Optimization = "extended"
+) -> bytes:
     """The graph that ONNX Runtime runs under these options, or the default ones, as a model of its own.
 
-    EXTENDED, not ALL: on x86-64 ALL adds only NCHWc layout nodes, which are not portable and change no integer result.
+    EXTENDED at most, not ALL: on x86-64 ALL adds only NCHWc layout nodes, which are not portable and change no integer
+    result. In exact arithmetic its products of u8 and s8 codes are rewritten, which holds on every CPU;
+    ``session.x64quantprecision`` does the same on AVX2, but stops at some files (see the decision record).
 
     Raises:
         RuntimeGraphError: the runtime refused the file.
+        UnsupportedArithmeticError: the graph has no exact form.
     """
+    chosen = options or GraphOptions()
     with tempfile.TemporaryDirectory(prefix="qdefense-") as folder:
         target = Path(folder) / "optimized.onnx"
-        settings = onnxruntime.SessionOptions()
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        settings = session_options(chosen, "extended" if optimization == "all" else optimization)
         settings.optimized_model_filepath = str(target)
-        settings.log_severity_level = _FATAL_ONLY
-        settings.intra_op_num_threads = 1
-        for key, value in (options or GraphOptions()).entries().items():
-            settings.add_session_config_entry(key, value)
-        try:
-            onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
-        except RUNTIME_ERRORS as error:
-            raise RuntimeGraphError(f"ONNX Runtime cannot load the file: {runtime_reason(error)}") from error
-        return target.read_bytes()
+        _loaded(model, settings)
+        optimized = target.read_bytes()
+    return exact_model(optimized).data if chosen.arithmetic == "exact" else optimized
+
+
+def is_settled(optimized: bytes, options: GraphOptions) -> bool:
+    """Whether optimizing a graph of `optimized_model` once more leaves its nodes as they are."""
+    again = optimized_model(optimized, options)
+    return _nodes(again) == _nodes(optimized)
+
+
+def _nodes(model: bytes) -> list[bytes]:
+    graph = onnx.load_from_string(model).graph
+    return sorted(node.SerializeToString(deterministic=True) for node in graph.node)
+
+
+def _loaded(model: bytes, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    except RUNTIME_ERRORS as error:
+        raise RuntimeGraphError(f"ONNX Runtime cannot load the file: {runtime_reason(error)}") from error

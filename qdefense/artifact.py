@@ -16,7 +16,6 @@ from qdefense.converters.external_data import with_external_data
 from qdefense.converters.inspection import Inspection, inspect_parsed
 from qdefense.converters.narrowing import fixed_values
 from qdefense.converters.reading import every_graph, parse_model, read_file, safe_text
-from qdefense.converters.runtime_graph import optimized_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +81,6 @@ class Artifact:
         graphs = every_graph(onnx.load_from_string(self.data).graph)
         nodes = [node for graph in graphs for node in graph.node if node.op_type in _BATCH_COUPLED]
         return tuple(safe_text(node.name or next(iter(node.output), "")) for node in nodes)
-
-    @cached_property
-    def runtime_layers(self) -> tuple[str, ...]:
-        """Names of the nodes that ONNX Runtime really runs."""
-        graph = onnx.load_from_string(optimized_model(self.data)).graph
-        return tuple(node.name for node in graph.node)
 
 
 _BATCH_COUPLED = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})

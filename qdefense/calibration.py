@@ -136,6 +136,7 @@ def _session(conditions: Conditions) -> str:
         []
         if profile is None
         else [profile.provider, profile.optimization, f"batch {profile.batch}", f"threads {profile.threads}"]
+        + ([] if profile.arithmetic == "as-run" else [f"{profile.arithmetic} arithmetic"])
     )
     saturating = conditions.saturating_operators
     return ", ".join([*parts, f"saturating: {' '.join(saturating)}" if saturating else "no saturation"])

@@ -60,7 +60,8 @@ def gather_evidence(
 
     shadow = None
     try:
-        shadow = build_shadow(session.artifact.data, source="optimized", contract=session.artifact.contract)
+        artifact = session.artifact
+        shadow = build_shadow(artifact.data, source="optimized", contract=artifact.contract, options=session.profile)
         certificate = certify(session, shadow, clean, seed=seed)
     except UnsupportedOperatorError as error:
         cause = MismatchCause(kind="unsupported-operator", layers=(safe_text(error.node),), detail=str(error))

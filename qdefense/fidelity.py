@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from qdefense.arithmetic import ArithmeticAgreement, OtherArithmetic
 from qdefense.data.images import ImageSet, Pixels, on_grid
 from qdefense.session import DeployedSession, Logits, rows_at_once
 
@@ -88,6 +89,9 @@ class FidelityCertificate(_Record):
     sets: tuple[InputSetFidelity, ...] = ()
     gradients: GradientCheck | None = None
     cause: MismatchCause | None = None
+    arithmetic: ArithmeticAgreement | None = Field(
+        default=None, description="as-run against exact arithmetic on the same images; null for a float file"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +168,12 @@ def certify(
     """Compare a shadow with the session it stands for.
 
     ``saturate`` emulates int16 saturation in the shadow's value; ``None`` does so where this runtime was measured to
-    saturate.
+    saturate, and the session's arithmetic is not exact.
     """
     from qdefense.converters.shadow import runtime_saturation  # noqa: PLC0415
 
-    emulate = bool(runtime_saturation()) if saturate is None else saturate
+    saturating = session.profile.arithmetic == "as-run" and bool(runtime_saturation())
+    emulate = saturating if saturate is None else saturate
     if len(clean) < MIN_ROWS:
         return FidelityCertificate(
             certified=False,
@@ -182,8 +187,11 @@ def certify(
     sets: list[InputSetFidelity] = []
     worst: InputSetFidelity | None = None
     differing = pixels
+    other = OtherArithmetic(session)
     for name, x in _input_sets(shadow, pixels, rng):
-        sets.append(_compare_set(name, session, shadow, x, saturate=emulate))
+        logits = session.logits(x)
+        other.compare(x, logits)
+        sets.append(_compare_set(name, logits, shadow_logits(shadow, x, saturate=emulate)))
         if not sets[-1].passes and (worst is None or sets[-1].top1_agreement < worst.top1_agreement):
             worst, differing = sets[-1], x
     cause = None
@@ -199,6 +207,7 @@ def certify(
         sets=tuple(sets),
         gradients=gradients,
         cause=cause,
+        arithmetic=other.agreement,
     )
 
 
@@ -216,10 +225,8 @@ def _reason(worst: InputSetFidelity | None, gradients: GradientCheck, cause: Mis
     return "all four input sets and the gradient checks pass"
 
 
-def _compare_set(
-    name: _SetName, session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate: bool
-) -> InputSetFidelity:
-    found = compare_logits(session.logits(x), shadow_logits(shadow, x, saturate=saturate))
+def _compare_set(name: _SetName, session: Logits, shadow: Logits) -> InputSetFidelity:
+    found = compare_logits(session, shadow)
     return InputSetFidelity(
         name=name,
         n=found.n,

@@ -10,7 +10,7 @@ import numpy as np
 from qdefense.converters.reading import safe_text
 from qdefense.data.images import Pixels
 from qdefense.fidelity import MismatchCause, compare_logits, shadow_logits
-from qdefense.session import DeployedSession, Logits, SessionError, SessionProfile
+from qdefense.session import DeployedSession, Logits, SessionError
 
 if TYPE_CHECKING:
     from qdefense.converters.shadow import Shadow
@@ -42,7 +42,7 @@ def find_cause(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
 
 
 def _with(session: DeployedSession, **change: object) -> DeployedSession:
-    profile = SessionProfile.model_validate({**session.profile.model_dump(), **change})
+    profile = session.profile.with_changes(**change)
     return session if profile == session.profile else DeployedSession(session.artifact, profile)
 
 
@@ -82,7 +82,7 @@ def _saturation(session: DeployedSession, *, emulated: bool) -> MismatchCause:
 
 def _optimization(session: DeployedSession, shadow: Shadow) -> MismatchCause:
     shipped = shadow.source == "shipped"
-    run_by_runtime = set(session.artifact.runtime_layers)
+    run_by_runtime = set(session.runtime_layers)
     replaced = tuple(safe_text(name) for name in shadow.node_names if name not in run_by_runtime) if shipped else ()
     remedy = "build the shadow from the optimized graph" if shipped else "run the session at 'all'"
     return MismatchCause(

@@ -2,95 +2,53 @@
 
 from __future__ import annotations
 
-import platform
 import threading
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from qdefense.artifact import Artifact
 from qdefense.converters.contract import InputContract
 from qdefense.converters.door import fed, read_answers
-from qdefense.converters.runtime_graph import RUNTIME_ERRORS, optimized_model, runtime_reason
+from qdefense.converters.reading import safe_text
+from qdefense.converters.runtime_graph import (
+    RUNTIME_ERRORS,
+    Optimization,
+    RuntimeGraphError,
+    is_settled,
+    open_session,
+    optimized_model,
+    runtime_reason,
+)
 from qdefense.data.images import ImageSet, Pixels, to_pixels
+from qdefense.profile import Runtime, SessionProfile, profile_for, rows_at_once, runtime
+from qdefense.taps import TapError, Tapped, Taps, joined
+
+__all__ = [
+    "DeployedSession",
+    "Logits",
+    "Optimization",
+    "Runtime",
+    "SessionError",
+    "SessionProfile",
+    "profile_for",
+    "rows_at_once",
+    "runtime",
+]
 
 Logits = NDArray[np.float32]
-Optimization = Literal["disable", "basic", "extended", "all"]
 
-_LEVELS = {
-    "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
-_ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
-_UNCOUPLED_BATCH = 64
-_PIXELS_AT_ONCE = 2**19
 _IMAGES_AT_ONCE = 256
 _TAP_TOLERANCE = 1e-4
-"""Of a float graph, over its largest logit: the tap lacks the memory layouts that the deployed session may use."""
+"""Of a float graph, over its largest logit: the tap may lack the memory layouts that the deployed session uses."""
 
 
 class SessionError(RuntimeError):
     """ONNX Runtime would not load or run the file, or a tensor cannot be tapped without changing the logits."""
-
-
-class SessionProfile(BaseModel):
-    """How the file is run; with the CPU it decides the logits (law 5)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    provider: Literal["CPUExecutionProvider"] = "CPUExecutionProvider"
-    optimization: Optimization = "all"
-    threads: int = Field(default=1, ge=1)
-    batch: int = Field(default=1, ge=1, description="rows per run; files that mix or count rows depend on it")
-
-
-class Runtime(BaseModel):
-    """The runtime and CPU that gave the answers."""
-
-    model_config = ConfigDict(frozen=True)
-
-    onnxruntime: str
-    machine: str
-    isa: tuple[str, ...]
-    system: str
-
-
-def runtime() -> Runtime:
-    """This machine's runtime."""
-    return Runtime(
-        onnxruntime=onnxruntime.__version__,
-        machine=platform.machine(),
-        isa=_isa_flags(),
-        system=platform.system(),
-    )
-
-
-def _isa_flags() -> tuple[str, ...]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ()
-    present = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
-    return tuple(flag for flag in _ISA_FLAGS if flag in present)
-
-
-def rows_at_once(height: int, width: int) -> int:
-    """How many images go through a network together: 64, fewer of large ones, so that memory stays bounded."""
-    return max(1, min(_UNCOUPLED_BATCH, _PIXELS_AT_ONCE // (height * width)))
-
-
-def profile_for(artifact: Artifact, *, threads: int = 1) -> SessionProfile:
-    """The file's own batch where it is fixed, 1 where rows of one batch share a scale (dynamic INT8), else up to 64."""
-    contract = artifact.contract
-    free = 1 if artifact.batch_coupled else rows_at_once(contract.height, contract.width)
-    return SessionProfile(threads=threads, batch=artifact.contract.batch or free)
 
 
 class DeployedSession:
@@ -114,7 +72,37 @@ class DeployedSession:
         self.profile = profile
         self.forwards = 0
         self._counting = threading.Lock()
-        self._session = _open(artifact.data, profile.optimization, profile.threads)
+        try:
+            self._session = self._open()
+        except RuntimeGraphError as error:
+            raise SessionError(f"{error}; export it again, or use another onnxruntime") from error
+
+    @cached_property
+    def graph(self) -> bytes:
+        """What the runtime makes of the file under this profile, without memory layouts, as a model of its own."""
+        return optimized_model(self.artifact.data, self.profile, optimization=self.profile.optimization)
+
+    @cached_property
+    def runtime_layers(self) -> tuple[str, ...]:
+        """Names of the nodes that ONNX Runtime really runs."""
+        return tuple(node.name for node in onnx.load_from_string(self.graph).graph.node)
+
+    def _open(self) -> onnxruntime.InferenceSession:
+        profile = self.profile
+        if profile.arithmetic == "as-run":
+            return open_session(self.artifact.data, profile, profile.optimization, threads=profile.threads)
+        return open_session(self.graph, profile, self._graph_level, threads=profile.threads)
+
+    @cached_property
+    def _graph_level(self) -> Optimization:
+        """Where `graph` gives what the file does: it only lacks layouts, and must not be optimized into another one."""
+        laid_out = self.profile.optimization == "all" and is_settled(self.graph, self.profile)
+        return "all" if laid_out else "disable"
+
+    @cached_property
+    def _taps(self) -> Taps:
+        output, threads = self.artifact.contract.output_name, self.profile.threads
+        return Taps(self.graph, self.artifact.data, output, self.profile, threads=threads)
 
     def logits(self, x: Pixels, *, contract: InputContract | None = None) -> Logits:
         """Logits of a batch of any length, under the file's own contract or another that fits its graph.
@@ -138,27 +126,55 @@ class DeployedSession:
         return np.concatenate(parts)
 
     def activations(self, x: Pixels, tensor: str) -> NDArray[np.generic]:
-        """An intermediate tensor of the graph that the runtime really runs; a scalar gives one value per group of rows.
+        """One intermediate tensor, see `tap`."""
+        return self.tap(x, [tensor])[tensor]
 
-        The tap is an extra output of the runtime's own optimized graph, so that no fusion is broken by it.
+    def tap(self, x: Pixels, tensors: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+        """Intermediate tensors of the graph that the runtime really runs, by name, in their own types.
+
+        ``x: (N, 3, H, W)``. A tensor whose first axis is the images' has N rows; one without an axis of theirs, such
+        as a dynamic scale, has one entry per group of ``profile.batch`` rows. Codes are those of the runtime's graph,
+        which may make u8 of s8 activations.
+
+        The taps are extra outputs of the runtime's own optimized graph, so that they break no fusion; each call
+        compares its logits with the deployed ones.
 
         Raises:
-            SessionError: there is no such tensor, its first axis is not the batch, or the tapped graph gives other
+            SessionError: there is no such tensor, the images are not on its first axis, or the tapped graph gives other
                 logits than the deployed one.
         """
-        contract = self.artifact.contract
-        if tensor == contract.output_name:
-            return self.logits(x)
-        model = onnx.load_from_string(optimized_model(self.artifact.data))
-        if tensor not in {name for node in model.graph.node for name in node.output if name}:
-            raise SessionError(f"the optimized graph has no tensor {tensor!r}; see `qdefense inspect` for its layers")
-        model.graph.output.append(onnx.ValueInfoProto(name=tensor))
-        tapped = _open(model.SerializeToString(), "disable", self.profile.threads)
-        groups = self._groups(x)
-        runs = [self._run(tapped, [contract.output_name, tensor], rows, contract) for rows in groups]
-        if not self._same(read_answers(np.concatenate([run[0] for run in runs]), contract), self.logits(x)):
-            raise SessionError(f"tapping {tensor!r} changes the logits; it cannot be read without breaking a fusion")
-        return _joined(tensor, [run[1] for run in runs], groups)
+        if not len(x):
+            raise SessionError("no image is given to tap; pass at least one")
+        contract, logits = self.artifact.contract, self.logits(x)
+        found = {contract.input_name: fed(x, contract), contract.output_name: logits}
+        names = [name for name in dict.fromkeys(tensors) if name not in found]
+        try:
+            for name in names:
+                self._taps.check(name)
+            found |= self._tapped(x, names, logits) if names else {}
+        except (TapError, RuntimeGraphError) as error:
+            raise SessionError(str(error)) from error
+        return {name: found[name] for name in tensors}
+
+    def _tapped(self, x: Pixels, names: list[str], logits: Logits) -> dict[str, NDArray[np.generic]]:
+        contract, groups = self.artifact.contract, self._groups(x)
+        levels: tuple[Optimization, ...] = (self._graph_level, "disable")
+        for level in dict.fromkeys(levels):
+            tapped = self._taps.open(names, level)
+            runs = [self._run(tapped.session, [contract.output_name, *names], rows, contract) for rows in groups]
+            if self._same(read_answers(np.concatenate([run[0] for run in runs]), contract), logits):
+                return self._joined(names, tapped, [run[1:] for run in runs], [len(rows) for rows in groups])
+        shown = ", ".join(repr(safe_text(name)) for name in names[:3])
+        raise TapError(f"tapping {shown} changes the logits; it cannot be read without breaking a fusion")
+
+    def _joined(
+        self, names: list[str], tapped: Tapped, runs: list[list[NDArray[np.generic]]], rows: list[int]
+    ) -> dict[str, NDArray[np.generic]]:
+        frozen = self.artifact.contract.batch is not None
+        return {
+            name: joined(name, [run[index] for run in runs], rows, tapped.shapes[name], frozen=frozen)
+            for index, name in enumerate(names)
+        }
 
     def _same(self, tapped: NDArray[np.generic], deployed: Logits) -> bool:
         if self.artifact.integer:
@@ -195,28 +211,3 @@ class DeployedSession:
         """A last, short group of a fixed batch is filled with copies of its last row, which widen no range."""
         missing = 0 if self.artifact.contract.batch is None else self.profile.batch - len(rows)
         return rows if missing == 0 else np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
-
-
-def _joined(tensor: str, values: list[NDArray[np.generic]], groups: list[Pixels]) -> NDArray[np.generic]:
-    if all(value.ndim == 0 for value in values):
-        return np.stack(values)
-    if any(value.ndim == 0 or len(value) != len(rows) for value, rows in zip(values, groups, strict=True)):
-        raise SessionError(
-            f"tensor {tensor!r} has shape {values[0].shape} for {len(groups[0])} images; its first axis must be theirs"
-        )
-    return np.concatenate(values)
-
-
-def _open(data: bytes, optimization: Optimization, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = _LEVELS[optimization]
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except RUNTIME_ERRORS as error:
-        raise SessionError(
-            f"ONNX Runtime cannot load the file: {runtime_reason(error)}; export it again, or use another onnxruntime"
-        ) from error

@@ -90,14 +90,6 @@ def test_batch_coupled_layers_names_a_quantizer_when_it_hides_in_a_branch() -> N
     assert profile_for(artifact).batch == 1
 
 
-def test_runtime_layers_are_the_fused_nodes_when_the_file_is_qdq(small_files: dict[str, bytes]) -> None:
-    artifact = Artifact.from_bytes(small_files["first.int8-static"])
-    shipped = onnx.load_from_string(artifact.data).graph.node
-    dissolved = {node.name for node in shipped if node.op_type == "DequantizeLinear"} - set(artifact.runtime_layers)
-    assert len(artifact.runtime_layers) < len(shipped)
-    assert len(dissolved) > len(artifact.runtime_layers)
-
-
 def _quantizer_in_a_branch(name: str) -> bytes:
     def branch(label: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
         return helper.make_graph(nodes, label, [], [helper.make_tensor_value_info(label, TensorProto.FLOAT, None)])

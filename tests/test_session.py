@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from qdefense.artifact import Artifact
 from qdefense.converters.contract import METADATA_KEY
+from qdefense.converters.reading import safe_text
 from qdefense.converters.runtime_graph import optimized_model
 from qdefense.data.images import ImageSet
 from qdefense.session import DeployedSession, SessionError, SessionProfile, profile_for, rows_at_once, runtime
@@ -225,7 +226,10 @@ def test_activations_refuse_a_tensor_that_is_not_there(
 ) -> None:
     with pytest.raises(SessionError) as caught:
         _deployed(small_files["first"]).activations(pixels[:1], tensor)
-    assert str(caught.value) == f"the optimized graph has no tensor {tensor!r}; see `qdefense inspect` for its layers"
+    assert str(caught.value) == (
+        f"neither the file nor what the runtime makes of it has a tensor {safe_text(tensor)!r}; "
+        "see the outputs of its nodes"
+    )
 
 
 @pytest.mark.parametrize("name", ["first", "first.int8-static"])

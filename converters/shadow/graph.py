@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
-from qdefense.converters.runtime_graph import optimized_model
+from qdefense.converters.runtime_graph import GraphOptions, optimized_model
 from qdefense.converters.shadow import (  # noqa: F401
     activations,
     casting,
@@ -49,7 +49,9 @@ _DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
 _STATIC = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "QGemm"}
 
 
-def build_shadow(model: bytes, *, source: Source, contract: InputContract | None = None) -> Shadow:
+def build_shadow(
+    model: bytes, *, source: Source, contract: InputContract | None = None, options: GraphOptions | None = None
+) -> Shadow:
     """The differentiable twin of an ONNX file.
 
     With a contract it stands at the model's door: it takes RGB images in [0, 1] and answers with logits or
@@ -60,16 +62,18 @@ def build_shadow(model: bytes, *, source: Source, contract: InputContract | None
         source: "optimized" mirrors the graph that ONNX Runtime runs, for certificates and inversion;
             "shipped" mirrors the graph as it is in the file, for repairs and write-back.
         contract: what the file expects and answers. Fixed inputs become constants, a frozen batch is set free.
+        options: of the session that the shadow stands for; they decide the optimized graph.
 
     Raises:
         RuntimeGraphError: ONNX Runtime refused the file ("optimized" only).
+        UnsupportedArithmeticError: the options ask for exact arithmetic, and the optimized graph has no exact form.
         ShadowError: the bytes are no self-contained ONNX model with one input and one output.
         UnsupportedOperatorError: an operator of the graph, or a use of one, has no registered function.
     """
     if source not in ("optimized", "shipped"):
         raise ValueError(f"source is {source!r}, expected 'optimized' or 'shipped'")
     data = model if contract is None else narrowed(model, contract)
-    plan = _classifier_plan(_parse(optimized_model(data) if source == "optimized" else data))
+    plan = _classifier_plan(_parse(optimized_model(data, options) if source == "optimized" else data))
     shadow = Shadow(plan, source=source, contract=contract)
     if contract is not None and contract.batch is not None:
         _try_free_batch(shadow, contract)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from qdefense.converters.contract import StatedContract
+from qdefense.converters.runtime_graph import Arithmetic
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
 from qdefense.report.model import Accuracy, CandidateContract, Environment, Subject
@@ -31,6 +32,7 @@ class Job(_Message):
     false_alarm_rate: float | None = Field(default=None, gt=0, lt=1, description="of a calibrated threshold")
     contract: StatedContract | None = None
     expected_accuracy: float | None = None
+    arithmetic: Arithmetic = "as-run"
 
 
 class Opened(_Message):

@@ -28,10 +28,11 @@ def environment(profile: SessionProfile | None = None, memory_limited: bool | No
 
 def conditions_of(surroundings: Environment, seed: int) -> Conditions:
     """What of it a score rests on."""
+    exact = surroundings.profile is not None and surroundings.profile.arithmetic == "exact"
     return Conditions(
         seed=seed,
         versions=surroundings.versions,
         runtime=surroundings.runtime,
         profile=surroundings.profile,
-        saturating_operators=surroundings.saturating_operators,
+        saturating_operators=() if exact else surroundings.saturating_operators,
     )

@@ -32,6 +32,7 @@ from qdefense.calibration import (
 )
 from qdefense.converters.contract import ContractError
 from qdefense.converters.door import check_head
+from qdefense.converters.exact_products import UnsupportedArithmeticError
 from qdefense.converters.reading import FileRefusedError, read_file
 from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.data.images import DataError, ImageSet
@@ -88,7 +89,7 @@ def main() -> None:
 def _stopped(error: Exception) -> Stopped:
     if isinstance(error, OSError) and error.filename is not None:
         return Stopped(exit_code=USAGE, message=shortened(reason_of(error)))
-    if isinstance(error, (DataError, SpecError, ContractError, CalibrationError)):
+    if isinstance(error, (DataError, SpecError, ContractError, CalibrationError, UnsupportedArithmeticError)):
         return Stopped(exit_code=USAGE, message=shortened(str(error)))
     if isinstance(error, (FileRefusedError, RuntimeGraphError, SessionError)):
         return Stopped(exit_code=REFUSED, message=shortened(str(error)))
@@ -142,7 +143,7 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     read = open_data(data, split=job.split, limit=job.limit, seed=job.seed, resize=resize_for(artifact.contract))
     clean = fit_images(artifact.contract, read)
     scans = _create_scans(job.defenses)
-    session = DeployedSession(artifact, profile_for(artifact))
+    session = DeployedSession(artifact, profile_for(artifact, arithmetic=job.arithmetic))
     surroundings = environment(session.profile, _limited(job))
     calibrations = _calibrations(job, artifact, read.digest, surroundings)
     _check_lines(scans, calibrations)

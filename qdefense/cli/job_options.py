@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import click
 
@@ -13,6 +13,7 @@ from qdefense.audit.events import Job
 from qdefense.audit.supervisor import default_memory_limit
 from qdefense.cli.contract_options import contract_options, stated_contract
 from qdefense.cli.options import NumberRange, data_options, run_options
+from qdefense.converters.runtime_graph import Arithmetic
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -32,6 +33,7 @@ def job_options(function: F) -> F:
         threads: int,
         said: dict[str, Any],
         expected_accuracy: float | None,
+        arithmetic: Arithmetic,
         memory_limit: int | None,
         **values: Any,
     ) -> Any:
@@ -45,6 +47,7 @@ def job_options(function: F) -> F:
             memory_bytes=memory_limit or default_memory_limit(),
             contract=stated_contract(model, said),
             expected_accuracy=expected_accuracy,
+            arithmetic=arithmetic,
         )
         return function(job=job, **values)
 
@@ -59,6 +62,13 @@ def job_options(function: F) -> F:
         type=_MemorySize(),
         metavar="SIZE",
         help="Most memory the file may take, e.g. 4GiB (Linux only).  [default: all that is free]",
+    )(decorated)
+    decorated = click.option(
+        "--arithmetic",
+        type=click.Choice(get_args(Arithmetic)),
+        default="as-run",
+        show_default=True,
+        help="As this CPU runs the file, or exact: as a CPU with VNNI does, where no sum of 8-bit products saturates.",
     )(decorated)
     decorated = click.argument("model", type=click.Path(path_type=Path))(data_options(contract_options(decorated)))
     return cast("F", decorated)

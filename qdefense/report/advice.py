@@ -75,7 +75,8 @@ _LIMITS = {
 _CAUSES = {
     "saturation": (
         "The file's 8-bit kernels overflow 16-bit sums on this CPU, so it answers otherwise than the numbers in it "
-        "say. Quantize it again with --reduce-range, or audit it on a CPU with VNNI if that is where it runs."
+        "say. Quantize it again with --reduce-range, or audit it with --arithmetic exact if it runs "
+        "on CPUs with VNNI."
     ),
     "batch": (
         "The file's answers depend on what else is in the batch. Export it with a dynamic batch or a batch of 1, "

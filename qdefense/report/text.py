@@ -16,12 +16,15 @@ from qdefense.findings import Finding, ScanResult, Threshold
 from qdefense.rates import rounded_up
 from qdefense.report.escaping import harmless
 from qdefense.report.model import Accuracy, Environment, Report, Subject
+from qdefense.session import SessionProfile
 
 _COLOURS = {"PASSED": "bold green", "FAILED": "bold red", "INCOMPLETE": "bold yellow", "REFUSED": "bold red"}
 _VERDICTS = {"CLEAN": "green", "BACKDOORED": "bold red", "NOT_MEASURED": "yellow", "NOT_APPLICABLE": "yellow"}
 _CLASSES_SHOWN = 12
 _NAMES_SHOWN = 5
 _CANDIDATES_SHOWN = 1
+_INT4 = frozenset({"int4", "uint4"})
+_LEVEL_OPTION = "session.qdq_matmulnbits_accuracy_level"
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -77,7 +80,7 @@ def _facts(subject: Subject, environment: Environment) -> Table:
         )
         for entry in subject.candidates[:_CANDIDATES_SHOWN]
     ]
-    return fact_grid([*rows, *environment_rows(environment)])
+    return fact_grid([*rows, *environment_rows(environment, subject.inspection)])
 
 
 def contract_rows(contract: InputContract) -> list[tuple[str, str]]:
@@ -134,20 +137,39 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
-def environment_rows(environment: Environment) -> list[tuple[str, str]]:
+def environment_rows(environment: Environment, inspection: Inspection | None) -> list[tuple[str, str]]:
     """Runtime, session and CPU, as a person reads them."""
     runtime = environment.runtime
     rows = [("runtime", f"onnxruntime {runtime.onnxruntime}, {runtime.machine} {' '.join(runtime.isa)}")]
     if environment.profile is not None:
         profile = environment.profile
         rows.append(
-            ("session", f"optimization {profile.optimization}, {profile.threads} threads, batch {profile.batch}")
+            (
+                "session",
+                f"optimization {profile.optimization}, {profile.arithmetic} arithmetic, {profile.threads} threads, "
+                f"batch {profile.batch}",
+            )
         )
-        operators = ", ".join(environment.saturating_operators)
-        rows.append(("this CPU", f"saturates in int16: {operators}" if operators else "no operator saturates in int16"))
+        rows.append(("this CPU", _saturation(environment.saturating_operators, profile)))
+        rows += _int4_products(profile, inspection)
     if environment.memory_limited is False:
         rows.append(("memory", "the file ran without a memory limit, which only Linux has"))
     return rows
+
+
+def _saturation(operators: Sequence[str], profile: SessionProfile) -> str:
+    if not operators:
+        return "no operator saturates in int16"
+    spared = "; the session does not, its arithmetic is exact" if profile.arithmetic == "exact" else ""
+    return f"saturates in int16: {', '.join(operators)}{spared}"
+
+
+def _int4_products(profile: SessionProfile, inspection: Inspection | None) -> list[tuple[str, str]]:
+    if inspection is None or _INT4.isdisjoint(inspection.weight_types):
+        return []
+    level = profile.matmulnbits_accuracy_level
+    text = f"accuracy level {level}; ONNX Runtime's own is 4 (INT8 activations), so deploy with {_LEVEL_OPTION}={level}"
+    return [("INT4 products", text)]
 
 
 def certificate_table(certificate: FidelityCertificate) -> RenderableType:
@@ -167,7 +189,9 @@ def certificate_table(certificate: FidelityCertificate) -> RenderableType:
             "n/a" if entry.max_abs_logit_diff is None else f"{entry.max_abs_logit_diff:.2e}",
             f"{entry.bit_exact_rows:.1%}",
         )
-    return Group(title, _indented(table), _indented(Text(describe_gradients(certificate))))
+    lines = [describe_gradients(certificate)]
+    lines += [] if certificate.arithmetic is None else [certificate.arithmetic.summary]
+    return Group(title, _indented(table), *(_indented(Text(line)) for line in lines))
 
 
 def plain_table(*columns: str, left: tuple[str, ...], fold: str = "") -> Table:
