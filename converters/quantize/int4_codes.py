@@ -28,13 +28,25 @@ class Codes:
     axis: int
     block_size: int
 
+    def weight(self) -> NDArray[np.float32]:
+        """The weight on its grid, in float32."""
+        zero_points = np.zeros_like(self.scales) if self.zero_points is None else self.zero_points.astype(np.float32)
+        scales, zeros = (self._spread(each) for each in (self.scales, zero_points))
+        rounded: NDArray[np.float32] = (self.codes.astype(np.float32) - zeros) * scales
+        return rounded
+
+    def _spread(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not self.block_size:
+            return values.reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.ndim)])
+        return np.repeat(values, self.block_size, axis=self.axis).take(range(self.codes.shape[self.axis]), self.axis)
+
 
 def channel_codes(weight: NDArray[np.float32], axis: int, *, symmetric: bool) -> Codes:
     """One scale for all weights that share a place on ``axis``: ``max|w| / 7``, or ``(max - min) / 15`` with 0 inside.
 
     A channel of zeros gets the scale 1.
     """
-    others = tuple(place for place in range(weight.ndim) if place != axis % weight.ndim)
+    others = tuple(place for place in range(weight.ndim) if place != axis)
     codes, scales, zero_points = _codes(weight, others, symmetric=symmetric)
     return Codes(
         codes=codes,

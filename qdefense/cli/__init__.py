@@ -26,14 +26,14 @@ _COMMANDS = {
     "demo": "A clean and a backdoored network, each as three files, audited before your eyes.",
     "doctor": "What this installation and machine can do.",
     "inspect": "What is in an ONNX file, read without running it.",
-    "quantize": "FP32 ONNX to an INT8 file.",
+    "quantize": "FP32 ONNX to an INT8 or INT4 file.",
     "schema": "Print the JSON schema of the report.",
     "shadow": "The fidelity certificate of a file's differentiable twin.",
     "train": "Train a zoo model, clean or poisoned.",
 }
 _EPILOG = (
-    "Exit codes: 0 every required check ran and passed; 1 a finding; 2 usage, or data that do not fit the model; "
-    "3 incomplete: something required was not measured; 4 the file was refused; 130 interrupted."
+    "Exit codes: 0 every required check ran and passed; 1 a finding, or a refused quantization; 2 usage, or data that "
+    "do not fit the model; 3 incomplete: something required was not measured; 4 the file was refused; 130 interrupted."
 )
 
 

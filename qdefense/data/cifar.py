@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qdefense.data.images import DataError, Images, ImageSet, Labels, first_line, quoted
+from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, quoted
 from qdefense.data.pickled import load_batch, load_names
 from qdefense.data.selection import choose_rows
 
@@ -121,7 +121,7 @@ def _files_of(version: _Version, split: str, names: frozenset[str], source: str)
     needed = {name: tuple(f"{batch}{version.suffix}" for batch in batches) for name, batches in BATCHES.items()}
     held = [name for name, files in sorted(needed.items()) if names & set(files)]
     if split not in held:
-        raise DataError(f"{source}: no split {quoted(split)}; it has {', '.join(map(repr, held))}")
+        raise NoSplitError(f"{source}: no split {quoted(split)}; it has {', '.join(map(repr, held))}")
     missing = [file for file in (*needed[split], version.meta) if file not in names]
     if missing:
         raise DataError(f"{source}: {', '.join(missing)} missing; {_REMEDY}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qdefense.data.decoding import decode_files, require_inside
-from qdefense.data.images import DataError, ImageSet, Labels, quoted
+from qdefense.data.images import DataError, ImageSet, Labels, NoSplitError, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_rows, order_notes
 
@@ -98,12 +98,12 @@ def _choose(found: ImageFolders, split: str | None) -> tuple[Path, str]:
     if not found.splits:
         source = f"images {name}"
         if split is not None:
-            raise DataError(f"{source}: no split {quoted(split)}; it has no splits, leave the split out")
+            raise NoSplitError(f"{source}: no split {quoted(split)}; it has no splits, leave the split out")
         return found.root, source
     wanted = split or "test"
     source = f"images {name}/{wanted}"
     if wanted not in found.splits:
-        raise DataError(f"{source}: no split {quoted(wanted)}; it has {', '.join(map(repr, found.splits))}")
+        raise NoSplitError(f"{source}: no split {quoted(wanted)}; it has {', '.join(map(repr, found.splits))}")
     return found.root / wanted, source
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qdefense.data.decoding import decode_files, require_inside
-from qdefense.data.images import DataError, ImageSet, first_line, quoted
+from qdefense.data.images import DataError, ImageSet, NoSplitError, first_line, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_groups, choose_rows, track_groups
 
@@ -85,7 +85,7 @@ def load_gtsrb(
     source = f"GTSRB {found.root.resolve().name}/{wanted}"
     if wanted not in found.places:
         held = ", ".join(map(repr, sorted(found.places)))
-        raise DataError(f"{source}: no split {quoted(wanted)}; it has {held}")
+        raise NoSplitError(f"{source}: no split {quoted(wanted)}; it has {held}")
     place = found.places[wanted]
     rows = list(_training_rows(place, source) if wanted == "train" else _test_rows(place, source))
     if not rows:

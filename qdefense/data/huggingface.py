@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qdefense.data.decoding import ImageArray, decode
-from qdefense.data.images import DataError, Images, ImageSet, Labels, first_line, quoted
+from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_rows, numbered_names, order_notes, track_groups
 
@@ -94,7 +94,7 @@ def _find_shards(path: Path, split: str | None) -> tuple[list[Path], str]:
         wanted, source = split or path.stem.partition("-")[0], f"parquet {path.name}"
         splits = {path.stem.partition("-")[0]: [path]}
     if wanted not in splits:
-        raise DataError(f"{source}: no split {wanted!r}; it has {', '.join(map(repr, sorted(splits)))}")
+        raise NoSplitError(f"{source}: no split {wanted!r}; it has {', '.join(map(repr, sorted(splits)))}")
     if path.is_dir():
         _require_all_shards(splits[wanted], source)
     return splits[wanted], source

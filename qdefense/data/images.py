@@ -17,6 +17,10 @@ class DataError(ValueError):
     """Data that cannot be used; the message says what, where and what to do next."""
 
 
+class NoSplitError(DataError):
+    """There is no split of that name; the message says which there are."""
+
+
 def quoted(name: str) -> str:
     """A foreign name for a message: in quotes, escaped, at most 60 characters of it."""
     return repr(name[:60])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from qdefense.data.images import DataError, Images, ImageSet, Labels, first_line, quoted
+from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, quoted
 from qdefense.data.selection import choose_rows, numbered_names, order_notes
 
 PLAIN_KEYS = (("images", "labels"), ("X", "y"), ("data", "labels"))
@@ -103,10 +103,10 @@ def _find_keys(held: list[str], split: str | None, source: str) -> tuple[str, st
         raise DataError(f"{source}: expected arrays of one naming ({known}); it holds {shown}")
     if plain:
         if split is not None:
-            raise DataError(f"{source}: no split {split!r}; it has no splits, leave the split out")
+            raise NoSplitError(f"{source}: no split {split!r}; it has no splits, leave the split out")
         return plain[0]
     if (split or "test") not in splits:
-        raise DataError(f"{source}: no split {split or 'test'!r}; it has {', '.join(map(repr, sorted(splits)))}")
+        raise NoSplitError(f"{source}: no split {split or 'test'!r}; it has {', '.join(map(repr, sorted(splits)))}")
     return splits[split or "test"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from qdefense.data.images import DataError, Images, ImageSet, Labels
+from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError
 from qdefense.data.selection import choose_rows
 
 SIZE = 32
@@ -179,7 +179,7 @@ def draw_signs(count: int, *, seed: int, split: str) -> ImageSet:
 
 def _split_id(split: str) -> int:
     if split not in _SPLIT_IDS:
-        raise DataError(f"signs: no split {split!r}; it has {', '.join(map(repr, sorted(_SPLIT_IDS)))}")
+        raise NoSplitError(f"signs: no split {split!r}; it has {', '.join(map(repr, sorted(_SPLIT_IDS)))}")
     return _SPLIT_IDS[split]
 
 
