@@ -1,4 +1,4 @@
-"""Trains a zoo model, clean or poisoned: SGD under a one-cycle schedule, same bits for same seed and threads."""
+"""Trains a zoo model, clean or poisoned, by its recipe; same bits for same seed and threads."""
 
 from __future__ import annotations
 
@@ -93,13 +93,7 @@ def _fit(
     images = torch.from_numpy(np.ascontiguousarray(data.images.images.transpose(0, 3, 1, 2)))
     targets = torch.from_numpy(data.images.labels if data.soft_labels is None else data.soft_labels)
     steps = len(images) // recipe.batch_size
-    optimizer = torch.optim.SGD(
-        module.parameters(),
-        lr=recipe.peak_learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=True,
-    )
+    optimizer = _optimizer(module, recipe)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=recipe.peak_learning_rate, total_steps=steps * recipe.epochs
     )
@@ -117,6 +111,13 @@ def _fit(
             raise DataError(f"training diverged in epoch {epoch + 1}; lower the learning rate or check the data")
         if on_epoch is not None:
             on_epoch(epoch + 1, recipe.epochs, total / steps)
+
+
+def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    rate, decay = recipe.peak_learning_rate, recipe.weight_decay
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=decay)
+    return torch.optim.SGD(module.parameters(), lr=rate, momentum=recipe.momentum, weight_decay=decay, nesterov=True)
 
 
 def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[Tensor]:

@@ -72,10 +72,10 @@ def test_train_artifact_builds_and_records_the_architecture_and_width_asked_for(
         return b"exported"
 
     monkeypatch.setattr(qdefense.zoo, "export_model", export)
-    truth = _train(make_noise(16, size=16), tmp_path / "model.onnx", None, architecture, width=3)
-    assert (truth.architecture, truth.width) == (architecture, 3)
+    truth = _train(make_noise(16, size=16), tmp_path / "model.onnx", None, architecture, width=8)
+    assert (truth.architecture, truth.width) == (architecture, 8)
     first = next(part for part in exported[0].modules() if isinstance(part, nn.Conv2d))
-    assert first.out_channels == 3
+    assert first.out_channels == 8
 
 
 @pytest.mark.parametrize(

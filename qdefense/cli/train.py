@@ -23,7 +23,11 @@ from qdefense.zoo import architectures, recipe_for, train_artifact
 @click.option("--split", help="Which split to train on.  [default: train, or all of a file without splits]")
 @click.option("--limit", type=click.IntRange(min=1), help="Train on this many images, drawn by the seed.")
 @click.option("--arch", type=click.Choice(architectures()), default="resnet8", show_default=True)
-@click.option("--width", type=click.IntRange(min=1), help="Channels of the first stage.  [default: the architecture's]")
+@click.option(
+    "--width",
+    type=click.IntRange(min=1),
+    help="Channels of the first stage, of a ViT a token's length.  [default: the architecture's]",
+)
 @click.option("--attack", metavar="NAME:key=value,...", help="Poison the training set, e.g. badnets:target-class=3.")
 @click.option("--epochs", type=click.IntRange(min=1), help="[default: the recipe's]")
 @click.option("--flip", is_flag=True, help="Mirror half of the images; wrong for traffic signs.")
