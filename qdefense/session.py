@@ -101,8 +101,7 @@ class DeployedSession:
 
     @cached_property
     def _taps(self) -> Taps:
-        output, threads = self.artifact.contract.output_name, self.profile.threads
-        return Taps(self.graph, self.artifact.data, output, self.profile, threads=threads)
+        return Taps(self.graph, self.artifact.data, self.profile, threads=self.profile.threads)
 
     def logits(self, x: Pixels, *, contract: InputContract | None = None) -> Logits:
         """Logits of a batch of any length, under the file's own contract or another that fits its graph.
@@ -164,7 +163,7 @@ class DeployedSession:
             runs = [self._run(tapped.session, [contract.output_name, *names], rows, contract) for rows in groups]
             if self._same(read_answers(np.concatenate([run[0] for run in runs]), contract), logits):
                 return self._joined(names, tapped, [run[1:] for run in runs], [len(rows) for rows in groups])
-        shown = ", ".join(repr(safe_text(name)) for name in names[:3])
+        shown = ", ".join(f"'{safe_text(name)}'" for name in names[:3])
         raise TapError(f"tapping {shown} changes the logits; it cannot be read without breaking a fusion")
 
     def _joined(
