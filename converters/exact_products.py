@@ -71,7 +71,7 @@ def exact_model(model: bytes) -> ExactModel:
     if not rewriting.rewritten:
         return ExactModel(model, ())
     proto.graph.initializer.extend(rewriting.constants.values())
-    _drop_unused(proto.graph)
+    _drop_replaced(proto.graph, set(rewriting.constants))
     return ExactModel(proto.SerializeToString(), tuple(rewriting.rewritten))
 
 
@@ -209,11 +209,12 @@ def _inferred(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, int]:
     return {output.name: codes.get(output.type, TensorProto.UNDEFINED) for output in session.get_outputs()}
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for body in every_graph(graph) for node in body.node for name in node.input}
-    for body in every_graph(graph):
-        kept = [tensor for tensor in body.initializer if tensor.name in used | {value.name for value in body.output}]
-        if len(kept) < len(body.initializer):
-            copies = [TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
-            del body.initializer[:]
-            body.initializer.extend(copies)
+def _drop_replaced(graph: onnx.GraphProto, replaced: set[str]) -> None:
+    """Remove the s8 constants that nothing reads any more."""
+    graphs = list(every_graph(graph))
+    used = {name for body in graphs for node in body.node for name in node.input}
+    used |= {value.name for body in graphs for value in body.output}
+    for body in graphs:
+        dropped = [tensor for tensor in body.initializer if tensor.name in replaced - used]
+        for tensor in dropped:
+            body.initializer.remove(tensor)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qdefense.converters.exact_products import UnsupportedArithmeticError, exact_model
 from qdefense.converters.runtime_graph import Arithmetic
 from qdefense.data.images import Pixels
-from qdefense.session import DeployedSession, Logits
+from qdefense.session import DeployedSession, Logits, SessionError
 
 
 class ArithmeticAgreement(BaseModel):
@@ -18,7 +18,10 @@ class ArithmeticAgreement(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     used: Arithmetic
-    mixed_products: int = Field(description="operators of ONNX Runtime's graph that multiply u8 by s8 codes")
+    mixed_products: int | None = Field(
+        default=None, description="operators of ONNX Runtime's graph that multiply u8 by s8 codes; null where unknown"
+    )
+    not_run: str | None = Field(default=None, description="why the other arithmetic gave no answer")
     n: int = 0
     top1_agreement: float | None = None
     max_abs_logit_diff: float | None = Field(default=None, description="null where a logit is not finite")
@@ -33,6 +36,8 @@ class ArithmeticAgreement(BaseModel):
     @property
     def summary(self) -> str:
         """One line for people."""
+        if self.not_run is not None:
+            return f"only {self.used} arithmetic was run: {self.not_run}"
         if self.mixed_products == 0:
             return "as-run and exact arithmetic are one: ONNX Runtime multiplies no u8 by s8 codes in this file"
         products = f"{self.mixed_products} operators multiply u8 by s8 codes"
@@ -48,16 +53,18 @@ class ArithmeticAgreement(BaseModel):
 class OtherArithmetic:
     """A session's file in the arithmetic that the session does not use, compared row by row as images come in.
 
-    A file without integer layers has one arithmetic, and so no `agreement`; nor has one whose exact form is unknown.
+    A file without integer layers has one arithmetic, and so no `agreement`.
     """
 
     def __init__(self, session: DeployedSession) -> None:
         self._used: Arithmetic = session.profile.arithmetic
         self._session: DeployedSession | None = None
+        self._integer = session.artifact.integer
         self._mixed: int | None = None
+        self._not_run: str | None = None
         self._session_rows: list[Logits] = []
         self._other_rows: list[Logits] = []
-        if session.artifact.integer:
+        if self._integer:
             self._open(session)
 
     def _open(self, session: DeployedSession) -> None:
@@ -65,7 +72,8 @@ class OtherArithmetic:
         try:
             opened = DeployedSession(session.artifact, session.profile.with_changes(arithmetic=other))
             self._mixed = len(exact_model((session if other == "exact" else opened).graph).rewritten)
-        except UnsupportedArithmeticError:
+        except (UnsupportedArithmeticError, SessionError) as error:
+            self._not_run = str(error)
             return
         self._session = opened if self._mixed else None
 
@@ -78,10 +86,10 @@ class OtherArithmetic:
     @property
     def agreement(self) -> ArithmeticAgreement | None:
         """What was found so far."""
-        if self._mixed is None:
+        if not self._integer:
             return None
         if self._session is None or not self._session_rows:
-            return ArithmeticAgreement(used=self._used, mixed_products=self._mixed)
+            return ArithmeticAgreement(used=self._used, mixed_products=self._mixed, not_run=self._not_run)
         own, other = np.concatenate(self._session_rows), np.concatenate(self._other_rows)
         return ArithmeticAgreement(
             used=self._used,

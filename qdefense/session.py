@@ -101,8 +101,7 @@ class DeployedSession:
 
     @cached_property
     def _taps(self) -> Taps:
-        output, threads = self.artifact.contract.output_name, self.profile.threads
-        return Taps(self.graph, self.artifact.data, output, self.profile, threads=threads)
+        return Taps(self.graph, self.artifact.data, self.profile, threads=self.profile.threads)
 
     def logits(self, x: Pixels, *, contract: InputContract | None = None) -> Logits:
         """Logits of a batch of any length, under the file's own contract or another that fits its graph.

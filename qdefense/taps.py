@@ -36,13 +36,12 @@ class Taps:
     Args:
         optimized: the graph that the runtime made of the file.
         shipped: the file, whose tensors may be gone in it.
-        output: name of the file's answer.
         options: of the sessions.
         threads: of each session.
     """
 
-    def __init__(self, optimized: bytes, shipped: bytes, output: str, options: GraphOptions, *, threads: int) -> None:
-        self._optimized, self._shipped, self._output = optimized, shipped, output
+    def __init__(self, optimized: bytes, shipped: bytes, options: GraphOptions, *, threads: int) -> None:
+        self._optimized, self._shipped = optimized, shipped
         self._options, self._threads = options, threads
         self._kept: OrderedDict[tuple[frozenset[str], Optimization], Tapped] = OrderedDict()
         self._lock = threading.Lock()

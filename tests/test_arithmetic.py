@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -199,13 +199,26 @@ def test_agreement_costs_nothing_when_no_product_is_mixed(bright: Pixels) -> Non
     assert found.summary.startswith("as-run and exact arithmetic are one: ")
 
 
-def test_agreement_is_none_where_there_is_one_arithmetic_or_no_exact_form(
-    toy_forms: Any, make_lstm: Callable[[], bytes], bright: Pixels
-) -> None:
-    for session in (_deployed(toy_forms.fp32), _deployed(make_lstm(), batch=1)):
-        other = OtherArithmetic(session)
-        other.compare(bright, np.zeros((len(bright), CLASSES), np.float32))
-        assert other.agreement is None
+def test_agreement_is_none_where_there_is_one_arithmetic(toy_forms: Any) -> None:
+    session = _deployed(toy_forms.fp32)
+    other, x = OtherArithmetic(session), toy_forms.images.pixels
+    other.compare(x, session.logits(x))
+    assert other.agreement is None
+
+
+def test_agreement_says_why_the_other_arithmetic_was_not_run(bright: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = _deployed(_white_is_worst())
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise UnsupportedArithmeticError("node 'lstm' has no exact form here")
+
+    monkeypatch.setattr("qdefense.converters.runtime_graph.exact_model", refuse)
+    other = OtherArithmetic(session)
+    other.compare(bright, session.logits(bright))
+    found = other.agreement
+    assert found == ArithmeticAgreement(used="as-run", not_run="node 'lstm' has no exact form here")
+    assert not found.bit_exact
+    assert found.summary == "only as-run arithmetic was run: node 'lstm' has no exact form here"
 
 
 def test_profiles_of_earlier_reports_are_those_of_now_as_run() -> None:

@@ -158,7 +158,10 @@ def _gradients() -> Iterator[Check]:
     if not operators:
         yield Check("saturation", State.OK, "no operator saturates in int16, measured")
         return
-    advice = "files with full-range int8 weights answer otherwise here; quantize with --reduce-range, the default"
+    advice = (
+        "files with full-range int8 weights answer otherwise here; quantize with --reduce-range, the default, or audit "
+        "with --arithmetic exact"
+    )
     yield Check("saturation", State.WARNING, f"saturate in int16, measured: {operators}", advice)
 
 

@@ -249,7 +249,7 @@ def certificate_table(certificate: FidelityCertificate) -> RenderableType:
         )
     lines = [describe_gradients(certificate)]
     lines += [] if certificate.arithmetic is None else [certificate.arithmetic.summary]
-    return Group(title, _indented(table), *(_indented(Text(line)) for line in lines))
+    return Group(title, _indented(table), *(_indented(Text(harmless(line))) for line in lines))
 
 
 def plain_table(*columns: str, left: tuple[str, ...], fold: str = "") -> Table:

@@ -150,3 +150,19 @@ def test_exact_model_takes_no_name_twice() -> None:
     onnxruntime.InferenceSession(exact.data, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in onnx.load_from_string(exact.data).graph.initializer]
     assert names == ["w/u8", "w/u8_", "zero_point/u8"]
+
+
+def test_exact_model_takes_products_that_share_a_zero_point() -> None:
+    """Where ONNX Runtime's own option ends with "Attempt to replace the existing tensor"."""
+    nodes = [
+        helper.make_node("MatMulInteger", ["x", "w", "", "zero"], ["first"], name="one"),
+        helper.make_node("MatMulInteger", ["x", "v", "", "zero"], ["second"], name="two"),
+        helper.make_node("Add", ["first", "second"], ["y"]),
+    ]
+    w, v, x = codes((K, N), "int8"), codes((K, N), "int8", seed=9), codes((ROWS, K), "uint8")
+    exact = exact_model(model(nodes, {"w": w, "v": v, "zero": np.asarray(np.int8(5))}))
+    assert exact.rewritten == ("one", "two")
+    names = [tensor.name for tensor in onnx.load_from_string(exact.data).graph.initializer]
+    assert sorted(names) == ["v/u8", "w/u8", "zero/u8"]
+    expected = x.astype(np.int64) @ (w.astype(np.int64) + v - 10)
+    np.testing.assert_array_equal(run(exact.data, x), expected)

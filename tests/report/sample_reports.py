@@ -118,7 +118,7 @@ def report(outcome: str, *findings: Finding, **changes: Any) -> Report:
     codes = {"PASSED": 0, "FAILED": 1, "INCOMPLETE": 3, "REFUSED": 4}
     reasons = tuple(f"{finding.defense}: {finding.reason}" for finding in findings) or ("the worker was killed",)
     gate = Gate(outcome=outcome, exit_code=codes[outcome], reasons=reasons, required=("neural-cleanse",))
-    base = golden("1.1-failed")
+    base = golden("1.2-failed")
     return base.model_copy(update={"gate": gate, "findings": findings, **changes})
 
 
@@ -156,17 +156,17 @@ def not_measured() -> Report:
 
 def killed() -> Report:
     """No finding, no certificate, no data."""
-    subject = golden("1.1-refused").subject.model_copy(update={"contract": golden("1.1-failed").subject.contract})
+    subject = golden("1.2-refused").subject.model_copy(update={"contract": golden("1.1-failed").subject.contract})
     return report("INCOMPLETE", subject=subject, certificate=None)
 
 
 def refused() -> Report:
-    return golden("1.1-refused")
+    return golden("1.2-refused")
 
 
 def misread() -> Report:
     """The model is driven otherwise than it was trained."""
-    base = golden("1.1-failed").subject
+    base = golden("1.2-failed").subject
     subject = base.model_copy(
         update={
             "clean_accuracy": Accuracy(value=0.13, images=320),
@@ -189,7 +189,7 @@ def unlabelled() -> Report:
         source="folder images", sha256="d" * 64, images=300, classes=0, detection="folder: it holds PNGs",
         labelled=False, notes=("2 files are no pictures",),
     )  # fmt: skip
-    subject = golden("1.1-failed").subject.model_copy(
+    subject = golden("1.2-failed").subject.model_copy(
         update={"data": data, "clean_accuracy": Accuracy(value=0.9, images=300, source="stated")}
     )
     return passed().model_copy(update={"subject": subject})
