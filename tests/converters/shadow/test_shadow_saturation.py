@@ -13,6 +13,7 @@ from qdefense.converters.shadow import (
     saturation_risk,
 )
 
+from .saturating_cases import RECORD
 from .shadow_graphs import Array, graph_model, run_shadow, scalars, session_output
 
 
@@ -153,3 +154,15 @@ def test_runtime_saturation_is_measured_once_and_names_known_operators() -> None
     assert found is runtime_saturation()
     assert found in (frozenset(), frozenset({"MatMulInteger", "QLinearConv", "QLinearMatMul", "QGemm"}))
     assert runtime_saturates() == bool(found)
+
+
+RECORDED = np.load(RECORD)
+NEVER = ["convolution of depthwise", "convolution of three axes, depthwise", "integer convolution"]
+
+
+@pytest.mark.parametrize("name", sorted({key.split(":")[0] for key in RECORDED}))
+def test_emulation_equals_what_was_recorded_of_a_cpu_without_vnni(name: str) -> None:
+    model, x, expected = (RECORDED[f"{name}:{part}"] for part in ("model", "x", "y"))
+    shadow = build_shadow(model.tobytes(), source="shipped")
+    np.testing.assert_array_equal(run_shadow(shadow, x, saturate=True), expected)
+    assert (run_shadow(shadow, x) != expected).any() == (name not in NEVER)
