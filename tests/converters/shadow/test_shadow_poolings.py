@@ -35,7 +35,7 @@ POOLS: dict[str, dict[str, Any]] = {
 def test_pooling_equals_runtime(pool: str, window: str) -> None:
     attributes = WINDOWS[window] | POOLS[pool]
     x = np.random.default_rng(0).normal(0, 1, SHAPES[len(attributes["kernel_shape"])]).astype(np.float32)
-    model = operator_model(pool.split()[0], x, {}, opset=21, **attributes)
+    model = operator_model(pool.split(maxsplit=1)[0], x, {}, opset=21, **attributes)
     assert_equals_runtime(model, x)
     assert_gradient_is_right(model, x)
 
