@@ -9,6 +9,8 @@ from pathlib import Path
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _native
 
+from qdefense.converters.operator_versions import load_refusal
+
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     _native.Fail,
     _native.InvalidArgument,
@@ -49,5 +51,5 @@ def optimized_model(model: bytes) -> bytes:
         try:
             onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except RUNTIME_ERRORS as error:
-            raise RuntimeGraphError(f"ONNX Runtime cannot load the file: {runtime_reason(error)}") from error
+            raise RuntimeGraphError(load_refusal(model, runtime_reason(error))) from error
         return target.read_bytes()

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qdefense.artifact import Artifact
 from qdefense.converters.contract import InputContract
 from qdefense.converters.door import fed, read_answers
+from qdefense.converters.operator_versions import load_refusal
 from qdefense.converters.runtime_graph import RUNTIME_ERRORS, optimized_model, runtime_reason
 from qdefense.data.images import ImageSet, Pixels, to_pixels
 
@@ -218,5 +219,5 @@ def _open(data: bytes, optimization: Optimization, threads: int) -> onnxruntime.
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
         raise SessionError(
-            f"ONNX Runtime cannot load the file: {runtime_reason(error)}; export it again, or use another onnxruntime"
+            f"{load_refusal(data, runtime_reason(error))}; export it again, or use another onnxruntime"
         ) from error

@@ -15,19 +15,23 @@ import importlib
 import pkgutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnx.backend.test.case.node as suite
+import onnxruntime
 import torch
-from exceptions import EXCEPTIONS
+from node_exceptions import EXCEPTIONS
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from qdefense.converters.operator_versions import stated_versions
 from qdefense.converters.reading import bodies, plain_domain
+from qdefense.converters.runtime_graph import RUNTIME_ERRORS
 from qdefense.converters.shadow import ShadowError, registered
 from qdefense.converters.shadow.constants import constant_of, type_name
 from qdefense.converters.shadow.plan import INLINED, Plan, plan_graph
@@ -166,8 +170,16 @@ def _run(model: onnx.ModelProto, feeds: Sequence[TensorProto]) -> tuple[dict[str
     values = {name: constant.value for name, constant in plan.constants_in_use().items()}
     given = {tensor.name: constant_of(tensor, None).value for tensor in feeds}
     first = next(iter(given.values()), torch.zeros(()))
-    mode = Mode(exact=True, rows=first.shape[0] if first.ndim else 1)
-    return plan.run(values | given, mode), plan
+    rows = first.shape[0] if first.ndim else 1
+    answers = plan.run(values | given, Mode(exact=True, rows=rows, group=max(1, rows)))
+    return {
+        name: _of_the_batch(answers[name]) if name in plan.per_row else answers[name] for name in plan.outputs
+    }, plan
+
+
+def _of_the_batch(value: torch.Tensor) -> torch.Tensor:
+    """What a batch computes once and the shadow holds once for each of its images."""
+    return value[0] if bool((value == value[:1]).all()) else value
 
 
 def _difference(found: torch.Tensor, plan: Plan, expected: TensorProto, rtol: float) -> str:
@@ -180,7 +192,7 @@ def _difference(found: torch.Tensor, plan: Plan, expected: TensorProto, rtol: fl
     if found.dtype != wanted.dtype and kind != TensorProto.INT32:  # int32 sums of codes are floats
         return f"{expected.name!r} is carried as {found.dtype}, expected {wanted.dtype}"
     found = found.to(wanted.dtype) if found.dtype.is_floating_point else found
-    inexact = expected.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+    inexact = expected.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     rtol, atol = (rtol, SMALLEST) if inexact else (0.0, 0.0)
     if torch.allclose(found, wanted, rtol=rtol, atol=atol, equal_nan=True):
         return ""
@@ -189,6 +201,50 @@ def _difference(found: torch.Tensor, plan: Plan, expected: TensorProto, rtol: fl
     return f"{expected.name!r} differs in {int(wrong.sum())} of {wrong.numel()} values: " + (
         f"at {at} it is {found[at].item():.7g}, expected {wanted[at].item():.7g}"
     )
+
+
+def older_versions(case: NodeCase) -> Iterator[NodeCase]:
+    """The case at each earlier version of its operator that ONNX Runtime runs, with the runtime's answers.
+
+    The suite tests the newest version only. Each version stands in the last opset that has it.
+    """
+    domain, op_type = case.operator
+    if domain or len(case.model.graph.node) != 1:
+        return
+    history = sorted(_history()[op_type])
+    present = onnx.defs.get_schema(op_type, stated_versions(case.model)[""], "").since_version
+    for since, following in pairwise(history[: history.index(present) + 1]):
+        model = onnx.ModelProto()
+        model.CopyFrom(case.model)
+        model.opset_import[0].version = following - 1
+        outputs = _runtime_answers(model, case)
+        if outputs is not None:
+            yield replace(case, name=f"{case.name} at {since}", model=model, outputs=outputs)
+
+
+@cache
+def _history() -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == "" and not schema.deprecated:
+            found.setdefault(schema.name, set()).add(schema.since_version)
+    return found
+
+
+def _runtime_answers(model: onnx.ModelProto, case: NodeCase) -> list[Array] | None:
+    """None where this version has no such attribute, input or type, or the runtime no kernel for it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        feeds = {value.name: np.asarray(given) for value, given in zip(model.graph.input, case.inputs, strict=True)}
+        answers: list[Array] = session.run(None, feeds)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *RUNTIME_ERRORS, ValueError, TypeError):
+        return None
+    return answers
 
 
 def exceptions() -> dict[str, str]:

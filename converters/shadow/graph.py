@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
-from qdefense.converters.runtime_graph import optimized_model
+from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
 from qdefense.converters.shadow import (  # noqa: F401
     activations,
     casting,
@@ -40,7 +40,7 @@ from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
 from qdefense.converters.shadow.local_functions import without_functions
 from qdefense.converters.shadow.plan import Plan, plan_graph
-from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError
+from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError, UnsupportedOperatorError
 
 Source = Literal["optimized", "shipped"]
 Quantization = Literal["float", "static", "dynamic"]
@@ -69,7 +69,7 @@ def build_shadow(model: bytes, *, source: Source, contract: InputContract | None
     if source not in ("optimized", "shipped"):
         raise ValueError(f"source is {source!r}, expected 'optimized' or 'shipped'")
     data = model if contract is None else narrowed(model, contract)
-    plan = _classifier_plan(_parse(optimized_model(data) if source == "optimized" else data))
+    plan = _classifier_plan(_parse(_optimized(data) if source == "optimized" else data))
     shadow = Shadow(plan, source=source, contract=contract)
     if contract is not None and contract.batch is not None:
         _try_free_batch(shadow, contract)
@@ -201,8 +201,9 @@ class Shadow(nn.Module):
         value = constant.value
         if value.dtype == torch.float32:
             value = value.to(self._dtype)
-        if value.ndim == 4:
-            value = value.contiguous(memory_format=torch.channels_last)
+        # what a folded node only expanded has no memory of its own for each element, which a copy needs
+        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        value = value.contiguous(memory_format=layout)
         if constant.initializer is None or constant.element_type != TensorProto.FLOAT:
             self._buffer_names[name] = f"constant{index}"
             self.register_buffer(f"constant{index}", value)
@@ -223,6 +224,20 @@ class Shadow(nn.Module):
         x = x if self.contract is None else enter(x, self.contract)
         values[self.input_name] = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         return self._plan.run(values, mode, wanted)
+
+
+def _optimized(data: bytes) -> bytes:
+    """The graph that ONNX Runtime runs; where it refuses the file, what the shipped graph's plan says is added."""
+    try:
+        return optimized_model(data)
+    except RuntimeGraphError as error:
+        try:
+            _classifier_plan(_parse(data))
+        except UnsupportedOperatorError:
+            raise error from None
+        except ShadowError as found:
+            raise RuntimeGraphError(f"{error}; {found}") from error
+        raise
 
 
 def _parse(model: bytes) -> onnx.ModelProto:

@@ -35,7 +35,7 @@ def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = _size(model.graph.node, sizes)
     if nodes > LARGEST_GRAPH:
         raise ShadowError(
-            f"the file's functions make a graph of {nodes} nodes, more than {LARGEST_GRAPH}; inline fewer"
+            f"the file's own functions make a graph of {nodes} nodes, more than {LARGEST_GRAPH}; export a smaller model"
         )
     try:
         return inliner.inline_local_functions(model, convert_version=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import onnx
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper
 from qdefense.converters.operator_versions import quoted, stated_versions
 from qdefense.converters.reading import plain_domain
 from qdefense.converters.shadow.constants import constant_node, constant_of
-from qdefense.converters.shadow.quantization_parameters import check_quantization
+from qdefense.converters.shadow.quantization_parameters import Shape, check_quantization
 from qdefense.converters.shadow.registry import (
     MALFORMED,
     Constant,
@@ -58,6 +59,7 @@ class Plan:
         steps: what runs, in order.
         element_types: ONNX types by name, UNDEFINED where they are unknown.
         per_row: names of the tensors that hold one value per image.
+        shape_of: the shape of a tensor by name, None in it for a free axis, as far as it can be told.
     """
 
     inputs: tuple[str, ...]
@@ -66,6 +68,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     element_types: dict[str, int] = field(default_factory=dict)
     per_row: set[str] = field(default_factory=set)
+    shape_of: Callable[[str], Shape | None] = lambda _name: None
 
     def run(self, values: dict[str, Any], mode: Mode, wanted: Sequence[str] = ()) -> dict[str, Any]:
         """Run the steps; of what they compute, the outputs and the wanted tensors are in `values` afterwards.
@@ -122,12 +125,44 @@ def plan_graph(model: onnx.ModelProto) -> Plan:
     plan = Plan(tuple(value.name for value in inputs), tuple(value.name for value in graph.output), constants)
     plan.element_types = {value.name: value.type.tensor_type.elem_type for value in inputs}
     plan.element_types |= {name: constant.element_type for name, constant in constants.items()}
+    plan.shape_of = _shapes_when_asked(model)
     scope = _Scope(stated_versions(model))
     plan.steps = _with_last_uses(plan, list(_steps(plan, graph.node, scope)))
     for name in plan.outputs:
         if name not in plan.element_types:
             raise ShadowError(f"nothing computes the output {quoted(name)}; check the file with onnx.checker")
     return plan
+
+
+def _shapes_when_asked(model: onnx.ModelProto) -> Callable[[str], Shape | None]:
+    @cache
+    def shapes() -> dict[str, Shape]:
+        graph = _inferred(model).graph
+        declared = [
+            value
+            for value in (*graph.input, *graph.value_info, *graph.output)
+            if value.type.tensor_type.HasField("shape")
+        ]
+        return {
+            value.name: tuple(
+                axis.dim_value if axis.HasField("dim_value") else None for axis in value.type.tensor_type.shape.dim
+            )
+            for value in declared
+        }
+
+    return lambda name: shapes().get(name)
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        declared = value.type.tensor_type
+        # on such a declaration onnx's shape inference ends the process
+        if declared.elem_type not in TensorProto.DataType.values() or any(a.dim_value < 0 for a in declared.shape.dim):
+            return model
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return model
 
 
 def _steps(plan: Plan, protos: Iterable[onnx.NodeProto], scope: _Scope) -> Iterator[Step]:
@@ -168,7 +203,7 @@ def _node(plan: Plan, proto: onnx.NodeProto, scope: _Scope) -> Node:
 
 def _place(plan: Plan, node: Node) -> Iterator[Step]:
     """The step that runs a node; none for one whose inputs are constants, which is folded."""
-    check_quantization(node)
+    check_quantization(node, plan.shape_of)
     kernel = build_kernel(node)
     _announce(plan, node)
     if node.inputs and all(not name or name in plan.constants for name in node.inputs):

@@ -64,7 +64,8 @@ class Constant:
     """A tensor known at build time.
 
     Attributes:
-        value: 4, 8 and 16 bit integers as float32 codes, everything else in its own type.
+        value: 2, 4, 8 and 16 bit integers as float32 codes, floats below 32 bits as float32, unsigned ones of 32 and
+            64 bits as int64, everything else in its own type.
         element_type: the ONNX type of the tensor in the file.
         initializer: name of the initializer that a change of `value` would have to be written to.
     """
@@ -236,7 +237,12 @@ _TABLE: dict[tuple[str, str, int], Operator] = {}
 
 
 def operator(
-    op_type: str, domain: str = "", since: int = 1, *, per_row: bool = False, needs_mode: bool = False
+    op_type: str,
+    domain: str = "",
+    since: int = 1,
+    *,
+    per_row: bool = False,
+    needs_mode: bool = False,
 ) -> Callable[[Callable[[Node], Kernel]], Callable[[Node], Kernel]]:
     """Register the function that builds the kernel of one ONNX operator.
 
@@ -316,4 +322,27 @@ CODE_RANGES: Mapping[int, tuple[int, int]] = {
     TensorProto.INT16: (-32768, 32767),
     TensorProto.UINT4: (0, 15),
     TensorProto.INT4: (-8, 7),
+    TensorProto.UINT2: (0, 3),
+    TensorProto.INT2: (-2, 1),
 }
+"""What codes of each type can be."""
+
+UNSIGNED_RANGES: Mapping[int, tuple[int, int]] = {
+    TensorProto.UINT32: (0, 2**32 - 1),
+    TensorProto.UINT64: (0, 2**63 - 1),
+}
+"""Unsigned integers carried as int64; of the 64 bit ones, those that it can hold."""
+
+NARROW_FLOATS = frozenset(
+    {
+        TensorProto.FLOAT16,
+        TensorProto.BFLOAT16,
+        TensorProto.FLOAT8E4M3FN,
+        TensorProto.FLOAT8E4M3FNUZ,
+        TensorProto.FLOAT8E5M2,
+        TensorProto.FLOAT8E5M2FNUZ,
+        TensorProto.FLOAT8E8M0,
+        TensorProto.FLOAT4E2M1,
+    }
+)
+"""Floats carried as float32 that hold what they round to."""

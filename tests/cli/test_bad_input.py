@@ -694,21 +694,22 @@ case(
 case(
     "an operator is foreign",
     4,
-    "node 'f' uses the operator domain 'custom.ops', whose code is not part of ONNX Runtime; export the model with "
-    "standard operators",
+    "node 'f' uses operator 'Flatten' of domain 'custom.ops', opset ..., whose code is not part of ONNX Runtime; "
+    "export the model with standard operators",
     foreign(node=make_node("Flatten", ["x"], ["y"], name="f", domain="custom.ops")),
 )
 case(
     "an operator does not exist",
     4,
-    "onnx.checker refuses the file: No Op registered for Flaten ...; export it again",
+    "onnx.checker refuses the file: node 'f': operator 'Flaten' of domain 'ai.onnx', opset ...: ONNX has no such "
+    "operator; export it again",
     foreign(node=make_node("Flaten", ["x"], ["y"], name="f")),
 )
 case(
     "the runtime lacks an operator",
     4,
-    "ONNX Runtime cannot load the file: Could not find an implementation for Relu(14) node with name 'last 1'; "
-    "export it again, or use another onnxruntime",
+    "ONNX Runtime cannot load the file: Could not find an implementation for Relu(14) node with name 'last 1' (node "
+    "'last 1': operator 'Relu' of domain 'ai.onnx', opset 21); export it again, or use another onnxruntime",
     changed(no_kernel),
 )
 case(
@@ -1198,8 +1199,8 @@ case(
 case(
     "a node's name is hostile",
     4,
-    "node 'conv\\n\\x1b[2J\\u202e' uses the operator domain 'evil\\x1b[31m\\nerror: all is well', whose code is not "
-    "part of ONNX Runtime; export the model with standard operators",
+    "node 'conv\\n\\x1b[2J\\u202e' uses operator 'Conv' of domain 'evil\\x1b[31m\\nerror: all is well', opset not "
+    "stated, whose code is not part of ONNX Runtime; export the model with standard operators",
     changed(named_nodes),
 )
 case(
