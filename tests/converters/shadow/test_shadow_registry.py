@@ -78,7 +78,7 @@ def test_attribute_that_no_function_reads_is_refused() -> None:
         ("DepthToSpace", {"blocksize": 2, "mode": "RCD"}, "attribute 'mode' is 'RCD', expected 'DCR' or 'CRD'"),
         ("SpaceToDepth", {"blocksize": 2, "mode": "RCD"}, "attribute 'mode' is 'RCD', expected 'DCR' or 'CRD'"),
         ("Resize", {"mode": "area"}, "attribute 'mode' is 'area', expected one of ('nearest', 'linear', 'cubic')"),
-        ("Resize", {"coordinate_transformation_mode": "tf_half_pixel_for_nn"}, "expected one of ('half_pixel',"),
+        ("Resize", {"coordinate_transformation_mode": "half"}, "expected one of ('half_pixel',"),
         ("Resize", {"nearest_mode": "up"}, "attribute 'nearest_mode' is 'up', expected one of ('round_prefer_floor',"),
         ("Resize", {"keep_aspect_ratio_policy": "crop"}, "'keep_aspect_ratio_policy' is 'crop', expected one of"),
         ("Upsample", {"mode": "cubic"}, "attribute 'mode' is 'cubic', expected 'nearest' or 'linear'"),
