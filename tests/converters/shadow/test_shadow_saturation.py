@@ -12,6 +12,7 @@ from qdefense.converters.shadow import (
     saturation_risk,
 )
 
+from .saturating_cases import RECORD
 from .shadow_graphs import Array, graph_model, run_shadow, scalars, session_output
 
 
@@ -145,3 +146,15 @@ def test_batched_right_operand_saturates_matrix_by_matrix() -> None:
     )
     found = run_shadow(build_shadow(model, source="shipped"), x, saturate=True)
     np.testing.assert_array_equal(found, [pairwise_clipped(a, b) for a, b in zip(x, weights, strict=True)])
+
+
+RECORDED = np.load(RECORD)
+NEVER = ["convolution of depthwise", "convolution of three axes, depthwise", "integer convolution"]
+
+
+@pytest.mark.parametrize("name", sorted({key.split(":")[0] for key in RECORDED}))
+def test_emulation_equals_what_was_recorded_of_a_cpu_without_vnni(name: str) -> None:
+    model, x, expected = (RECORDED[f"{name}:{part}"] for part in ("model", "x", "y"))
+    shadow = build_shadow(model.tobytes(), source="shipped")
+    np.testing.assert_array_equal(run_shadow(shadow, x, saturate=True), expected)
+    assert (run_shadow(shadow, x) != expected).any() == (name not in NEVER)
