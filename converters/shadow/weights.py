@@ -82,12 +82,14 @@ class Weight:
 
     Attributes:
         initializer: its name.
+        tensor: the name of the tensor in the plan, another one in a branch.
         stored: what the file holds, codes or floats.
         grids: the grids of the nodes that read it, equal in value; none where it is held in floats.
         trained: whether training should change it unasked: no statistics, no constants of arithmetic.
     """
 
     initializer: str
+    tensor: str
     stored: Constant
     grids: tuple[Grid, ...]
     trained: bool
@@ -193,21 +195,22 @@ _SUMS = {"ConvInteger": _Codes(1, (), 3, 0), "MatMulInteger": _Codes(1, (), 3, -
 
 def weights_of(plan: Plan, foreign: Collection[str] = ()) -> Weights:
     """The weights among the initializers of a graph, those with a foreign name left out."""
-    uses = _uses(plan)
-    grids, misfits = _grids(plan)
+    uses, (grids, misfits) = _uses(plan), _grids(plan)
     parameters = {name for found in grids.values() for grid in found for name in _parameter_names(grid)}
-    trainable, frozen = {}, dict(misfits)
-    for name, constant in plan.constants.items():
-        if constant.initializer != name or name in parameters or name in {*misfits, *foreign} or name not in uses:
+    trainable, frozen = {}, {plan.initializers[name]: reason for name, reason in misfits.items()}
+    for name, initializer in plan.initializers.items():
+        constant = plan.constants[name]
+        if initializer in {*parameters, *frozen, *foreign} or name not in uses:
             continue
         if name in grids and all(_equal(grids[name][0], other) for other in grids[name]):
-            trainable[name] = Weight(name, constant, tuple(grids[name]), trained=True)
+            trainable[initializer] = Weight(initializer, name, constant, tuple(grids[name]), trained=True)
         elif name in grids:
-            frozen[name] = "nodes read its codes on different scales"
+            frozen[initializer] = "nodes read its codes on different scales"
         elif constant.element_type in _FLOATS and any(index not in node.folded for node, index in uses[name]):
-            trainable[name] = Weight(name, constant, (), trained=_is_trained(constant, uses[name]))
+            trained = _is_trained(constant, uses[name])
+            trainable[initializer] = Weight(initializer, name, constant, (), trained=trained)
         elif constant.element_type in (*_FLOATS, *CODE_RANGES) and constant.value.ndim > 1:
-            frozen[name] = _why_none(*uses[name][0])
+            frozen[initializer] = _why_none(*uses[name][0])
     biases = (bias for bias in _biases(plan) if {bias.initializer, bias.weight} <= trainable.keys())
     return Weights(trainable, frozen, tuple(biases))
 
@@ -238,19 +241,20 @@ def _parameter_names(grid: Grid) -> Iterator[str]:
 
 
 def _grids(plan: Plan) -> tuple[dict[str, list[Grid]], dict[str, str]]:
-    """By initializer, the grids of its codes; and why what nodes say of others is no grid."""
+    """By the tensor's name, the grids of its codes; and why what nodes say of others is no grid."""
     grids, misfits = defaultdict(list), {}
     for node in plan.nodes:
         for codes, factors in _codes_of(plan, node):
-            held = node.constants.get(codes.at)
-            if held is None or held.initializer is None or held.initializer != node.inputs[codes.at]:
+            name = node.inputs[codes.at] if node.has(codes.at) else ""
+            if name not in plan.initializers:
                 continue
+            held = node.constants[codes.at]
             grid = _grid(node, codes, held, factors)
             reason = grid.misfit(held.value.shape) if grid.factors else "the graph doesn't say its scale"
             if reason is None:
-                grids[held.initializer].append(grid)
+                grids[name].append(grid)
             else:
-                misfits[held.initializer] = f"node {node.name!r} ({node.op_type}): {reason}"
+                misfits[name] = f"node {node.name!r} ({node.op_type}): {reason}"
     return grids, misfits
 
 
@@ -308,7 +312,8 @@ def _biases(plan: Plan) -> Iterator[FollowingBias]:
         if x is None or weight is None or bias is None or 1 not in x.constants:
             continue
         if bias.element_type(0) == TensorProto.INT32:
-            yield FollowingBias(bias.inputs[0], weight.inputs[0], x.constants[1])
+            held = (plan.initializers.get(part.inputs[0], "") for part in (bias, weight))
+            yield FollowingBias(*held, x.constants[1])
 
 
 def _equal(a: Grid, b: Grid) -> bool:

@@ -17,7 +17,7 @@ from qdefense.converters.shadow.graph import file_weights
 from qdefense.converters.writeback import ChangedTensor, Scales, WriteBackError, write_back
 from qdefense.fidelity import compare_logits
 
-from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, network, pictures, quantized
+from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, model_of, network, pictures, quantized
 from .shadow.shadow_graphs import run_shadow, session_output
 
 KINDS = (
@@ -212,6 +212,38 @@ def test_initializer_that_two_nodes_use_is_one_parameter(files: dict[str, bytes]
         shadow.parameters_by_initializer["shared"].mul_(2)
     data = write_back(model, shadow).data
     np.testing.assert_allclose(session_output(data, x), 4 * session_output(model, x), rtol=1e-4, atol=1e-6)
+
+
+def branching_file() -> bytes:
+    """x W in the branch that a constant chooses, plus a bias of the outer graph."""
+    values = {name: numpy_helper.from_array(np.full((3, CLASSES), number, np.float32), name) for name, number in
+              (("inner", 1), ("other", 2))}  # fmt: skip
+    bodies = {}
+    for branch, name in (("then_branch", "inner"), ("else_branch", "other")):
+        answer = helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, ["batch", CLASSES])
+        node = helper.make_node("MatMul", ["flat", name], [f"{name}.y"], name=f"{name}.product")
+        bodies[branch] = helper.make_graph([node], name, [], [answer], [values[name]])
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["x"], ["pooled"], name="pool"),
+        helper.make_node("Flatten", ["pooled"], ["flat"], name="flatten"),
+        helper.make_node("If", ["yes"], ["chosen"], name="if", **bodies),
+        helper.make_node("Add", ["chosen", "bias"], ["y"], name="add"),
+    ]
+    tensors = [numpy_helper.from_array(np.array(True), "yes")]
+    tensors.append(numpy_helper.from_array(np.zeros(CLASSES, np.float32), "bias"))
+    return bytes(model_of(nodes, tensors).SerializeToString())
+
+
+def test_weight_in_a_branch_is_written_into_the_branch() -> None:
+    model, x = branching_file(), pictures(4)
+    shadow = trainable(model)
+    assert set(shadow.parameters_by_initializer) == {"inner", "bias"}
+    with torch.no_grad():
+        shadow.parameters_by_initializer["inner"].mul_(3)
+    written = write_back(model, shadow)
+    assert [entry.initializer for entry in written.changed] == ["inner"]
+    np.testing.assert_allclose(session_output(written.data, x), 3 * session_output(model, x), rtol=1e-6)
+    np.testing.assert_allclose(run_shadow(shadow, x), session_output(written.data, x), rtol=1e-6)
 
 
 def test_float16_tensor_stays_float16(files: dict[str, bytes]) -> None:
