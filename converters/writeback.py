@@ -121,7 +121,9 @@ def _moved_parameters(model: bytes, shadow: Shadow, weights: Weights) -> dict[st
     """The changed parameters by initializer; a change that can't be written is an error, never lost."""
     twin = build_shadow(model, source="shipped", contract=shadow.contract, trainable=shadow.trainable)
     names = {id(parameter): name for name, parameter in shadow.parameters_by_initializer.items()}
-    before, moved = dict(twin.named_parameters()), {}
+    before, moved = twin.state_dict(), {}
+    if unknown := sorted(shadow.state_dict().keys() ^ before.keys()):
+        raise WriteBackError(f"the module has gained or lost {unknown[0]!r}; change the values of its parameters only")
     for key, parameter in shadow.named_parameters():
         start, value = before[key], parameter.detach()
         name = names.get(id(parameter), key)
@@ -130,16 +132,19 @@ def _moved_parameters(model: bytes, shadow: Shadow, weights: Weights) -> dict[st
                 f"initializer {safe_text(name)!r} has the shape {tuple(start.shape)} and its parameter "
                 f"{tuple(value.shape)}; the graph stays as it is, so keep the shape"
             )
-        same = (value == start) | (value.isnan() & start.isnan())
-        if bool(same.all()):
-            continue
-        moved[name] = _Moved(value, same)
-        _check_change(name, moved[name], weights)
-    constants = dict(twin.named_buffers())
+        same = _same(value, start)
+        if not bool(same.all()):
+            moved[name] = _Moved(value, same)
+            _check_change(name, moved[name], weights)
     for key, value in shadow.named_buffers():
-        if not torch.equal(value, constants[key]):
+        if not bool(_same(value, before[key]).all()):
             raise WriteBackError(f"buffer {key!r} was changed, which holds a constant of the graph; leave it as it was")
     return moved
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors are equal; a NaN is equal to another here."""
+    return (a == b) | (torch.isnan(a) & torch.isnan(b))
 
 
 def _check_change(name: str, change: _Moved, weights: Weights) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 
 import numpy as np
@@ -359,6 +360,10 @@ def test_infinite_constant_of_the_file_is_no_error(files: dict[str, bytes]) -> N
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "fc.b")
     tensor.CopyFrom(numpy_helper.from_array(np.array([1, np.nan, -np.inf, 0, 0], np.float32), "fc.b"))
     data = bytes(model.SerializeToString())
+    model.graph.initializer.remove(tensor)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["fc.b"], name="constant", value=tensor))
+    unnamed = bytes(model.SerializeToString())
+    assert write_back(unnamed, trainable(unnamed)).data == unnamed
     shadow = trainable(data)
     assert write_back(data, shadow).data == data
     with torch.no_grad():
@@ -402,6 +407,22 @@ def test_changed_constant_is_refused(files: dict[str, bytes]) -> None:
         WriteBackError, match="buffer 'constant0' was changed, which holds a constant of the graph; leave"
     ):
         write_back(files["fp16"], shadow)
+
+
+def test_module_with_another_parameter_is_refused(files: dict[str, bytes]) -> None:
+    shadow = trainable(files["fp32"])
+    shadow.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(WriteBackError, match="the module has gained or lost 'extra'; change the values of its param"):
+        write_back(files["fp32"], shadow)
+
+
+def test_copy_of_a_shadow_is_written_back(files: dict[str, bytes]) -> None:
+    model, x = files["qoperator u8u8 tensor"], pictures(8)
+    shadow = copy.deepcopy(trainable(model))
+    train_a_little(shadow)
+    written = write_back(model, shadow)
+    assert written.changed
+    np.testing.assert_array_equal(run_shadow(build_shadow(written.data, source="shipped"), x), run_shadow(shadow, x))
 
 
 def test_data_in_another_file_is_refused(files: dict[str, bytes]) -> None:
