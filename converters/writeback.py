@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from qdefense.converters.reading import every_graph, parse_model, safe_text
@@ -84,10 +84,10 @@ def write_back(model: bytes, shadow: Shadow, *, scales: Scales = "keep") -> Writ
     new = Rescaling({}, {})
     if scales == "recalibrate":
         new = rescaled(weights, {name: change.value for name, change in moved.items()}, _readers(proto))
-    found = []
-    for name in _in_order(proto, {*moved, *new.weights, *new.parameters}):
+    tensors, found = _tensors(proto), []
+    for name in sorted({*moved, *new.weights, *new.parameters}, key=list(tensors).index):
         held, clipped = _held(name, weights, moved, new)
-        found.append(_store(proto, name, held, clipped))
+        found.append(_store(tensors[name], held, clipped))
     changed = tuple(entry for entry in found if entry.changed or entry.clipped)
     any_changed = any(entry.changed for entry in changed)
     return WrittenModel(data=bytes(proto.SerializeToString()) if any_changed else model, changed=changed)
@@ -121,7 +121,9 @@ def _moved_parameters(model: bytes, shadow: Shadow, weights: Weights) -> dict[st
     """The changed parameters by initializer; a change that can't be written is an error, never lost."""
     twin = build_shadow(model, source="shipped", contract=shadow.contract, trainable=shadow.trainable)
     names = {id(parameter): name for name, parameter in shadow.parameters_by_initializer.items()}
-    before, moved = dict(twin.named_parameters()), {}
+    before, moved = twin.state_dict(), {}
+    if unknown := sorted(shadow.state_dict().keys() ^ before.keys()):
+        raise WriteBackError(f"the module has gained or lost {unknown[0]!r}; change the values of its parameters only")
     for key, parameter in shadow.named_parameters():
         start, value = before[key], parameter.detach()
         name = names.get(id(parameter), key)
@@ -130,16 +132,19 @@ def _moved_parameters(model: bytes, shadow: Shadow, weights: Weights) -> dict[st
                 f"initializer {safe_text(name)!r} has the shape {tuple(start.shape)} and its parameter "
                 f"{tuple(value.shape)}; the graph stays as it is, so keep the shape"
             )
-        same = (value == start) | (value.isnan() & start.isnan())
-        if bool(same.all()):
-            continue
-        moved[name] = _Moved(value, same)
-        _check_change(name, moved[name], weights)
-    constants = dict(twin.named_buffers())
+        same = _same(value, start)
+        if not bool(same.all()):
+            moved[name] = _Moved(value, same)
+            _check_change(name, moved[name], weights)
     for key, value in shadow.named_buffers():
-        if not torch.equal(value, constants[key]):
+        if not bool(_same(value, before[key]).all()):
             raise WriteBackError(f"buffer {key!r} was changed, which holds a constant of the graph; leave it as it was")
     return moved
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors are equal; a NaN is equal to another here."""
+    return (a == b) | (torch.isnan(a) & torch.isnan(b))
 
 
 def _check_change(name: str, change: _Moved, weights: Weights) -> None:
@@ -161,8 +166,13 @@ def _readers(proto: onnx.ModelProto) -> Mapping[str, int]:
     return Counter(name for graph in every_graph(proto.graph) for node in graph.node for name in node.input)
 
 
-def _in_order(proto: onnx.ModelProto, names: Collection[str]) -> list[str]:
-    return [tensor.name for tensor in proto.graph.initializer if tensor.name in names]
+def _tensors(proto: onnx.ModelProto) -> dict[str, TensorProto]:
+    """The initializers by name; those of branches have one of their own, or are none that the shadow knows."""
+    found = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for graph in every_graph(proto.graph):
+        for tensor in graph.initializer:
+            found.setdefault(tensor.name, tensor)
+    return found
 
 
 @torch.no_grad()
@@ -184,9 +194,8 @@ def _held(name: str, weights: Weights, moved: Mapping[str, _Moved], new: Rescali
     return held, int((weight.beyond(change.value) & ~change.same).sum())
 
 
-def _store(proto: onnx.ModelProto, name: str, held: Tensor, clipped: int) -> ChangedTensor:
+def _store(tensor: TensorProto, held: Tensor, clipped: int) -> ChangedTensor:
     """Put new values into a tensor in the form that it has; one whose values stay is not touched."""
-    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
     before = numpy_helper.to_array(tensor)
     array = np.ascontiguousarray(held.numpy().astype(before.dtype)).reshape(before.shape)
     changed = int(np.count_nonzero(_bits(array) != _bits(before)))
@@ -200,7 +209,7 @@ def _store(proto: onnx.ModelProto, name: str, held: Tensor, clipped: int) -> Cha
         fresh.ClearField("dims")
         fresh.ClearField("name")
         tensor.MergeFrom(fresh)
-    return ChangedTensor(initializer=name, size=array.size, changed=changed, clipped=clipped)
+    return ChangedTensor(initializer=tensor.name, size=array.size, changed=changed, clipped=clipped)
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:

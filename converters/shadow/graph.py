@@ -89,7 +89,7 @@ def build_shadow(
     plan, weights = _classifier_plan(proto), None
     if trainable:
         weights = weights_of(plan, () if contract is None else contract.fixed_inputs)
-        plan = plan_graph(proto, live=weights.trainable)
+        plan = plan_graph(proto, live=[weight.tensor for weight in weights.trainable.values()])
     shadow = Shadow(plan, source=source, contract=contract, weights=weights)
     shadow.file_sha256 = hashlib.sha256(model).hexdigest()
     if contract is not None and contract.batch is not None:
@@ -274,7 +274,7 @@ class Shadow(nn.Module):
         values: dict[str, Any] = {name: self.get_buffer(key) for name, key in self._buffer_names.items()}
         values.update(self._parameter_of)
         parameters = self.parameters_by_initializer
-        values.update((name, weight.held(parameters[name])) for name, weight in self._weights.items())
+        values.update((weight.tensor, weight.held(parameters[name])) for name, weight in self._weights.items())
         x = x.to(self._dtype)
         x = x if self.contract is None else enter(x, self.contract)
         values[self.input_name] = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper
 
 from qdefense.converters.operator_versions import quoted, stated_versions
-from qdefense.converters.reading import plain_domain
+from qdefense.converters.reading import every_graph, plain_domain
 from qdefense.converters.shadow.constants import constant_node, constant_of
 from qdefense.converters.shadow.quantization_parameters import Shape, check_quantization
 from qdefense.converters.shadow.registry import (
@@ -69,6 +69,8 @@ class Plan:
         inputs: names of the graph's inputs that no initializer gives.
         outputs: names of its outputs.
         constants: every tensor known at build time, by name.
+        initializers: by the name of such a tensor, that of the initializer that holds it in the file. One in a branch
+            has another name here; it is there if no other graph of the file has an initializer of its name.
         steps: what runs, in order.
         element_types: ONNX types by name, UNDEFINED where they are unknown.
         per_row: names of the tensors that hold one value per image.
@@ -80,6 +82,7 @@ class Plan:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: dict[str, Constant]
+    initializers: dict[str, str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     element_types: dict[str, int] = field(default_factory=dict)
     per_row: set[str] = field(default_factory=set)
@@ -115,6 +118,7 @@ class _Scope:
     """What a name of the file stands for here: a branch has names of its own, and sees those around it."""
 
     opsets: Mapping[str, int]
+    initializers: Collection[str]
     names: MutableMapping[str, str] = field(default_factory=dict)
     prefix: str = ""
 
@@ -149,7 +153,9 @@ def plan_graph(model: onnx.ModelProto, live: Collection[str] = ()) -> Plan:
     plan.element_types = {value.name: value.type.tensor_type.elem_type for value in inputs}
     plan.element_types |= {name: constant.element_type for name, constant in constants.items()}
     plan.shape_of = _shapes_when_asked(model)
-    scope = _Scope(stated_versions(model))
+    plan.initializers = {tensor.name: tensor.name for tensor in graph.initializer}
+    held = Counter(tensor.name for body in every_graph(graph) for tensor in body.initializer)
+    scope = _Scope(stated_versions(model), [name for name, count in held.items() if count == 1])
     plan.steps = _with_last_uses(plan, list(_steps(plan, graph.node, scope)))
     for name in plan.outputs:
         if name not in plan.element_types:
@@ -255,9 +261,11 @@ def _chosen_branch(plan: Plan, node: Node, scope: _Scope) -> Iterator[Step]:
         raise node.unsupported("the branch that is taken is missing or has another number of outputs")
     inner = scope.inner(f"{next(filter(None, node.outputs), node.name)}/")
     for tensor in branch.initializer:
-        # no initializer of the graph: nothing is written back into a branch
-        plan.constants[inner.write(tensor.name)] = constant = constant_of(tensor, None)
-        plan.element_types[inner.read(tensor.name)] = constant.element_type
+        unique, name = tensor.name in scope.initializers, inner.write(tensor.name)
+        plan.constants[name] = constant = constant_of(tensor, tensor.name if unique else None)
+        plan.element_types[name] = constant.element_type
+        if unique:
+            plan.initializers[name] = tensor.name
     yield from _steps(plan, branch.node, inner)
     outside = replace(scope, names={}, prefix="")
     for value, output in zip(branch.output, node.outputs, strict=True):

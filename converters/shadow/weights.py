@@ -25,6 +25,7 @@ _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 _INT32_RANGE = (-(2**31), 2**31 - 1)
 _STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
 _ARITHMETIC = {"Sub", "Div"}
+_NO_SCALE = "the graph says no scale of the tensor or its channels"
 _BIASED = {"Conv", "ConvTranspose", "Gemm"}
 
 
@@ -82,12 +83,14 @@ class Weight:
 
     Attributes:
         initializer: its name.
+        tensor: the name of the tensor in the plan, another one in a branch.
         stored: what the file holds, codes or floats.
         grids: the grids of the nodes that read it, equal in value; none where it is held in floats.
         trained: whether training should change it unasked: no statistics, no constants of arithmetic.
     """
 
     initializer: str
+    tensor: str
     stored: Constant
     grids: tuple[Grid, ...]
     trained: bool
@@ -96,14 +99,9 @@ class Weight:
         """The real numbers that the file holds: float32, float64 where float32 can't tell codes apart."""
         if not self.grids:
             return self.stored.value
-        return self.value_as(torch.float64 if self._wide else torch.float32)
-
-    def value_as(self, dtype: torch.dtype) -> Tensor:
-        """The real numbers, computed in `dtype`."""
-        if not self.grids:
-            return self.stored.value.to(dtype)
-        step, shift = self._laid
-        return (self.stored.value.to(dtype) - shift.to(dtype)) * step.to(dtype)
+        dtype = torch.float64 if self._wide else torch.float32
+        codes, shift, step = (each.to(dtype) for each in (self.stored.value, self._laid[1], self._laid[0]))
+        return (codes - shift) * step
 
     def held(self, value: Tensor) -> Tensor:
         """What the file would hold for real numbers, codes or floats, in a tensor with a straight-through gradient."""
@@ -193,21 +191,22 @@ _SUMS = {"ConvInteger": _Codes(1, (), 3, 0), "MatMulInteger": _Codes(1, (), 3, -
 
 def weights_of(plan: Plan, foreign: Collection[str] = ()) -> Weights:
     """The weights among the initializers of a graph, those with a foreign name left out."""
-    uses = _uses(plan)
-    grids, misfits = _grids(plan)
+    uses, (grids, misfits) = _uses(plan), _grids(plan)
     parameters = {name for found in grids.values() for grid in found for name in _parameter_names(grid)}
-    trainable, frozen = {}, dict(misfits)
-    for name, constant in plan.constants.items():
-        if constant.initializer != name or name in parameters or name in {*misfits, *foreign} or name not in uses:
+    trainable, frozen = {}, {plan.initializers[name]: reason for name, reason in misfits.items()}
+    for name, initializer in plan.initializers.items():
+        constant = plan.constants[name]
+        if initializer in {*parameters, *frozen, *foreign} or name not in uses:
             continue
         if name in grids and all(_equal(grids[name][0], other) for other in grids[name]):
-            trainable[name] = Weight(name, constant, tuple(grids[name]), trained=True)
+            trainable[initializer] = Weight(initializer, name, constant, tuple(grids[name]), trained=True)
         elif name in grids:
-            frozen[name] = "nodes read its codes on different scales"
+            frozen[initializer] = "nodes read its codes on different scales"
         elif constant.element_type in _FLOATS and any(index not in node.folded for node, index in uses[name]):
-            trainable[name] = Weight(name, constant, (), trained=_is_trained(constant, uses[name]))
-        elif constant.element_type in (*_FLOATS, *CODE_RANGES) and constant.value.ndim > 1:
-            frozen[name] = _why_none(*uses[name][0])
+            trained = _is_trained(constant, uses[name])
+            trainable[initializer] = Weight(initializer, name, constant, (), trained=trained)
+        elif constant.value.is_floating_point() and constant.value.ndim > 1:
+            frozen[initializer] = _why_none(*uses[name][0])
     biases = (bias for bias in _biases(plan) if {bias.initializer, bias.weight} <= trainable.keys())
     return Weights(trainable, frozen, tuple(biases))
 
@@ -238,28 +237,35 @@ def _parameter_names(grid: Grid) -> Iterator[str]:
 
 
 def _grids(plan: Plan) -> tuple[dict[str, list[Grid]], dict[str, str]]:
-    """By initializer, the grids of its codes; and why what nodes say of others is no grid."""
+    """By the tensor's name, the grids of its codes; and why what nodes say of others is no grid."""
     grids, misfits = defaultdict(list), {}
     for node in plan.nodes:
         for codes, factors in _codes_of(plan, node):
-            held = node.constants.get(codes.at)
-            if held is None or held.initializer is None or held.initializer != node.inputs[codes.at]:
+            name = node.inputs[codes.at] if node.has(codes.at) else ""
+            if name not in plan.initializers:
                 continue
+            held = node.constants[codes.at]
             grid = _grid(node, codes, held, factors)
-            reason = grid.misfit(held.value.shape) if grid.factors else "the graph doesn't say its scale"
+            reason = (
+                grid.misfit(held.value.shape)
+                if grid.factors
+                else "the graph says no scale of the tensor or its channels"
+            )
             if reason is None:
-                grids[held.initializer].append(grid)
+                grids[name].append(grid)
             else:
-                misfits[held.initializer] = f"node {node.name!r} ({node.op_type}): {reason}"
+                misfits[name] = f"node {node.name!r} ({node.op_type}): {reason}"
     return grids, misfits
 
 
 def _codes_of(plan: Plan, node: Node) -> Iterator[tuple[_Codes, tuple[Constant, ...]]]:
     """Where a node takes codes, with the factors of their step."""
     known = node.constants
-    if node.op_type in _SUMS:
+    if node.op_type in _SUMS and 1 in known:
         scale = _scale_behind(plan, node)
-        yield _SUMS[node.op_type], () if scale is None else (scale,)
+        # the scale meets the sums, whose channels are their second axis or their last
+        place = known[1].value.ndim - 1 if node.op_type == "ConvInteger" else 1
+        yield _SUMS[node.op_type], (scale,) if scale is not None and _lies_at(scale.value, place) else ()
     for codes in _direct(node):
         if all(index in known for index in codes.scales):
             yield codes, tuple(known[index] for index in codes.scales)
@@ -308,7 +314,8 @@ def _biases(plan: Plan) -> Iterator[FollowingBias]:
         if x is None or weight is None or bias is None or 1 not in x.constants:
             continue
         if bias.element_type(0) == TensorProto.INT32:
-            yield FollowingBias(bias.inputs[0], weight.inputs[0], x.constants[1])
+            own, beside = (plan.initializers.get(part.inputs[0], "") for part in (bias, weight))
+            yield FollowingBias(own, beside, x.constants[1])
 
 
 def _equal(a: Grid, b: Grid) -> bool:
@@ -328,6 +335,11 @@ def _scale_behind(plan: Plan, node: Node) -> Constant | None:
         return None
     ((index, constant),) = scales.constants.items()
     return constant if constant.initializer == scales.inputs[index] else None
+
+
+def _lies_at(scale: Tensor, place: int) -> bool:
+    """Whether a scale is one for all, or runs along one axis, counted from the last."""
+    return scale.numel() == 1 or (scale.ndim >= place and scale.shape[-place] == scale.numel())
 
 
 def _only_reader(plan: Plan, name: str, op_type: str) -> Node | None:

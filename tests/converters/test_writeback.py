@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 
 import numpy as np
@@ -17,7 +18,7 @@ from qdefense.converters.shadow.graph import file_weights
 from qdefense.converters.writeback import ChangedTensor, Scales, WriteBackError, write_back
 from qdefense.fidelity import compare_logits
 
-from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, network, pictures, quantized
+from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, model_of, network, pictures, quantized
 from .shadow.shadow_graphs import run_shadow, session_output
 
 KINDS = (
@@ -214,6 +215,38 @@ def test_initializer_that_two_nodes_use_is_one_parameter(files: dict[str, bytes]
     np.testing.assert_allclose(session_output(data, x), 4 * session_output(model, x), rtol=1e-4, atol=1e-6)
 
 
+def branching_file() -> bytes:
+    """x W in the branch that a constant chooses, plus a bias of the outer graph."""
+    values = {name: numpy_helper.from_array(np.full((3, CLASSES), number, np.float32), name) for name, number in
+              (("inner", 1), ("other", 2))}  # fmt: skip
+    bodies = {}
+    for branch, name in (("then_branch", "inner"), ("else_branch", "other")):
+        answer = helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, ["batch", CLASSES])
+        node = helper.make_node("MatMul", ["flat", name], [f"{name}.y"], name=f"{name}.product")
+        bodies[branch] = helper.make_graph([node], name, [], [answer], [values[name]])
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["x"], ["pooled"], name="pool"),
+        helper.make_node("Flatten", ["pooled"], ["flat"], name="flatten"),
+        helper.make_node("If", ["yes"], ["chosen"], name="if", **bodies),
+        helper.make_node("Add", ["chosen", "bias"], ["y"], name="add"),
+    ]
+    tensors = [numpy_helper.from_array(np.array(True), "yes")]
+    tensors.append(numpy_helper.from_array(np.zeros(CLASSES, np.float32), "bias"))
+    return bytes(model_of(nodes, tensors).SerializeToString())
+
+
+def test_weight_in_a_branch_is_written_into_the_branch() -> None:
+    model, x = branching_file(), pictures(4)
+    shadow = trainable(model)
+    assert set(shadow.parameters_by_initializer) == {"inner", "bias"}
+    with torch.no_grad():
+        shadow.parameters_by_initializer["inner"].mul_(3)
+    written = write_back(model, shadow)
+    assert [entry.initializer for entry in written.changed] == ["inner"]
+    np.testing.assert_allclose(session_output(written.data, x), 3 * session_output(model, x), rtol=1e-6)
+    np.testing.assert_allclose(run_shadow(shadow, x), session_output(written.data, x), rtol=1e-6)
+
+
 def test_float16_tensor_stays_float16(files: dict[str, bytes]) -> None:
     shadow = trainable(files["fp16"])
     with torch.no_grad():
@@ -327,6 +360,10 @@ def test_infinite_constant_of_the_file_is_no_error(files: dict[str, bytes]) -> N
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "fc.b")
     tensor.CopyFrom(numpy_helper.from_array(np.array([1, np.nan, -np.inf, 0, 0], np.float32), "fc.b"))
     data = bytes(model.SerializeToString())
+    model.graph.initializer.remove(tensor)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["fc.b"], name="constant", value=tensor))
+    unnamed = bytes(model.SerializeToString())
+    assert write_back(unnamed, trainable(unnamed)).data == unnamed
     shadow = trainable(data)
     assert write_back(data, shadow).data == data
     with torch.no_grad():
@@ -370,6 +407,22 @@ def test_changed_constant_is_refused(files: dict[str, bytes]) -> None:
         WriteBackError, match="buffer 'constant0' was changed, which holds a constant of the graph; leave"
     ):
         write_back(files["fp16"], shadow)
+
+
+def test_module_with_another_parameter_is_refused(files: dict[str, bytes]) -> None:
+    shadow = trainable(files["fp32"])
+    shadow.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(WriteBackError, match="the module has gained or lost 'extra'; change the values of its param"):
+        write_back(files["fp32"], shadow)
+
+
+def test_copy_of_a_shadow_is_written_back(files: dict[str, bytes]) -> None:
+    model, x = files["qoperator u8u8 tensor"], pictures(8)
+    shadow = copy.deepcopy(trainable(model))
+    train_a_little(shadow)
+    written = write_back(model, shadow)
+    assert written.changed
+    np.testing.assert_array_equal(run_shadow(build_shadow(written.data, source="shipped"), x), run_shadow(shadow, x))
 
 
 def test_data_in_another_file_is_refused(files: dict[str, bytes]) -> None:

@@ -225,14 +225,38 @@ def test_blocks_of_zero_or_negative_scale_are_trained() -> None:
     np.testing.assert_array_equal(numpy_helper.to_array(tensor), [[7, -8, 3, 1], [-3, -8, 3, 1]])
 
 
-def test_dynamic_product_without_a_scale_is_frozen() -> None:
+def dynamic_product(scale: Array | None) -> tuple[list[NodeProto], dict[str, Array]]:
     make = helper.make_node
     nodes = [
         make("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], name="d"),
         make("MatMulInteger", ["q", "w", "z"], ["sums"], name="m"),
-        make("Cast", ["sums"], ["y"], name="c", to=TensorProto.FLOAT),
+        make("Cast", ["sums"], ["y" if scale is None else "wide"], name="c", to=TensorProto.FLOAT),
     ]
-    assert reason(nodes, {"w": CODES}) == "node 'm' (MatMulInteger): the graph doesn't say its scale"
+    if scale is None:
+        return nodes, {"w": CODES}
+    nodes += [make("Mul", ["s", "w.s"], ["scales"], name="p"), make("Mul", ["wide", "scales"], ["y"], name="t")]
+    return nodes, {"w": CODES, "w.s": scale}
+
+
+@pytest.mark.parametrize(
+    ("scale", "why"),
+    [
+        (None, "the graph says no scale of the tensor or its channels"),
+        (np.array([[0.1], [0.2]], np.float32), "the graph says no scale of the tensor or its channels"),
+        (np.array([0.1, 0.2, 0.3], np.float32), "its scale of shape (3,) doesn't fit"),
+    ],
+)
+def test_dynamic_product_without_its_scale_is_frozen(scale: Array | None, why: str) -> None:
+    assert reason(*dynamic_product(scale)) == f"node 'm' (MatMulInteger): {why}"
+
+
+@pytest.mark.parametrize("scale", [np.array(0.1, np.float32), np.array([0.1, 0.2], np.float32)])
+def test_dynamic_product_has_its_scale_further_down(scale: Array) -> None:
+    nodes, values = dynamic_product(scale)
+    shadow = trainable(graph_model(nodes, np.zeros((1, 2), np.float32), values))
+    found = shadow.parameters_by_initializer
+    np.testing.assert_allclose(found["w"].detach(), CODES * scale, rtol=1e-6)
+    assert set(found) == {"w"}
 
 
 def test_codes_that_no_operator_explains_are_frozen() -> None:
