@@ -33,7 +33,7 @@ from qdefense.audit.versions import versions
 from qdefense.converters.contract import ContractError
 from qdefense.converters.quantize import QuantizationError, Settings, quantize_as
 from qdefense.converters.reading import FileRefusedError
-from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
+from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.converters.shadow import Shadow, ShadowError, build_shadow, runtime_saturation
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.data.opening import open_data
@@ -145,8 +145,8 @@ def measure(data: bytes, settings: Settings | None, batch: int | None) -> Record
     artifact = Artifact.from_bytes(data)
     profile = profile_for(artifact)
     session = DeployedSession(artifact, profile if batch is None else profile.model_copy(update={"batch": batch}))
-    shadow = build_shadow(data, source="optimized")
-    graph = onnx.load_from_string(optimized_model(data))
+    shadow = build_shadow(data, source="optimized", options=session.profile)
+    graph = onnx.load_from_string(session.graph)
     floats, emulate = float_operators(graph), bool(runtime_saturation())
     x, labels = images("test").pixels, images("test").labels
     deployed, own = session.logits(x), shadow_answers(shadow, x, saturate=emulate, batch=session.profile.batch)
