@@ -167,7 +167,7 @@ def _key(node: onnx.NodeProto) -> tuple[str, str]:
 def _unsupported(node: onnx.NodeProto, why: str) -> UnsupportedArithmeticError:
     domain = plain_domain(node.domain) or "ai.onnx"
     return UnsupportedArithmeticError(
-        f"node {node_label(node)!r}: operator {safe_text(node.op_type)!r} of domain {safe_text(domain)!r} {why}; judge "
+        f"node '{node_label(node)}': operator '{safe_text(node.op_type)}' of domain '{safe_text(domain)}' {why}; judge "
         "the file in as-run arithmetic, on the CPU that it is for"
     )
 

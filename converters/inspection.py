@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -21,8 +20,8 @@ from qdefense.converters.precision import (
     integer_share,
     weighted_layers,
 )
-from qdefense.converters.reading import FileRefusedError, every_graph, parse_model, safe_text, tensor_array
-from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
+from qdefense.converters.reading import count_operators, parse_model, safe_text, tensor_array
+from qdefense.converters.runtime_facts import runtime_operators
 
 __all__ = ["BlindNode", "Inspection", "Layer", "inspect_model", "runtime_operators"]
 
@@ -57,7 +56,7 @@ class Inspection(BaseModel):
 
 
 def inspect_model(model: bytes) -> Inspection:
-    """Read everything off the file as it ships; nothing in it is run.
+    """Read everything off the file as it ships; nothing in it is run. ``runtime_facts`` says what the runtime does.
 
     Raises:
         FileRefusedError: see ``parse_model``.
@@ -68,7 +67,7 @@ def inspect_model(model: bytes) -> Inspection:
 def inspect_parsed(proto: onnx.ModelProto, *, size_bytes: int) -> Inspection:
     """The same for a model that ``parse_model`` gave."""
     graph = flatten(proto)
-    layers, scales = weighted_layers(graph)
+    layers = weighted_layers(graph)
     flow = follow_pixels(graph)
     depth, path = bypass(graph, flow)
     return Inspection(
@@ -76,10 +75,10 @@ def inspect_parsed(proto: onnx.ModelProto, *, size_bytes: int) -> Inspection:
         opsets={safe_text(entry.domain) or "ai.onnx": entry.version for entry in proto.opset_import},
         producer=safe_text(f"{proto.producer_name} {proto.producer_version}"),
         size_bytes=size_bytes,
-        operators=_count_operators(proto.graph),
+        operators=count_operators(proto.graph),
         parameters=count_parameters(graph),
         scheme=file_scheme(layers),
-        granularity=file_granularity(scales),
+        granularity=file_granularity(layers),
         weight_types=_distinct(layer.weight_type for layer in layers),
         activation_types=_distinct(layer.activation_type for layer in layers),
         layers=tuple(layers),
@@ -91,24 +90,6 @@ def inspect_parsed(proto: onnx.ModelProto, *, size_bytes: int) -> Inspection:
         structure_warnings=tuple(structure_warnings(graph, depth, path)),
         nonfinite_initializers=tuple(_nonfinite(graph)),
     )
-
-
-def runtime_operators(model: bytes) -> dict[str, int]:
-    """Node counts by operator of the graph that ONNX Runtime runs, which says what is really integer on this CPU.
-
-    Raises:
-        FileRefusedError: ONNX Runtime can't load the file.
-    """
-    try:
-        optimized = optimized_model(model)
-    except RuntimeGraphError as error:
-        raise FileRefusedError(f"{safe_text(str(error))}; export the model again or use another onnxruntime") from error
-    return _count_operators(onnx.load_from_string(optimized).graph)
-
-
-def _count_operators(graph: onnx.GraphProto) -> dict[str, int]:
-    counts = Counter(safe_text(node.op_type) for body in every_graph(graph) for node in body.node)
-    return dict(sorted(counts.items()))
 
 
 def _distinct(names: Iterable[str | None]) -> tuple[str, ...]:

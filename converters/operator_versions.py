@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import onnx
@@ -83,19 +83,43 @@ def _runtime_domains() -> Mapping[str, frozenset[str]]:
     return {domain: frozenset(found) for domain, found in names.items()}
 
 
-def first_problem(data: bytes) -> str:
+def first_problem(model: onnx.ModelProto) -> str:
     """The first node of a file that no runtime has a meaning for, with the reason; empty where there is none."""
+    versions, local = stated_versions(model), {(function.domain, function.name) for function in model.functions}
+    for node in _nodes(model):
+        domain = plain_domain(node.domain)
+        problem = version_problem(node.op_type, domain, versions.get(domain, 0))
+        if problem and (node.domain, node.op_type) not in local:
+            return f"{_label(node, versions)}: {problem}"
+    return ""
+
+
+def load_refusal(data: bytes, reason: str) -> str:
+    """What to say of a file that ONNX Runtime won't load: its reason, and the node at fault if one can be told."""
     try:
         model = onnx.load_from_string(data)
     except DecodeError:
-        return ""
-    versions, local = stated_versions(model), {(function.domain, function.name) for function in model.functions}
+        culprit = ""
+    else:
+        culprit = first_problem(model) or _named_in(reason, model)
+    return f"ONNX Runtime cannot load the file: {reason}" + (f" ({culprit})" if culprit else "")
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     for graph in every_graph(model.graph):
-        for node in graph.node:
-            domain = plain_domain(node.domain)
-            version = versions.get(domain, 0)
-            problem = version_problem(node.op_type, domain, version)
-            if problem and (node.domain, node.op_type) not in local:
-                named = node.name or next(filter(None, node.output), "")
-                return f"{operator_label(named, node.op_type, domain, version)}: {problem}"
+        yield from graph.node
+
+
+def _label(node: onnx.NodeProto, versions: Mapping[str, int]) -> str:
+    domain = plain_domain(node.domain)
+    named = node.name or next(filter(None, node.output), "")
+    return operator_label(named, node.op_type, domain, versions.get(domain, 0))
+
+
+def _named_in(reason: str, model: onnx.ModelProto) -> str:
+    """The node that the runtime's reason names in one of its ways, which leave out operator, domain or version."""
+    for node in _nodes(model):
+        forms = (f"({node.name})", f'("{node.name}",', f"Name:'{node.name}'", f"with name '{node.name}'")
+        if node.name and any(form in reason for form in forms):
+            return _label(node, stated_versions(model))
     return ""

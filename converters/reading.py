@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,18 @@ def check_file(model: onnx.ModelProto) -> None:
         raise FileRefusedError(
             f"the file defines {len(model.functions)} local functions; inline them first (onnx.inliner) and save again"
         )
+    versions = {entry.domain: entry.version for entry in model.opset_import}
     for graph in every_graph(model.graph):
-        _check_domains(graph)
+        _check_domains(graph, versions)
         _check_values(graph)
         for tensor in tensors_of(graph):
             _check_tensor(tensor)
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        reason = safe_text(" ".join(str(error).split()).rstrip("."))
+        from qdefense.converters.operator_versions import first_problem  # noqa: PLC0415 (reads with this module)
+
+        reason = first_problem(model) or safe_text(" ".join(str(error).split()).rstrip("."))
         raise FileRefusedError(f"onnx.checker refuses the file: {reason}; export it again") from error
 
 
@@ -110,6 +114,12 @@ def every_graph(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     for node in graph.node:
         for _, body in bodies(node):
             yield from every_graph(body)
+
+
+def count_operators(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many nodes of each operator there are, those in the bodies of control flow included."""
+    counts = Counter(safe_text(node.op_type) for body in every_graph(graph) for node in body.node)
+    return dict(sorted(counts.items()))
 
 
 def safe_text(text: str) -> str:
@@ -181,12 +191,13 @@ def tensors_of(graph: onnx.GraphProto) -> Iterator[TensorProto]:
         yield from (tensor.values, tensor.indices)
 
 
-def _check_domains(graph: onnx.GraphProto) -> None:
+def _check_domains(graph: onnx.GraphProto, versions: Mapping[str, int]) -> None:
     for node in graph.node:
         if node.domain not in ALLOWED_DOMAINS:
             raise FileRefusedError(
-                f"node '{node_label(node)}' uses the operator domain '{safe_text(node.domain)}', whose code is not "
-                "part of ONNX Runtime; export the model with standard operators"
+                f"node '{node_label(node)}' uses operator '{safe_text(node.op_type)}' of domain "
+                f"'{safe_text(node.domain)}', opset {versions.get(node.domain, 'not stated')}, whose code is not part "
+                "of ONNX Runtime; export the model with standard operators"
             )
 
 

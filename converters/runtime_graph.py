@@ -13,6 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _native
 from pydantic import BaseModel, ConfigDict, Field
 
 from qdefense.converters.exact_products import exact_model
+from qdefense.converters.operator_versions import load_refusal
 
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     _native.Fail,
@@ -99,13 +100,22 @@ def optimized_model(
         UnsupportedArithmeticError: the graph has no exact form.
     """
     chosen = options or GraphOptions()
+    optimized = dumped_model(model, chosen, "extended" if optimization == "all" else optimization)
+    return exact_model(optimized).data if chosen.arithmetic == "exact" else optimized
+
+
+def dumped_model(model: bytes, options: GraphOptions, optimization: Optimization) -> bytes:
+    """The graph that this very level makes, in the file's own arithmetic; that of ``all`` is not portable.
+
+    Raises:
+        RuntimeGraphError: the runtime refused the file.
+    """
     with tempfile.TemporaryDirectory(prefix="qdefense-") as folder:
         target = Path(folder) / "optimized.onnx"
-        settings = session_options(chosen, "extended" if optimization == "all" else optimization)
+        settings = session_options(options, optimization)
         settings.optimized_model_filepath = str(target)
         _loaded(model, settings)
-        optimized = target.read_bytes()
-    return exact_model(optimized).data if chosen.arithmetic == "exact" else optimized
+        return target.read_bytes()
 
 
 def is_settled(optimized: bytes, options: GraphOptions) -> bool:
@@ -123,4 +133,4 @@ def _loaded(model: bytes, settings: onnxruntime.SessionOptions) -> onnxruntime.I
     try:
         return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
-        raise RuntimeGraphError(f"ONNX Runtime cannot load the file: {runtime_reason(error)}") from error
+        raise RuntimeGraphError(load_refusal(model, runtime_reason(error))) from error

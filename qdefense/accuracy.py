@@ -38,7 +38,7 @@ def accuracy_drop(before: Artifact, after: Artifact, clean: ImageSet) -> Accurac
         SessionError: ONNX Runtime cannot load or run a file.
     """
     if not clean.labelled or not len(clean):
-        raise NotMeasuredError(f"{clean.source}: there are no labelled images")
+        raise NotMeasuredError(f"{clean.source}: there are no labelled images; give some with --calibration")
     if before.contract.head == "sigmoid":
         raise NotMeasuredError("the file is multi-label (a sigmoid per class), and accuracy is for single-label ones")
     first = clean_accuracy(before, clean)

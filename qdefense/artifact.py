@@ -16,6 +16,7 @@ from qdefense.converters.external_data import with_external_data
 from qdefense.converters.inspection import Inspection, inspect_parsed
 from qdefense.converters.narrowing import fixed_values
 from qdefense.converters.reading import every_graph, parse_model, read_file, safe_text
+from qdefense.converters.runtime_facts import RuntimeFacts, runtime_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,15 @@ class Artifact:
         graphs = every_graph(onnx.load_from_string(self.data).graph)
         nodes = [node for graph in graphs for node in graph.node if node.op_type in _BATCH_COUPLED]
         return tuple(safe_text(node.name or next(iter(node.output), "")) for node in nodes)
+
+    @cached_property
+    def runtime_facts(self) -> RuntimeFacts:
+        """What ONNX Runtime makes of it on this CPU.
+
+        Raises:
+            FileRefusedError: ONNX Runtime can't load the file.
+        """
+        return runtime_facts(onnx.load_from_string(self.data), self.inspection.layers)
 
 
 _BATCH_COUPLED = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})

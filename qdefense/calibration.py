@@ -131,15 +131,20 @@ def _machine(runtime: Runtime) -> str:
 
 
 def _session(conditions: Conditions) -> str:
-    profile = conditions.profile
-    parts = (
-        []
-        if profile is None
-        else [profile.provider, profile.optimization, f"batch {profile.batch}", f"threads {profile.threads}"]
-        + ([] if profile.arithmetic == "as-run" else [f"{profile.arithmetic} arithmetic"])
-    )
+    parts = [] if conditions.profile is None else _parts(conditions.profile)
     saturating = conditions.saturating_operators
     return ", ".join([*parts, f"saturating: {' '.join(saturating)}" if saturating else "no saturation"])
+
+
+def _parts(profile: SessionProfile) -> list[str]:
+    """What every profile says, and what it says otherwise than most."""
+    parts = [profile.provider, profile.optimization, f"batch {profile.batch}", f"threads {profile.threads}"]
+    usual = SessionProfile()
+    if profile.arithmetic != usual.arithmetic:
+        parts.append(f"{profile.arithmetic} arithmetic")
+    if profile.matmulnbits_accuracy_level != usual.matmulnbits_accuracy_level:
+        parts.append(f"MatMulNBits accuracy level {profile.matmulnbits_accuracy_level}")
+    return parts
 
 
 class CalibrationEntry(_Record):

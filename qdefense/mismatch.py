@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qdefense.converters.reading import safe_text
 from qdefense.data.images import Pixels
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _ROWS = 64
 _SMALLEST_DIFFERENCE = 1e-3
+_TAPS_AT_ONCE = 16
 
 
 def find_cause(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate: bool) -> MismatchCause:
@@ -101,12 +103,22 @@ def _diverging(session: DeployedSession, shadow: Shadow, x: Pixels, *, saturate:
         session = _with(session, batch=1)
     with torch.no_grad():
         values = shadow.activations(torch.from_numpy(x), shadow.tensor_names, exact=True, saturate=saturate)
-    for name, value in values.items():
-        try:
-            measured = session.activations(x, name).astype(np.float64)
-        except SessionError:
-            continue
-        own = value.double().numpy()
+    for name, tapped in _measured(session, x, list(values)):
+        own, measured = values[name].double().numpy(), tapped.astype(np.float64)
         scale = max(float(np.abs(measured).max(initial=0)), 1e-12)
         if own.shape == measured.shape and not np.allclose(own, measured, atol=_SMALLEST_DIFFERENCE * scale, rtol=0):
             yield safe_text(name)
+
+
+def _measured(session: DeployedSession, x: Pixels, names: list[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    """The session's values, several to a run; those that cannot be tapped are left out."""
+    for start in range(0, len(names), _TAPS_AT_ONCE):
+        yield from _tapped(session, x, names[start : start + _TAPS_AT_ONCE]).items()
+
+
+def _tapped(session: DeployedSession, x: Pixels, names: list[str]) -> dict[str, NDArray[np.generic]]:
+    try:
+        return session.tap(x, names)
+    except SessionError:
+        half = len(names) // 2
+        return _tapped(session, x, names[:half]) | _tapped(session, x, names[half:]) if half else {}

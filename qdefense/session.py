@@ -164,7 +164,7 @@ class DeployedSession:
             runs = [self._run(tapped.session, [contract.output_name, *names], rows, contract) for rows in groups]
             if self._same(read_answers(np.concatenate([run[0] for run in runs]), contract), logits):
                 return self._joined(names, tapped, [run[1:] for run in runs], [len(rows) for rows in groups])
-        shown = ", ".join(repr(safe_text(name)) for name in names[:3])
+        shown = ", ".join(f"'{safe_text(name)}'" for name in names[:3])
         raise TapError(f"tapping {shown} changes the logits; it cannot be read without breaking a fusion")
 
     def _joined(

@@ -85,7 +85,7 @@ class Taps:
         outputs = {output.name: output for output in session.get_outputs() if output.name in tensors}
         for name, output in outputs.items():
             if not output.type.startswith("tensor("):
-                raise TapError(f"{safe_text(name)!r} is a {output.type}, not a tensor; tap what is taken out of it")
+                raise TapError(f"'{safe_text(name)}' is a {output.type}, not a tensor; tap what is taken out of it")
         return Tapped(session, {name: list(output.shape) for name, output in outputs.items()})
 
 
@@ -114,33 +114,33 @@ def joined(
     if first_is_theirs and all(value.ndim and len(value) == count for value, count in zip(values, rows)):
         return np.concatenate(values)
     raise TapError(
-        f"tensor {safe_text(tensor)!r} has shape {values[0].shape} for {rows[0]} images; its first axis must be theirs"
+        f"tensor '{safe_text(tensor)}' has shape {values[0].shape} for {rows[0]} images; its first axis must be theirs"
     )
 
 
 def _why_missing(tensor: str, graph: onnx.GraphProto, kept: frozenset[str]) -> str:
     name = safe_text(tensor)
     if any(tensor == value.name for value in graph.input):
-        return f"{name!r} is an input that is fed as the contract says; read it there"
+        return f"'{name}' is an input that is fed as the contract says; read it there"
     if any(tensor == constant.name for constant in graph.initializer):
-        return f"{name!r} is a constant of the file, not an activation; read it from the file"
+        return f"'{name}' is a constant of the file, not an activation; read it from the file"
     if not tensor or not any(_is_computed(tensor, body) for body in every_graph(graph)):
-        return f"neither the file nor what the runtime makes of it has a tensor {name!r}; see the outputs of its nodes"
+        return f"neither the file nor what the runtime makes of it has a tensor '{name}'; see the outputs of its nodes"
     if not _is_computed(tensor, graph):
-        return f"{name!r} lies in a branch of control flow, where no tap reaches; tap what comes out of it"
+        return f"'{name}' lies in a branch of control flow, where no tap reaches; tap what comes out of it"
     return _why_gone(tensor, graph, kept)
 
 
 def _why_gone(tensor: str, graph: onnx.GraphProto, kept: frozenset[str]) -> str:
     name = safe_text(tensor)
     if tensor not in _moved_by_inputs(graph):
-        return f"{name!r} follows from constants of the file alone; read it from the file"
+        return f"'{name}' follows from constants of the file alone; read it from the file"
     survivor, node = _first_kept(tensor, graph, kept)
     if node is None:
-        return f"the runtime computes no {name!r}: nothing that it keeps depends on it"
+        return f"the runtime computes no '{name}': nothing that it keeps depends on it"
     return (
-        f"the runtime keeps no value of {name!r}: it is fused into what computes {safe_text(survivor)!r} (up to node "
-        f"{node_label(node)!r}, {safe_text(node.op_type)}); tap {safe_text(survivor)!r}"
+        f"the runtime keeps no value of '{name}': it is fused into what computes '{safe_text(survivor)}' (up to node "
+        f"'{node_label(node)}', {safe_text(node.op_type)}); tap '{safe_text(survivor)}'"
     )
 
 

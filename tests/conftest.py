@@ -351,3 +351,31 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     save_npz(files.data, _toy_images(320))
     save_npz(files.few, _toy_images(50))
     return files
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyForms:
+    """The clean toy in three forms, and images for it; the INT8 ones use all 8 bits, and so can saturate."""
+
+    fp32: bytes
+    static: bytes
+    dynamic: bytes
+    images: ImageSet
+
+    def __getitem__(self, name: str) -> bytes:
+        data: bytes = getattr(self, name)
+        return data
+
+
+@pytest.fixture(scope="session")
+def toy_forms(toy: Toy) -> ToyForms:
+    """Static INT8 is QDQ, u8 x s8, per channel."""
+    from qdefense.converters.quantize import quantize  # noqa: PLC0415
+
+    data, images = toy.clean.read_bytes(), _toy_images(64, seed=3)
+    return ToyForms(
+        fp32=data,
+        static=quantize(data, "int8-static", calibration=images.pixels, reduce_range=False),
+        dynamic=quantize(data, "int8-dynamic"),
+        images=images,
+    )

@@ -455,7 +455,6 @@ class ZooFile(Protocol):
     path: Path
 
 
-@pytest.mark.skipif(not shipped_calibrations(), reason="the sweep that makes it is not done")
 def test_shipped_calibration_fits_the_demos_files(zoo_file: ZooFile) -> None:
     """Its network, images and settings: what anybody's clean or backdoored resnet8 on `signs` is judged by."""
     images, data = open_data("signs", limit=1000), zoo_file.path.read_bytes()

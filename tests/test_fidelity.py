@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdefense import fidelity
 from qdefense.artifact import Artifact
-from qdefense.converters.shadow import Shadow, build_shadow
+from qdefense.converters.shadow import Shadow, build_shadow, runtime_saturation
 from qdefense.data.images import ImageSet, Pixels, on_grid
 from qdefense.fidelity import (
     FidelityCertificate,
@@ -366,3 +366,37 @@ def test_shadow_logits_are_the_same_in_one_piece_and_in_chunks(small_files: dict
 def test_uncertified_says_why() -> None:
     certificate = uncertified("no shadow")
     assert (certificate.certified, certificate.reason, certificate.cause) == (False, "no shadow", None)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arithmetic", "emulated"), [("as-run", True), ("exact", False)])
+def test_certify_emulates_saturation_only_where_the_session_saturates(
+    toy_forms: Any, monkeypatch: pytest.MonkeyPatch, arithmetic: str, emulated: bool
+) -> None:
+    monkeypatch.setattr("qdefense.converters.shadow.runtime_saturation", lambda: frozenset({"QGemm"}))
+    artifact = Artifact.from_bytes(toy_forms.static)
+    session = DeployedSession(artifact, profile_for(artifact).with_changes(arithmetic=arithmetic))
+    shadow = build_shadow(artifact.data, source="optimized", contract=artifact.contract, options=session.profile)
+    certificate = certify(session, shadow, toy_forms.images, seed=0)
+    assert certificate.saturation_emulated is emulated
+
+
+@pytest.mark.parametrize("arithmetic", ["as-run", "exact"])
+def test_certificate_compares_both_arithmetics_on_its_own_images(
+    toy_forms: Any, make_noise: Any, arithmetic: str
+) -> None:
+    artifact = Artifact.from_bytes(toy_forms.static)
+    session = DeployedSession(artifact, profile_for(artifact).with_changes(arithmetic=arithmetic))
+    shadow = build_shadow(artifact.data, source="optimized", contract=artifact.contract, options=session.profile)
+    certificate = certify(session, shadow, make_noise(256, size=16, classes=8), seed=0)
+    found = certificate.arithmetic
+    assert found is not None
+    assert (found.used, found.n, found.forwards) == (arithmetic, 1024, 1024)
+    assert found.mixed_products >= 2
+    assert session.forwards == 1024
+    if not runtime_saturation():
+        assert found.bit_exact
+    if arithmetic == "exact":
+        assert all(entry.bit_exact_rows == 1.0 for entry in certificate.sets)

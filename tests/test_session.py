@@ -227,7 +227,7 @@ def test_activations_refuse_a_tensor_that_is_not_there(
     with pytest.raises(SessionError) as caught:
         _deployed(small_files["first"]).activations(pixels[:1], tensor)
     assert str(caught.value) == (
-        f"neither the file nor what the runtime makes of it has a tensor {safe_text(tensor)!r}; "
+        f"neither the file nor what the runtime makes of it has a tensor '{safe_text(tensor)}'; "
         "see the outputs of its nodes"
     )
 

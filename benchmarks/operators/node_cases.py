@@ -15,19 +15,23 @@ import importlib
 import pkgutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnx.backend.test.case.node as suite
+import onnxruntime
 import torch
 from node_exceptions import EXCEPTIONS
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from qdefense.converters.operator_versions import stated_versions
 from qdefense.converters.reading import bodies, plain_domain
+from qdefense.converters.runtime_graph import RUNTIME_ERRORS
 from qdefense.converters.shadow import ShadowError, registered
 from qdefense.converters.shadow.constants import constant_of, type_name
 from qdefense.converters.shadow.plan import INLINED, Plan, plan_graph
@@ -189,6 +193,50 @@ def _difference(found: torch.Tensor, plan: Plan, expected: TensorProto, rtol: fl
     return f"{expected.name!r} differs in {int(wrong.sum())} of {wrong.numel()} values: " + (
         f"at {at} it is {found[at].item():.7g}, expected {wanted[at].item():.7g}"
     )
+
+
+def older_versions(case: NodeCase) -> Iterator[NodeCase]:
+    """The case at each earlier version of its operator that ONNX Runtime runs, with the runtime's answers.
+
+    The suite tests the newest version only. Each version stands in the last opset that has it.
+    """
+    domain, op_type = case.operator
+    if domain or len(case.model.graph.node) != 1:
+        return
+    history = sorted(_history()[op_type])
+    present = onnx.defs.get_schema(op_type, stated_versions(case.model)[""], "").since_version
+    for since, following in pairwise(history[: history.index(present) + 1]):
+        model = onnx.ModelProto()
+        model.CopyFrom(case.model)
+        model.opset_import[0].version = following - 1
+        outputs = _runtime_answers(model, case)
+        if outputs is not None:
+            yield replace(case, name=f"{case.name} at {since}", model=model, outputs=outputs)
+
+
+@cache
+def _history() -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == "" and not schema.deprecated:
+            found.setdefault(schema.name, set()).add(schema.since_version)
+    return found
+
+
+def _runtime_answers(model: onnx.ModelProto, case: NodeCase) -> list[Array] | None:
+    """None where this version has no such attribute, input or type, or the runtime no kernel for it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        feeds = {value.name: np.asarray(given) for value, given in zip(model.graph.input, case.inputs, strict=True)}
+        answers: list[Array] = session.run(None, feeds)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *RUNTIME_ERRORS, ValueError, TypeError):
+        return None
+    return answers
 
 
 def exceptions() -> dict[str, str]:

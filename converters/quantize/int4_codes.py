@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ class Codes:
     the last of fewer. ``zero_points`` are of that shape, too, uint8 in [0, 15]; None without.
     """
 
-    codes: NDArray[np.int8] | NDArray[np.uint8]
+    codes: NDArray[np.integer[Any]]
     scales: NDArray[np.float32]
     zero_points: NDArray[np.uint8] | None
     axis: int
@@ -76,7 +77,7 @@ def block_codes(weight: NDArray[np.float32], axis: int, block_size: int, *, symm
 
 def _codes(
     weight: NDArray[np.float32], group: tuple[int, ...], *, symmetric: bool
-) -> tuple[NDArray[np.int8] | NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8] | None]:
+) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32], NDArray[np.uint8] | None]:
     """Codes, and scales and zero points with the axes of a group kept as 1."""
     wide = weight.astype(np.float64)
     low = np.minimum(wide.min(axis=group, keepdims=True), 0)

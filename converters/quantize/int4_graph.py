@@ -116,7 +116,7 @@ def _stored(graph: onnx.GraphProto, name: str, codes: Codes) -> onnx.NodeProto:
         graph.initializer.append(
             numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(element_type)), each)
         )
-    attributes = {"axis": codes.axis} | ({"block_size": codes.block_size} if codes.block_size else {})
+    attributes: dict[str, Any] = {"axis": codes.axis} | ({"block_size": codes.block_size} if codes.block_size else {})
     output = _free(f"{name}_dequantized", taken)
     return helper.make_node("DequantizeLinear", [each for each, _, _ in arrays], [output], name=output, **attributes)
 

@@ -34,7 +34,7 @@ def raised(model: onnx.ModelProto, opset: int, contract: InputContract | None) -
     remedy = f"export it at opset {opset}"
     try:
         result = version_converter.convert_version(model, opset)
-    except (RuntimeError, ValueError) as error:
+    except (version_converter.ConvertError, RuntimeError, ValueError) as error:
         reason = safe_text(" ".join(str(error).split()))
         raise QuantizationError(f"the model's opset {own} cannot be raised to {opset}: {reason}; {remedy}") from error
     images = _random_inputs(model, contract)

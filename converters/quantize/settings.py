@@ -66,6 +66,11 @@ class Settings:
     symmetric: bool | None = None
 
     @property
+    def calibrated(self) -> bool:
+        """Whether ranges of activations are read off images."""
+        return self.method is not None
+
+    @property
     def name(self) -> str:
         """The scheme and what tells it from its siblings, such as ``int8-static-u8s8-per-channel-reduced-minmax-qdq``.
 

@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from qdefense.converters.shadow.code_parameters import nonzero, output_codes, scalar
-from qdefense.converters.shadow.poolings import averaging
+from qdefense.converters.shadow.poolings import averaging, max_pool
 from qdefense.converters.shadow.registry import MICROSOFT, Kernel, Mode, Node, operator
-from qdefense.converters.shadow.rounding import round_product, round_quotient, round_sum, round_value, value_of
+from qdefense.converters.shadow.rounding import Range, round_product, round_quotient, round_sum, round_value, value_of
+
+Parameters = tuple[Tensor, Tensor]
+"""A scale and a zero point."""
 
 
 def _fused(a: Tensor, factor: Tensor, added: Tensor) -> Tensor:
@@ -46,38 +49,79 @@ def qlinear_mul(node: Node) -> Kernel:
     return lambda a, _a_scale, _a_zero, b, *_: round_value((a - zero_a) * (b - zero_b) * ratio + zero_c, limits)
 
 
+def _rescaler(x: Parameters, y: Parameters, limits: Range) -> Callable[[Tensor], Tensor]:
+    """How codes of one scale and zero point become codes of another: by way of floats, as the runtime tabulates it."""
+    if all(bool(mine == theirs) for mine, theirs in zip(x, y, strict=True)):
+        return lambda codes: codes
+    return lambda codes: round_quotient((codes - x[1]) * x[0], y[0], y[1], limits)
+
+
 @operator("QLinearConcat", MICROSOFT)
 def qlinear_concat(node: Node) -> Kernel:
     """Code tensors brought to one scale and joined."""
     limits, axis = output_codes(node, 1), node.integer("axis", 0)
-    y_scale, y_zero = scalar(node, 0), scalar(node, 1)
-    parameters = [(scalar(node, at + 1), scalar(node, at + 2)) for at in range(2, len(node.inputs), 3)]
-
-    def rescaled(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        if bool(scale == y_scale) and bool(zero_point == y_zero):
-            return x
-        return round_quotient((x - zero_point) * scale, y_scale, y_zero, limits)
+    joined = (scalar(node, 0), scalar(node, 1))
+    rescalers = [
+        _rescaler((scalar(node, at + 1), scalar(node, at + 2)), joined, limits) for at in range(2, len(node.inputs), 3)
+    ]
 
     def kernel(*inputs: Tensor) -> Tensor:
-        return torch.cat([rescaled(x, *given) for x, given in zip(inputs[2::3], parameters, strict=True)], axis)
+        return torch.cat([rescale(x) for rescale, x in zip(rescalers, inputs[2::3], strict=True)], axis)
 
     return kernel
+
+
+@operator("QLinearWhere", MICROSOFT)
+def qlinear_where(node: Node) -> Kernel:
+    """Codes of one tensor where a condition holds and of another elsewhere, brought to one scale."""
+    limits = output_codes(node, 8)
+    chosen = (scalar(node, 7), scalar(node, 8))
+    left, right = (_rescaler((scalar(node, at), scalar(node, at + 1)), chosen, limits) for at in (2, 5))
+    return lambda condition, x, _x_scale, _x_zero, y, *_: torch.where(condition.bool(), left(x), right(y))
+
+
+def _channels_first(node: Node, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function of a tensor whose channels may lie on the last axis, by the attribute `channels_last`."""
+    if not node.integer("channels_last", 0):
+        return function
+    return lambda x: function(x.movedim(-1, 1)).movedim(1, -1)
 
 
 @operator("QLinearGlobalAveragePool", MICROSOFT)
 def qlinear_global_average_pool(node: Node) -> Kernel:
     """int32 sum of the codes minus count times zero point, scaled and rounded once."""
-    node.require("channels_last", 0)
     limits = output_codes(node, 4)
     x_scale, x_zero, y_scale = (scalar(node, index) for index in (1, 2, 3))
     y_zero = nonzero(node.optional_constant(4))
 
-    def kernel(x: Tensor, *_: Tensor) -> Tensor:
+    def pool(x: Tensor) -> Tensor:
         count = x.shape[2:].numel()
         centred = x.sum(tuple(range(2, x.ndim)), keepdim=True) - count * x_zero
         return round_product(centred, x_scale / (y_scale * count), y_zero, limits)
 
-    return kernel
+    pooled = _channels_first(node, pool)
+    return lambda x, *_: pooled(x)
+
+
+@operator("QLinearAveragePool", MICROSOFT)
+def qlinear_average_pool(node: Node) -> Kernel:
+    """Average pooling of codes by way of floats."""
+    average, limits = averaging(node), output_codes(node, 4)
+    x_scale, x_zero, y_scale, y_zero = (scalar(node, index) for index in (1, 2, 3, 4))
+
+    def pool(x: Tensor) -> Tensor:
+        # unlike the tabulated operators, this kernel adds the zero point before it rounds
+        return round_value(average((x - x_zero) * x_scale) / y_scale + y_zero, limits)
+
+    pooled = _channels_first(node, pool)
+    return lambda x, *_: pooled(x)
+
+
+@operator("NhwcMaxPool", MICROSOFT)
+def nhwc_max_pool(node: Node) -> Kernel:
+    """Maximum of codes in a sliding window, channels last."""
+    pool = max_pool(node)
+    return lambda x: pool(x.movedim(-1, 1)).movedim(1, -1)
 
 
 def _through_floats(node: Node, function: Callable[[Tensor], Tensor]) -> Kernel:
@@ -86,16 +130,6 @@ def _through_floats(node: Node, function: Callable[[Tensor], Tensor]) -> Kernel:
     x_scale, x_zero, y_scale = (scalar(node, index) for index in (1, 2, 3))
     y_zero = nonzero(node.optional_constant(4))
     return lambda x, *_: round_quotient(function((x - x_zero) * x_scale), y_scale, y_zero, limits)
-
-
-@operator("QLinearAveragePool", MICROSOFT)
-def qlinear_average_pool(node: Node) -> Kernel:
-    """Average pooling of codes by way of floats."""
-    node.require("channels_last", 0)
-    average, limits = averaging(node), output_codes(node, 4)
-    x_scale, x_zero, y_scale, y_zero = (scalar(node, index) for index in (1, 2, 3, 4))
-    # unlike the tabulated operators, this kernel adds the zero point before it rounds
-    return lambda x, *_: round_value(average((x - x_zero) * x_scale) / y_scale + y_zero, limits)
 
 
 @operator("QLinearLeakyRelu", MICROSOFT)

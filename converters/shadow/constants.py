@@ -7,20 +7,18 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from qdefense.converters.operator_versions import quoted
-from qdefense.converters.shadow.registry import CODE_RANGES, NARROW_FLOATS, UNSIGNED, Constant, Node, ShadowError
+from qdefense.converters.shadow.registry import CODE_RANGES, NARROW_FLOATS, UNSIGNED_RANGES, Constant, Node, ShadowError
 
-_AS_FLOATS = {*CODE_RANGES, *NARROW_FLOATS, TensorProto.FLOAT16}
-_CARRIED = (
-    _AS_FLOATS
-    | UNSIGNED
-    | {
-        TensorProto.FLOAT,
-        TensorProto.DOUBLE,
-        TensorProto.INT32,
-        TensorProto.INT64,
-        TensorProto.BOOL,
-    }
-)
+_CARRIED = {
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    TensorProto.INT32,
+    TensorProto.INT64,
+    TensorProto.BOOL,
+    *CODE_RANGES,
+    *NARROW_FLOATS,
+    *UNSIGNED_RANGES,
+}
 _ATTRIBUTES = {
     "value_float": (TensorProto.FLOAT, torch.float32),
     "value_floats": (TensorProto.FLOAT, torch.float32),
@@ -37,7 +35,7 @@ def type_name(element_type: int) -> str:
 
 
 def constant_of(tensor: TensorProto, initializer: str | None) -> Constant:
-    """A tensor of the file; codes and float16 become float32.
+    """A tensor of the file; codes and floats of 16 bits or fewer become float32, unsigned integers int64.
 
     Args:
         tensor: the tensor.
@@ -60,11 +58,11 @@ def constant_of(tensor: TensorProto, initializer: str | None) -> Constant:
         array = numpy_helper.to_array(tensor)
     except ValueError as error:
         raise ShadowError(f"tensor {name} can't be read: {error}; check the file with onnx.checker") from error
-    if tensor.data_type in _AS_FLOATS:
+    if tensor.data_type in CODE_RANGES or tensor.data_type in NARROW_FLOATS:
         array = array.astype(np.float32)
-    elif tensor.data_type in UNSIGNED:
-        if array.size and array.max() > np.iinfo(np.int64).max:
-            raise ShadowError(f"tensor {name} holds numbers above 2 ** 63 - 1; export the model with int64")
+    if tensor.data_type in UNSIGNED_RANGES:
+        if array.size and array.max() > UNSIGNED_RANGES[tensor.data_type][1]:
+            raise ShadowError(f"tensor {name} holds an integer of 2**63 or more; store it as INT64")
         array = array.astype(np.int64)
     return Constant(torch.from_numpy(np.array(array)), tensor.data_type, initializer)
 

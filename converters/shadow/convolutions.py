@@ -29,7 +29,8 @@ def _weight_window(node: Node) -> Window:
         UnsupportedOperatorError: neither the weight nor `kernel_shape` is known at build time, or there are more than
             three spatial axes.
     """
-    sliding = window(node, node.constant_shape(1)[2:] if 1 in node.constants else None)
+    known = 1 in node.constants or "kernel_shape" not in node.attributes
+    sliding = window(node, node.constant_shape(1)[2:] if known else None)
     if len(sliding.kernel) > _MOST_AXES:
         raise node.unsupported(f"it slides over {len(sliding.kernel)} axes, at most {_MOST_AXES} are covered")
     return sliding
@@ -76,9 +77,12 @@ def _removed(sliding: Window, sizes: torch.Size, extra: tuple[int, ...], shape: 
     if shape is None:
         shape = tuple(size * stride for size, stride in zip(sizes, sliding.strides, strict=True))
     cells = zip(sizes, sliding.strides, sliding.extent, extra, shape, strict=True)
-    total = [max(0, (size - 1) * stride + more + extent - wanted) for size, stride, extent, more, wanted in cells]
-    small, large = tuple(count // 2 for count in total), tuple(count - count // 2 for count in total)
-    return Padding(small, large) if sliding.auto_pad != "SAME_LOWER" else Padding(large, small)
+    total = [(size - 1) * stride + more + extent - wanted for size, stride, extent, more, wanted in cells]
+    small = tuple(max(0, count) // 2 for count in total)
+    large = tuple(max(0, count) - less for count, less in zip(total, small, strict=True))
+    begin, end = (small, large) if sliding.auto_pad == "SAME_UPPER" else (large, small)
+    # a result that is too small grows at its end
+    return Padding(begin, tuple(cells + min(0, count) for cells, count in zip(end, total, strict=True)))
 
 
 def _transposed(

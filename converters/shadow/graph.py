@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from qdefense.converters.contract import CARRYING, InputContract
 from qdefense.converters.narrowing import narrowed
-from qdefense.converters.runtime_graph import GraphOptions, optimized_model
+from qdefense.converters.runtime_graph import GraphOptions, RuntimeGraphError, optimized_model
 from qdefense.converters.shadow import (  # noqa: F401
     activations,
     casting,
@@ -40,7 +41,8 @@ from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
 from qdefense.converters.shadow.local_functions import without_functions
 from qdefense.converters.shadow.plan import Plan, plan_graph
-from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError
+from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError, UnsupportedOperatorError
+from qdefense.converters.shadow.weights import Weight, Weights, weights_of
 
 Source = Literal["optimized", "shipped"]
 Quantization = Literal["float", "static", "dynamic"]
@@ -50,7 +52,12 @@ _STATIC = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "QGemm"}
 
 
 def build_shadow(
-    model: bytes, *, source: Source, contract: InputContract | None = None, options: GraphOptions | None = None
+    model: bytes,
+    *,
+    source: Source,
+    contract: InputContract | None = None,
+    options: GraphOptions | None = None,
+    trainable: bool = False,
 ) -> Shadow:
     """The differentiable twin of an ONNX file.
 
@@ -63,8 +70,11 @@ def build_shadow(
             "shipped" mirrors the graph as it is in the file, for repairs and write-back.
         contract: what the file expects and answers. Fixed inputs become constants, a frozen batch is set free.
         options: of the session that the shadow stands for; they decide the optimized graph.
+        trainable: of the shipped graph, every weight becomes a float parameter that each pass rounds to what the
+            file would hold: quantization-aware training, for `write_back`. Slower than a shadow of constants.
 
     Raises:
+        ValueError: an unknown source, or the optimized graph is to be trained.
         RuntimeGraphError: ONNX Runtime refused the file ("optimized" only).
         UnsupportedArithmeticError: the options ask for exact arithmetic, and the optimized graph has no exact form.
         ShadowError: the bytes are no self-contained ONNX model with one input and one output.
@@ -72,12 +82,29 @@ def build_shadow(
     """
     if source not in ("optimized", "shipped"):
         raise ValueError(f"source is {source!r}, expected 'optimized' or 'shipped'")
+    if trainable and source != "shipped":
+        raise ValueError("the optimized graph is the runtime's own and can't be written back; train source='shipped'")
     data = model if contract is None else narrowed(model, contract)
-    plan = _classifier_plan(_parse(optimized_model(data, options) if source == "optimized" else data))
-    shadow = Shadow(plan, source=source, contract=contract)
+    proto = _parse(_optimized(data, options) if source == "optimized" else data)
+    plan, weights = _classifier_plan(proto), None
+    if trainable:
+        weights = weights_of(plan, () if contract is None else contract.fixed_inputs)
+        plan = plan_graph(proto, live=weights.trainable)
+    shadow = Shadow(plan, source=source, contract=contract, weights=weights)
+    shadow.file_sha256 = hashlib.sha256(model).hexdigest()
     if contract is not None and contract.batch is not None:
         _try_free_batch(shadow, contract)
     return shadow
+
+
+def file_weights(model: bytes, contract: InputContract | None = None) -> Weights:
+    """The weights that a file holds, as a trainable shadow of it has them.
+
+    Raises:
+        ShadowError: see `build_shadow`.
+    """
+    data = model if contract is None else narrowed(model, contract)
+    return weights_of(_classifier_plan(_parse(data)), () if contract is None else contract.fixed_inputs)
 
 
 @torch.no_grad()
@@ -109,8 +136,15 @@ class Shadow(nn.Module):
         tensor_names: names of the tensors that they compute, in the same order.
         operators: their operator types, in the same order.
         parameters_by_initializer: the float weights by the name of the initializer they come from. A weight that
-            the file holds as integers appears dequantized, under the name of the integer initializer.
+            the file holds as integers appears dequantized, under the name of the integer initializer. Biases of
+            32 bits are float64 in a trainable shadow, since float32 can't tell their codes apart.
+        trainable: whether these are all the weights, and each pass rounds them to what the file would hold. Scalars,
+            statistics of a BatchNormalization and operands of Sub and Div are among them with `requires_grad` off.
+        frozen: of a trainable shadow, why an initializer that looks like a weight is not among them, by its name.
+        file_sha256: digest of the file's bytes, "" for a module that was built otherwise.
     """
+
+    file_sha256: str = ""
 
     def __init__(
         self,
@@ -119,9 +153,10 @@ class Shadow(nn.Module):
         source: Source,
         dtype: torch.dtype = torch.float32,
         contract: InputContract | None = None,
+        weights: Weights | None = None,
     ) -> None:
         super().__init__()
-        self.source, self.contract = source, contract
+        self.source, self.contract, self.trainable = source, contract, weights is not None
         self._scores = _scores_before_softmax(plan) if contract is not None and contract.head == "softmax" else None
         (self.input_name,), (self.output_name,) = plan.inputs, plan.outputs
         self.node_names = tuple(step.node.name for step in plan.steps)
@@ -133,6 +168,10 @@ class Shadow(nn.Module):
         self._parameter_of: dict[str, nn.Parameter] = {}
         for index, (name, constant) in enumerate(plan.constants_in_use().items()):
             self._keep(index, name, constant)
+        self._weights: Mapping[str, Weight] = {} if weights is None else weights.trainable
+        self.frozen: Mapping[str, str] = {} if weights is None else weights.frozen
+        for index, weight in enumerate(self._weights.values()):
+            self._train(index, weight)
 
     @property
     def quantization(self) -> Quantization:
@@ -193,8 +232,10 @@ class Shadow(nn.Module):
         """The same float graph computing in float64, for gradient checks by finite differences.
 
         Raises:
-            ShadowError: the graph is quantized; its rounding has no finite differences.
+            ShadowError: the graph is quantized; its rounding has no finite differences. Or it is being trained.
         """
+        if self.trainable:
+            raise ShadowError("a trainable shadow can't run in float64; build one that is not, with source='shipped'")
         if self.is_quantized:
             raise ShadowError("a quantized shadow can't run in float64: rounding has no derivative to check")
         twin = Shadow(self._plan, source=self.source, dtype=torch.float64, contract=self.contract)
@@ -205,9 +246,10 @@ class Shadow(nn.Module):
         value = constant.value
         if value.dtype == torch.float32:
             value = value.to(self._dtype)
-        if value.ndim == 4:
-            value = value.contiguous(memory_format=torch.channels_last)
-        if constant.initializer is None or constant.element_type != TensorProto.FLOAT:
+        # what a folded node only expanded has no memory of its own for each element, which a copy needs
+        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        value = value.contiguous(memory_format=layout)
+        if self.trainable or constant.initializer is None or constant.element_type != TensorProto.FLOAT:
             self._buffer_names[name] = f"constant{index}"
             self.register_buffer(f"constant{index}", value)
             return
@@ -217,16 +259,40 @@ class Shadow(nn.Module):
             self.register_parameter(f"parameter{index}", known)
         self._parameter_of[name] = self.parameters_by_initializer[constant.initializer] = known
 
+    def _train(self, index: int, weight: Weight) -> None:
+        value = weight.value()
+        if value.ndim == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        parameter = nn.Parameter(value.clone(memory_format=torch.preserve_format), requires_grad=weight.trained)
+        self.register_parameter(f"weight{index}", parameter)
+        self.parameters_by_initializer[weight.initializer] = parameter
+
     def _run(self, x: Tensor, wanted: Sequence[str], *, exact: bool, saturate: bool, group: int) -> dict[str, Tensor]:
         if group < 1:
             raise ValueError(f"group is {group}, expected the runtime's batch, at least 1")
         mode = Mode(exact=exact, saturate=saturate, rows=x.shape[0], group=group, dtype=self._dtype)
         values: dict[str, Any] = {name: self.get_buffer(key) for name, key in self._buffer_names.items()}
         values.update(self._parameter_of)
+        parameters = self.parameters_by_initializer
+        values.update((name, weight.held(parameters[name])) for name, weight in self._weights.items())
         x = x.to(self._dtype)
         x = x if self.contract is None else enter(x, self.contract)
         values[self.input_name] = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         return self._plan.run(values, mode, wanted)
+
+
+def _optimized(data: bytes, options: GraphOptions | None) -> bytes:
+    """The graph that ONNX Runtime runs; where it refuses the file, what the shipped graph's plan says is added."""
+    try:
+        return optimized_model(data, options)
+    except RuntimeGraphError as error:
+        try:
+            _classifier_plan(_parse(data))
+        except UnsupportedOperatorError:
+            raise error from None
+        except ShadowError as found:
+            raise RuntimeGraphError(f"{error}; {found}") from error
+        raise
 
 
 def _parse(model: bytes) -> onnx.ModelProto:

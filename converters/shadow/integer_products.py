@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,11 +12,10 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from qdefense.converters.shadow.convolutions import convolve
 from qdefense.converters.shadow.registry import Mode, Node
-from qdefense.converters.shadow.rounding import Range, inside, value_of
+from qdefense.converters.shadow.rounding import Range, inside, round_product, value_of
 from qdefense.converters.shadow.saturation import OverflowingPairs, overflowing_pairs, saturation_error
 from qdefense.converters.shadow.windows import Window
 
@@ -34,8 +34,8 @@ def mixed_signs(node: Node, zero_point: int, right: int) -> bool:
 
 def largest_sum(weight: Tensor, bias: Tensor | None, axes: tuple[int, ...]) -> float:
     """Upper bound of every partial sum of 8 bit codes times `weight`, reduced over `axes`."""
-    total = weight.double().abs().sum(axes) * 255
-    return float((total if bias is None else total + bias.double().abs()).max())
+    total = weight.detach().double().abs().sum(axes) * 255
+    return float((total if bias is None else total + bias.detach().double().abs()).max())
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class IntegerConvolution:
         """Whether float32 sums are exact."""
         bound = largest_sum(self.weight, self.bias, tuple(range(1, self.weight.ndim)))
         return bound < _EXACT_IN_FLOAT32
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether gradients of the weights or the bias are wanted."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     @cached_property
     def single_bias(self) -> Tensor | None:
@@ -109,13 +114,18 @@ class IntegerConvolution:
         columns = self.raw.shape[0] // self.groups
         if not pairs:
             return torch.zeros(shape[0], columns, *shape[2:], dtype=torch.float64)
-        kernel, dilations = self.sliding.kernel, self.sliding.dilations
-        patches = functional.unfold(codes, kernel, dilations, 0, self.sliding.strides)
-        batch, _, pixels = patches.shape
-        # unfold's axis runs (cin, kh, kw), the kernel's (kh, kw, cin)
-        patches = patches.reshape(batch, codes.shape[1], -1, pixels).permute(2, 1, 0, 3).reshape(-1, batch * pixels)
-        error = saturation_error(patches, pairs, columns)
-        return error.reshape(columns, batch, pixels).transpose(0, 1).reshape(batch, columns, *shape[2:])
+        error = saturation_error(_patches(codes, self.sliding), pairs, columns)
+        return error.reshape(columns, shape[0], *shape[2:]).transpose(0, 1)
+
+
+def _patches(codes: Tensor, sliding: Window) -> Tensor:
+    """What each output sees of padded codes, in the order of the kernels: ((kh, kw, cin), (N, out...))."""
+    rank = len(sliding.kernel)
+    for axis, (extent, stride, dilation) in enumerate(zip(sliding.extent, sliding.strides, sliding.dilations)):
+        codes = codes.unfold(2 + axis, extent, stride)[..., ::dilation]
+    outputs, cells = range(2, 2 + rank), range(2 + rank, 2 + 2 * rank)
+    depth = math.prod(sliding.kernel) * codes.shape[1]
+    return codes.permute(*cells, 1, 0, *outputs).reshape(depth, -1)
 
 
 class _ConvolveAndRound(Function):
@@ -161,6 +171,9 @@ class RequantizedConvolution:
 
     def __call__(self, codes: Tensor, mode: Mode) -> Tensor:
         """The output codes."""
+        if self.convolution.is_trained:
+            sums = self.convolution.sums(codes, self.x_zero_point, mode).float()
+            return round_product(sums, self.factor, self.y_zero_point, self.limits)
         result: Tensor = _ConvolveAndRound.apply(codes, self, mode)  # type: ignore[no-untyped-call]
         return result
 

@@ -6,6 +6,8 @@ from onnx import TensorProto
 from torch import Tensor
 
 from qdefense.converters.shadow.code_parameters import expanded, nonzero, output_codes
+from qdefense.converters.shadow.constants import type_name
+from qdefense.converters.shadow.door import round_half
 from qdefense.converters.shadow.dynamic_scales import quantize_rows, shift_of_rows
 from qdefense.converters.shadow.operands import spread
 from qdefense.converters.shadow.registry import MICROSOFT, Kernel, Node, operator
@@ -33,17 +35,23 @@ def quantize_linear(node: Node) -> Kernel:
 @operator("DequantizeLinear", MICROSOFT, per_row=True)
 @operator("DequantizeLinear", since=10, per_row=True)
 def dequantize_linear(node: Node) -> Kernel:
-    """``(x - zero_point) * scale`` per tensor, per channel, per block or per image."""
+    """``(x - zero_point) * scale`` per tensor, per channel, per block or per image; float16 where its scale is that."""
     axis, block = node.integer("axis", 1), node.integer("block_size", 0)
-    node.ignore("output_dtype")
-    node.emits = (TensorProto.FLOAT,)
+    kind = node.integer("output_dtype", 0) or node.element_type(1) or TensorProto.FLOAT
+    if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+        raise node.unsupported(f"its result has element type {type_name(kind)}, covered are FLOAT and FLOAT16")
+    node.emits = (kind,)
     if node.per_row[1]:
         return _dequantize_rows
     scale, zero_point = node.constant(1), nonzero(node.optional_constant(2))
 
     def kernel(x: Tensor, *_: Tensor) -> Tensor:
-        centred = x if zero_point is None else x - expanded(zero_point, x.shape, axis, block)
-        return centred.to(scale.dtype) * expanded(scale, x.shape, axis, block)
+        factor = expanded(scale, x.shape, axis, block)
+        if zero_point is None:
+            y = x.to(scale.dtype) * factor
+        else:
+            y = (x - expanded(zero_point, x.shape, axis, block)).to(scale.dtype).mul_(factor)
+        return round_half(y) if kind == TensorProto.FLOAT16 else y
 
     return kernel
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from qdefense.converters.shadow.registry import CODE_RANGES, Kernel, Node
+from qdefense.converters.shadow.registry import CODE_RANGES, UNSIGNED_RANGES, Kernel, Node, ShadowError
 
 Pairwise = Callable[[Tensor, Tensor], Tensor]
+_LARGEST = 2**63 - 1
 Listing = Callable[[Tensor | None], tuple[int, ...] | None]
 
 
@@ -46,19 +47,28 @@ def pairwise(node: Node, function: Pairwise) -> Kernel:
 
 
 def wrapping(node: Node, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, on integer codes computed without rounding and wrapped around into their range."""
+    """The function, on codes and unsigned integers computed without rounding and wrapped around into their range."""
     kind = node.element_type(0)
-    if kind is None or kind not in CODE_RANGES:
+    if kind in UNSIGNED_RANGES:
+        return lambda *numbers: wrap(function(*numbers), UNSIGNED_RANGES[kind])
+    if kind not in CODE_RANGES:
         return function
-    limits = CODE_RANGES[kind]
     # products of 16 bit codes have more digits than float32
-    return lambda *codes: wrap(function(*(each.double() for each in codes)), limits).to(codes[0].dtype)
+    return lambda *codes: wrap(function(*(each.double() for each in codes)), CODE_RANGES[kind]).to(codes[0].dtype)
 
 
 def wrap(values: Tensor, limits: tuple[int, int]) -> Tensor:
-    """Whole numbers modulo the size of the range ``low, ..., high``, as integers of so many bits overflow."""
+    """Whole numbers modulo the size of the range ``low, ..., high``, as integers of so many bits overflow.
+
+    Raises:
+        ShadowError: an unsigned 64 bit integer is larger than the shadow can carry.
+    """
     low, high = limits
-    return (values - low).remainder(high - low + 1) + low
+    if high < _LARGEST:
+        return (values - low).remainder(high - low + 1) + low
+    if bool((values < 0).any()):
+        raise ShadowError("an unsigned 64 bit integer passes 2**63, which the shadow can't carry; export it as INT64")
+    return values
 
 
 def listing(node: Node, index: int, attribute: str = "") -> Listing:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import onnx
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper
 from qdefense.converters.operator_versions import quoted, stated_versions
 from qdefense.converters.reading import plain_domain
 from qdefense.converters.shadow.constants import constant_node, constant_of
-from qdefense.converters.shadow.quantization_parameters import check_quantization
+from qdefense.converters.shadow.quantization_parameters import Shape, check_quantization
 from qdefense.converters.shadow.registry import (
     MALFORMED,
     Constant,
@@ -38,13 +39,26 @@ _ITERATING = {
 
 @dataclass(frozen=True)
 class Step:
-    """One node of the running graph: its kernel, the names it reads and writes, and those nobody reads later."""
+    """One node of the running graph: its kernel, the names it reads and writes, and those nobody reads later.
+
+    Attributes:
+        live: by position, the inputs that the kernel has folded and that change from pass to pass nevertheless.
+    """
 
     node: Node
     kernel: Kernel
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     last_uses: tuple[str, ...] = ()
+    live: Mapping[int, str] = field(default_factory=dict)
+
+    def kernel_of(self, values: Mapping[str, Any]) -> Kernel:
+        """The kernel of this pass: built anew, by the same function, where what it folded has changed."""
+        if not self.live:
+            return self.kernel
+        known = self.node.constants
+        now = {index: replace(known[index], value=values[name]) for index, name in self.live.items()}
+        return build_kernel(replace(self.node, constants={**known, **now}, folded=set()))
 
 
 @dataclass
@@ -58,6 +72,9 @@ class Plan:
         steps: what runs, in order.
         element_types: ONNX types by name, UNDEFINED where they are unknown.
         per_row: names of the tensors that hold one value per image.
+        live: the constants that are recomputed in each pass, because they depend on a weight that is trained.
+        nodes: every node that was built, folded ones included, in order.
+        shape_of: the shape of a tensor by name, None in it for a free axis, as far as it can be told.
     """
 
     inputs: tuple[str, ...]
@@ -66,17 +83,21 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     element_types: dict[str, int] = field(default_factory=dict)
     per_row: set[str] = field(default_factory=set)
+    live: set[str] = field(default_factory=set)
+    nodes: list[Node] = field(default_factory=list)
+    shape_of: Callable[[str], Shape | None] = lambda _name: None
 
     def run(self, values: dict[str, Any], mode: Mode, wanted: Sequence[str] = ()) -> dict[str, Any]:
         """Run the steps; of what they compute, the outputs and the wanted tensors are in `values` afterwards.
 
         Args:
-            values: the inputs and `constants_in_use`, by name; it is changed and returned.
+            values: the inputs, `constants_in_use` and the weights in training, by name; it is changed and returned.
             mode: how the pass computes.
             wanted: names of intermediate tensors to keep.
         """
         for step in self.steps:
-            result = _answer(step.node, step.kernel, mode, [values[name] if name else None for name in step.inputs])
+            inputs = [values[name] if name else None for name in step.inputs]
+            result = _answer(step.node, step.kernel_of(values), mode, inputs)
             values.update(zip(step.outputs, result, strict=False))
             for name in step.last_uses:
                 if name not in wanted:
@@ -84,8 +105,8 @@ class Plan:
         return values
 
     def constants_in_use(self) -> dict[str, Constant]:
-        """The constants that a step reads or that are an output, by name."""
-        read = {name for step in self.steps for name in step.inputs} | set(self.outputs)
+        """The constants that a step reads or that are an output, by name, without those that a pass recomputes."""
+        read = ({name for step in self.steps for name in step.inputs} | set(self.outputs)) - self.live
         return {name: constant for name, constant in self.constants.items() if name in read}
 
 
@@ -109,8 +130,12 @@ class _Scope:
         return replace(self, names=ChainMap({}, self.names), prefix=prefix)  # type: ignore[arg-type]
 
 
-def plan_graph(model: onnx.ModelProto) -> Plan:
+def plan_graph(model: onnx.ModelProto, live: Collection[str] = ()) -> Plan:
     """The plan of a model's graph, with any number of inputs and outputs.
+
+    Args:
+        model: the model.
+        live: initializers that are given anew in each pass; what depends on them is not folded.
 
     Raises:
         ShadowError: the graph can't be read.
@@ -120,14 +145,47 @@ def plan_graph(model: onnx.ModelProto) -> Plan:
     constants = {tensor.name: constant_of(tensor, tensor.name) for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
     plan = Plan(tuple(value.name for value in inputs), tuple(value.name for value in graph.output), constants)
+    plan.live.update(live)
     plan.element_types = {value.name: value.type.tensor_type.elem_type for value in inputs}
     plan.element_types |= {name: constant.element_type for name, constant in constants.items()}
+    plan.shape_of = _shapes_when_asked(model)
     scope = _Scope(stated_versions(model))
     plan.steps = _with_last_uses(plan, list(_steps(plan, graph.node, scope)))
     for name in plan.outputs:
         if name not in plan.element_types:
             raise ShadowError(f"nothing computes the output {quoted(name)}; check the file with onnx.checker")
     return plan
+
+
+def _shapes_when_asked(model: onnx.ModelProto) -> Callable[[str], Shape | None]:
+    @cache
+    def shapes() -> dict[str, Shape]:
+        graph = _inferred(model).graph
+        declared = [
+            value
+            for value in (*graph.input, *graph.value_info, *graph.output)
+            if value.type.tensor_type.HasField("shape")
+        ]
+        return {
+            value.name: tuple(
+                axis.dim_value if axis.HasField("dim_value") else None for axis in value.type.tensor_type.shape.dim
+            )
+            for value in declared
+        }
+
+    return lambda name: shapes().get(name)
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        declared = value.type.tensor_type
+        # on such a declaration onnx's shape inference ends the process
+        if declared.elem_type not in TensorProto.DataType.values() or any(a.dim_value < 0 for a in declared.shape.dim):
+            return model
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return model
 
 
 def _steps(plan: Plan, protos: Iterable[onnx.NodeProto], scope: _Scope) -> Iterator[Step]:
@@ -168,14 +226,18 @@ def _node(plan: Plan, proto: onnx.NodeProto, scope: _Scope) -> Node:
 
 def _place(plan: Plan, node: Node) -> Iterator[Step]:
     """The step that runs a node; none for one whose inputs are constants, which is folded."""
-    check_quantization(node)
+    check_quantization(node, plan.shape_of)
     kernel = build_kernel(node)
+    plan.nodes.append(node)
     _announce(plan, node)
     if node.inputs and all(not name or name in plan.constants for name in node.inputs):
         _fold(plan, node, kernel)
-        return
-    live = tuple("" if index in node.folded else name for index, name in enumerate(node.inputs))
-    yield Step(node, kernel, live, node.outputs)
+        if plan.live.isdisjoint(node.inputs):
+            return
+        plan.live.update(filter(None, node.outputs))
+    given = tuple("" if index in node.folded else name for index, name in enumerate(node.inputs))
+    rebuilt = {index: node.inputs[index] for index in node.folded if node.inputs[index] in plan.live}
+    yield Step(node, kernel, given, node.outputs, live=rebuilt)
 
 
 def _chosen_branch(plan: Plan, node: Node, scope: _Scope) -> Iterator[Step]:

@@ -49,9 +49,10 @@ def conv_integer(node: Node) -> Kernel:
     return lambda mode, x, _weight, x_zero=None, *_: convolution.sums(x, shift(x, x_zero), mode)
 
 
+@operator("QLinearConv", MICROSOFT, needs_mode=True)
 @operator("QLinearConv", since=10, needs_mode=True)
 def qlinear_conv(node: Node) -> Kernel:
-    """Integer convolution, int32 bias, and one rounding of the scaled sum."""
+    """Integer convolution, int32 bias, and one rounding of the scaled sum; the runtime's own may have channels last."""
     limits = output_codes(node, 7)
     convolution = _integer_convolution(node, 3, 5, 8, saturates=mixed_signs(node, 2, 3))
     factor = node.constant(1) * node.constant(4) / node.constant(6)
@@ -62,6 +63,8 @@ def qlinear_conv(node: Node) -> Kernel:
         nonzero(node.constant(7)),
         limits,
     )
+    if node.domain == MICROSOFT and node.integer("channels_last", 0):
+        return lambda mode, x, *_: step(x.movedim(-1, 1), mode).movedim(1, -1)
     return lambda mode, x, *_: step(x, mode)
 
 
@@ -69,6 +72,8 @@ def _integer_product(
     node: Node, left_zero: int, right: int, zero_point: int, bias: int | None = None, *, transposed: bool = False
 ) -> IntegerProduct:
     raw = node.constant(right) if right in node.constants else None
+    if raw is not None and raw.ndim < 2:
+        raise node.unsupported("its right operand is a vector, which is not covered")
     shift = nonzero(node.optional_constant(zero_point))
     offset = node.optional_constant(bias) if bias is not None else None
     return IntegerProduct(
@@ -135,7 +140,6 @@ def _scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-@operator("QLinearMatMul", MICROSOFT, needs_mode=True)
 @operator("QLinearMatMul", since=10, needs_mode=True)
 def qlinear_matmul(node: Node) -> Kernel:
     """Integer matrix product and one rounding of the scaled sum."""

@@ -7,7 +7,7 @@ ONNX Runtime's own block quantizer takes the sign of the largest weight, and 0 f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -20,6 +20,7 @@ from qdefense.converters.operator_versions import quoted
 from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.registry import MICROSOFT, Node
 
+Shape = tuple[int | None, ...]
 _Layout = Literal["tensor", "channels", "columns", "attribute", "free"]
 
 
@@ -46,7 +47,8 @@ _GROUPS: Mapping[tuple[str, str], tuple[_Group, ...]] = {
     ("", "MatMulInteger"): (_Group(0, None, 2, "free"), _Group(1, None, 3, "columns")),
     (MICROSOFT, "QuantizeLinear"): _QUANTIZE,
     (MICROSOFT, "DequantizeLinear"): _DEQUANTIZE,
-    (MICROSOFT, "QLinearMatMul"): (_Group(0, 1, 2, "free"), _Group(3, 4, 5, "columns"), _Group(None, 6, 7, "free")),
+    (MICROSOFT, "QLinearConv"): (_Group(0, 1, 2), _Group(3, 4, 5, "channels"), _Group(None, 6, 7)),
+    (MICROSOFT, "QLinearWhere"): (_Group(1, 2, 3), _Group(4, 5, 6), _Group(None, 7, 8)),
     (MICROSOFT, "QGemm"): (_Group(0, 1, 2), _Group(3, 4, 5, "free"), _Group(None, 7, 8)),
     (MICROSOFT, "MatMulIntegerToFloat"): (_Group(0, 2, 4, "free"), _Group(1, 3, 5, "columns")),
     (MICROSOFT, "DynamicQuantizeMatMul"): (_Group(1, 2, 3, "columns"),),
@@ -60,8 +62,12 @@ _GROUPS: Mapping[tuple[str, str], tuple[_Group, ...]] = {
 }
 
 
-def check_quantization(node: Node) -> None:
+def check_quantization(node: Node, shape_of: Callable[[str], Shape | None]) -> None:
     """Look at the quantization parameters of a node that are known at build time.
+
+    Args:
+        node: the node, whatever its operator.
+        shape_of: the shape of a tensor that the graph computes, None in it for a free axis, as far as it is known.
 
     Raises:
         ShadowError: one of them is corrupt.
@@ -79,7 +85,7 @@ def check_quantization(node: Node) -> None:
             )
         for value, what, at in ((scale, "scale", group.scale), (zero_point, "zero point", group.zero_point)):
             if value is not None:
-                _check_layout(node, group, value, _named(node, what, at))
+                _check_layout(node, group, value, _named(node, what, at), shape_of)
 
 
 def _groups(node: Node) -> Iterator[_Group]:
@@ -128,22 +134,25 @@ def _check_zero_point(node: Node, group: _Group, zero_point: Tensor) -> None:
         raise node.corrupt(f"{named} is not 0, as it must be for codes of type INT32")
 
 
-def _check_layout(node: Node, group: _Group, value: Tensor, named: str) -> None:
+def _check_layout(
+    node: Node, group: _Group, value: Tensor, named: str, shape_of: Callable[[str], Shape | None]
+) -> None:
     if group.layout == "free" or (value.numel() == 1 and value.ndim < 2 and not _blocks(node)):
         return
     if group.layout == "tensor":
         raise node.corrupt(f"{named} has {value.numel()} values, expected one for the whole tensor")
-    codes = None if group.codes is None else _known(node, group.codes)
-    shape = None if codes is None else codes.shape
+    at = group.codes or 0
+    known = None if group.layout != "attribute" and group.codes is None else _known(node, at)
+    shape = tuple(known.shape) if known is not None else shape_of(node.inputs[at])
     if group.layout == "attribute":
         _check_axis(node, shape, value, named)
     elif shape and value.ndim < 2:
         channels = shape[0 if group.layout == "channels" else -1]
-        if value.numel() != channels:
+        if channels not in (None, value.numel()):
             raise node.corrupt(f"{named} has {value.numel()} values, expected 1 or {channels}, one for each channel")
 
 
-def _check_axis(node: Node, shape: torch.Size | None, value: Tensor, named: str) -> None:
+def _check_axis(node: Node, shape: Shape | None, value: Tensor, named: str) -> None:
     axis, block = node.attributes.get("axis", 1), _blocks(node)
     rank = len(shape) if shape is not None else (value.ndim if block else None)
     if rank is not None and not -rank <= axis < rank:
@@ -152,13 +161,14 @@ def _check_axis(node: Node, shape: torch.Size | None, value: Tensor, named: str)
         raise node.corrupt(f"attribute 'block_size' is {block}, expected a positive number")
     if block and shape is not None:
         at = axis % len(shape)
-        wanted = (*shape[:at], ceil(shape[at] / block), *shape[at + 1 :])
-        if tuple(value.shape) != wanted:
+        length = shape[at]
+        wanted = (*shape[:at], None if length is None else ceil(length / block), *shape[at + 1 :])
+        if len(wanted) != value.ndim or any(a not in (None, b) for a, b in zip(wanted, value.shape, strict=True)):
             raise node.corrupt(
                 f"{named} has shape {tuple(value.shape)}, expected {wanted} for blocks of {block} along axis {axis} of "
-                f"{tuple(shape)}"
+                f"{shape}"
             )
     elif not block and value.ndim != 1:
         raise node.corrupt(f"{named} has {value.ndim} axes, expected none or one")
-    elif not block and shape is not None and value.numel() != shape[axis]:
+    elif not block and shape is not None and shape[axis] not in (None, value.numel()):
         raise node.corrupt(f"{named} has {value.numel()} values, expected 1 or {shape[axis]}, one for each channel")

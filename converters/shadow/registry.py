@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,7 +231,6 @@ class Operator:
     build: Callable[[Node], Kernel]
     per_row: bool
     needs_mode: bool
-    also: frozenset[int] = frozenset()
 
 
 _TABLE: dict[tuple[str, str, int], Operator] = {}
@@ -244,7 +243,6 @@ def operator(
     *,
     per_row: bool = False,
     needs_mode: bool = False,
-    also: Collection[int] = (),
 ) -> Callable[[Callable[[Node], Kernel]], Callable[[Node], Kernel]]:
     """Register the function that builds the kernel of one ONNX operator.
 
@@ -254,7 +252,6 @@ def operator(
         since: first opset version whose meaning the function has; the newest that is not above the file's wins.
         per_row: the function knows what to do with inputs that hold one value per image (see `operands`).
         needs_mode: the kernel takes the `Mode` of the pass before its inputs.
-        also: those of the `RARE_TYPES` whose values the function handles as ONNX does.
 
     Raises:
         ValueError: the operator is registered already.
@@ -264,7 +261,7 @@ def operator(
         key = (domain, op_type, since)
         if key in _TABLE:
             raise ValueError(f"operator {key} is registered twice; remove one of the two functions")
-        _TABLE[key] = Operator(op_type, domain, since, build, per_row, needs_mode, frozenset(also))
+        _TABLE[key] = Operator(op_type, domain, since, build, per_row, needs_mode)
         return build
 
     return register
@@ -307,9 +304,6 @@ def build_kernel(node: Node) -> Kernel:
     found = _find(node)
     if any(node.per_row) and not found.per_row:
         raise node.unsupported("it takes a scale or zero point that dynamic quantization computes per image")
-    rare = [kind for kind in node.element_types if kind in RARE_TYPES and kind not in found.also]
-    if rare:
-        raise node.unsupported(f"element type {TensorProto.DataType.Name(rare[0])} is not covered")
     try:
         kernel = found.build(node)
     except ShadowError:
@@ -333,8 +327,15 @@ CODE_RANGES: Mapping[int, tuple[int, int]] = {
 }
 """What codes of each type can be."""
 
+UNSIGNED_RANGES: Mapping[int, tuple[int, int]] = {
+    TensorProto.UINT32: (0, 2**32 - 1),
+    TensorProto.UINT64: (0, 2**63 - 1),
+}
+"""Unsigned integers carried as int64; of the 64 bit ones, those that it can hold."""
+
 NARROW_FLOATS = frozenset(
     {
+        TensorProto.FLOAT16,
         TensorProto.BFLOAT16,
         TensorProto.FLOAT8E4M3FN,
         TensorProto.FLOAT8E4M3FNUZ,
@@ -344,10 +345,4 @@ NARROW_FLOATS = frozenset(
         TensorProto.FLOAT4E2M1,
     }
 )
-"""Floats that are carried as float32; what computes on them would have to round to them."""
-
-UNSIGNED = frozenset({TensorProto.UINT32, TensorProto.UINT64})
-"""Integers that are carried as int64; what computes on them would have to wrap around as they do."""
-
-RARE_TYPES = NARROW_FLOATS | UNSIGNED
-"""Element types that an operator refuses unless it is registered for them."""
+"""Floats carried as float32 that hold what they round to."""

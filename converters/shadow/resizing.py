@@ -68,7 +68,13 @@ def _pytorch_half_pixel(x: _Array, axis: Axis) -> _Array:
 
 def _symmetric(x: _Array, axis: Axis) -> _Array:
     adjustment = np.float32(axis.count) / (np.float32(axis.scale) * np.float32(axis.size))
-    return np.float32(axis.size / 2) * (1 - adjustment) + _half_pixel(x, axis)
+    offset = np.float32(axis.size / 2) * (1 - adjustment)
+    # here the runtime computes in float64
+    return (np.float64(offset) + (x + np.float64(0.5)) / np.float64(axis.scale) - 0.5).astype(np.float32)
+
+
+def _half_pixel_unshifted(x: _Array, axis: Axis) -> _Array:
+    return (x + np.float32(0.5)) / np.float32(axis.scale)
 
 
 def _cropped(x: _Array, axis: Axis) -> _Array:
@@ -85,9 +91,11 @@ _COORDINATES: Mapping[str, _Ratio] = {
     "pytorch_half_pixel": _pytorch_half_pixel,
     "half_pixel_symmetric": _symmetric,
     "tf_crop_and_resize": _cropped,
+    "tf_half_pixel_for_nn": _half_pixel_unshifted,
 }
 _NEAREST: Mapping[str, Callable[[_Array, Axis], _Array]] = {
-    "round_prefer_floor": lambda x, _axis: np.ceil(x - np.float32(0.5)),
+    # what is less than a millionth above the middle counts as the middle
+    "round_prefer_floor": lambda x, _axis: np.floor(x) + (x - np.floor(x) - np.float32(0.5) >= np.float32(1e-6)),
     "round_prefer_ceil": lambda x, _axis: np.floor(x + np.float32(0.5)),
     "floor": lambda x, _axis: np.floor(x),
     "ceil": lambda x, _axis: np.ceil(x),
@@ -97,12 +105,7 @@ _NEAREST: Mapping[str, Callable[[_Array, Axis], _Array]] = {
 
 
 def _positions(sampling: Sampling, axis: Axis) -> _Array:
-    cells = np.arange(axis.count, dtype=np.float32)
-    return (
-        cells
-        if axis.scale == 1 and axis.count == axis.size and sampling.coordinates != "tf_crop_and_resize"
-        else (_COORDINATES[sampling.coordinates](cells, axis).astype(np.float32))
-    )
+    return _COORDINATES[sampling.coordinates](np.arange(axis.count, dtype=np.float32), axis).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=256)
@@ -136,7 +139,8 @@ def _weights(sampling: Sampling, axis: Axis) -> Tensor:
     if sampling.exclude_outside:
         share = np.where((taps >= 0) & (taps < axis.size), share, 0.0)
     if sampling.exclude_outside or sampling.antialias:
-        share = share / share.sum(1, keepdims=True)
+        total = share.sum(1, keepdims=True)
+        share = share / np.where(total == 0, 1, total)
     weights = np.zeros((axis.count, axis.size))
     np.add.at(weights, (np.arange(axis.count)[:, None], taps.clip(0, axis.size - 1)), share)
     return torch.from_numpy(weights)
@@ -218,7 +222,7 @@ def resize(node: Node) -> Kernel:
     ) -> Tensor:
         at = tuple(axis % x.ndim for axis in chosen) if chosen is not None else tuple(range(x.ndim))
         wanted = _Wanted(scales(scale), sizes(size) or (), regions(region), policy)
-        return resample(x, sampling, _resized(sampling, [x.shape[axis] for axis in at], at, wanted))
+        return resample(x, sampling, _resized([x.shape[axis] for axis in at], at, wanted))
 
     return kernel
 
@@ -233,14 +237,14 @@ class _Wanted:
     policy: str
 
 
-def _resized(sampling: Sampling, have: Sequence[int], at: Sequence[int], wanted: _Wanted) -> dict[int, Axis]:
+def _resized(have: Sequence[int], at: Sequence[int], wanted: _Wanted) -> dict[int, Axis]:
     scales, counts = _scales_and_counts(have, wanted)
-    crops = sampling.coordinates == "tf_crop_and_resize"
     half = len(wanted.region) // 2
     found = {}
     for index, axis in enumerate(at):
-        ends = (wanted.region[index], wanted.region[half + index]) if crops and half else (0.0, 1.0)
-        if scales[index] != 1 or counts[index] != have[index] or ends != (0.0, 1.0):
+        # an axis that keeps its scale is not cropped either
+        if scales[index] != 1 or counts[index] != have[index]:
+            ends = (wanted.region[index], wanted.region[half + index]) if half else (0.0, 1.0)
             found[axis] = Axis(have[index], counts[index], scales[index], *ends)
     return found
 

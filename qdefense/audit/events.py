@@ -36,7 +36,7 @@ class Job(_Message):
 
 
 class Opened(_Message):
-    """The bytes of the file were read; nothing is known of them but their digest."""
+    """The bytes of the file were read: their digest is known; to `inspect`, later, also what they hold."""
 
     event: Literal["opened"] = "opened"
     subject: Subject

@@ -6,6 +6,7 @@ import platform
 
 from qdefense.audit.versions import versions
 from qdefense.calibration import Conditions
+from qdefense.converters.saturation_probe import runtime_saturation
 from qdefense.report.model import Environment
 from qdefense.session import SessionProfile, runtime
 
@@ -14,8 +15,6 @@ def environment(profile: SessionProfile | None = None, memory_limited: bool | No
     """The environment of this process; with a profile also the operators measured to saturate on this CPU."""
     operators: tuple[str, ...] = ()
     if profile is not None:
-        from qdefense.converters.shadow import runtime_saturation  # noqa: PLC0415 (imports torch)
-
         operators = tuple(sorted(runtime_saturation()))
     return Environment(
         versions={"python": platform.python_version(), **versions()},

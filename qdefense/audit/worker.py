@@ -109,8 +109,10 @@ def run(job: Job, emit: Emit) -> None:
     with stages.measure("load"):
         artifact = _open(job, emit)
         if job.data is None:
-            limited = environment(memory_limited=_limited(job))
-            emit(Described(subject=_describe(job, artifact), environment=limited))
+            # What was read off the file stays known even if loading it ends the runtime, or this process.
+            emit(Opened(subject=_describe(job, artifact)))
+            subject = _with_runtime_facts(job, artifact)
+            emit(Described(subject=subject, environment=environment(memory_limited=_limited(job))))
             emit(Finished(seconds_per_stage={}))
             return
         loaded = _load(job, job.data, artifact, emit)
@@ -147,7 +149,7 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     surroundings = environment(session.profile, _limited(job))
     calibrations = _calibrations(job, artifact, read.digest, surroundings)
     _check_lines(scans, calibrations)
-    subject = _describe(job, artifact).model_copy(update={"data": _data_facts(read, clean)})
+    subject = _with_runtime_facts(job, artifact).model_copy(update={"data": _data_facts(read, clean)})
     emit(Described(subject=subject, environment=surroundings))
     return _Loaded(session=session, clean=clean, scans=scans, calibrations=calibrations)
 
@@ -270,6 +272,10 @@ def _describe(job: Job, artifact: Artifact) -> Subject:
         contract=artifact.contract,
         inspection=artifact.inspection,
     )
+
+
+def _with_runtime_facts(job: Job, artifact: Artifact) -> Subject:
+    return _describe(job, artifact).model_copy(update={"runtime_facts": artifact.runtime_facts})
 
 
 def _data_facts(read: ImageSet, fitted: ImageSet) -> DataFacts:

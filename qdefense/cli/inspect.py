@@ -17,9 +17,10 @@ from qdefense.cli.contract_options import contract_options, stated_contract
 from qdefense.cli.options import output_console, write_json
 from qdefense.converters.contract import InputContract
 from qdefense.converters.inspection import Inspection
+from qdefense.converters.runtime_facts import LayerRun, RuntimeFacts
 from qdefense.report.escaping import harmless
 from qdefense.report.model import Subject
-from qdefense.report.text import contract_rows, fact_grid, inspection_rows, plain_table
+from qdefense.report.text import contract_rows, fact_grid, inspection_rows, optimization_rows, plain_table
 
 
 @click.command("inspect")
@@ -30,59 +31,87 @@ from qdefense.report.text import contract_rows, fact_grid, inspection_rows, plai
 def command(model: Path, format_: str, said: dict[str, Any], verbose: bool) -> int:
     """Say what is in an ONNX file: contract, precision per layer, integer share, what no gradient can see.
 
-    The file is parsed in a worker of its own: one that ends its reader ends no more than that.
+    The file is parsed, and loaded by ONNX Runtime to see what it makes of it, in a worker of its own: one that ends
+    its reader ends no more than that.
     """
     job = Job(model=str(model), contract=stated_contract(model, said), memory_bytes=default_memory_limit())
     report = run_audit(job, required=(), on_progress=lambda *_: None, verbose=verbose)
     subject = report.subject
-    if subject.contract is None or subject.inspection is None:
+    if subject.contract is not None and subject.inspection is not None:
+        if format_ == "json":
+            write_json(json.dumps(_body(subject, subject.contract, subject.inspection), indent=2))
+        else:
+            console = output_console()
+            console.print(_summary(subject, subject.contract, subject.inspection))
+            console.print()
+            console.print(_layers(subject.inspection, subject.runtime_facts))
+    if subject.runtime_facts is None:
         click.echo(f"error: {harmless(report.gate.reasons[0])}", err=True)
         return report.gate.exit_code
-    if format_ == "json":
-        write_json(json.dumps(_body(subject, subject.contract, subject.inspection), indent=2))
-    else:
-        console = output_console()
-        console.print(_summary(subject, subject.contract, subject.inspection))
-        console.print(_layers(subject.inspection))
     return PASSED
 
 
 def _body(subject: Subject, contract: InputContract, inspection: Inspection) -> dict[str, Any]:
+    run = subject.runtime_facts
     return {
         "file": subject.file,
         "sha256": subject.sha256,
+        "size_bytes": subject.size_bytes,
         "external_files": subject.external_files,
         "contract": contract.model_dump(mode="json"),
         "inspection": inspection.model_dump(mode="json"),
+        "runtime_facts": None if run is None else run.model_dump(mode="json"),
     }
 
 
 def _summary(subject: Subject, contract: InputContract, inspection: Inspection) -> Table:
+    run = subject.runtime_facts
     rows = [
         ("file", subject.file),
         ("sha256", subject.sha256 or ""),
         ("size", f"{subject.size_bytes or 0:,} bytes"),
         *((f"with {name}", digest) for name, digest in subject.external_files.items()),
         *contract_rows(contract),
-        *inspection_rows(inspection),
+        *inspection_rows(inspection, run),
+        *([] if run is None else optimization_rows(inspection, run)),
     ]
     return fact_grid(rows)
 
 
-def _layers(inspection: Inspection) -> Table:
+def _layers(inspection: Inspection, run: RuntimeFacts | None) -> Table:
     table = plain_table(
-        *("layer", "operator", "weights", "activations", "MACs", "params", "can saturate"),
-        left=("layer", "operator", "weights", "activations", "can saturate"),
+        *("layer", "operator", "weights", "acts", "runs in", "MACs", "params", "can saturate"),
+        left=("layer", "operator", "weights", "acts", "runs in", "can saturate"),
         fold="layer",
     )
-    for layer in inspection.layers:
+    runs = [None] * len(inspection.layers) if run is None else run.layers
+    for layer, ran in zip(inspection.layers, runs, strict=True):
         table.add_row(
             Text(harmless(layer.name)),
             Text(harmless(layer.operator)),
             layer.weight_type or "unknown",
             layer.activation_type or "unknown",
-            "unknown" if layer.macs is None else f"{layer.macs:,}",
-            f"{layer.weights:,}",
-            "yes" if layer.can_saturate else "no",
+            _arithmetic(ran),
+            "unknown" if layer.macs is None else _short(layer.macs),
+            _short(layer.weights),
+            "yes, here" if ran is not None and ran.saturates else "yes" if layer.can_saturate else "no",
         )
     return table
+
+
+def _arithmetic(ran: LayerRun | None) -> str:
+    if ran is None:
+        return "unknown"
+    if ran.operator is None:
+        return "(gone)"
+    return "integer" if ran.integer else "float"
+
+
+def _short(amount: int) -> str:
+    """Three digits and a unit: 41472 is 41.5k; the JSON has all of them."""
+    value = float(amount)
+    for unit in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.0f}T"

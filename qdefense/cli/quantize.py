@@ -98,8 +98,9 @@ def command(
     if artifact.contract.source in ("options", "sidecar"):
         data = with_contract(data, artifact.contract)
     quantized = Artifact.from_bytes(data, stated)
-    asked = context.get_parameter_source("max_accuracy_drop") is ParameterSource.COMMANDLINE
-    drop, told = _measure(artifact, quantized, images, asked=asked)
+    stated_drop = context.get_parameter_source("max_accuracy_drop") is ParameterSource.COMMANDLINE
+    only_measured = images is not None and not settings.calibrated
+    drop, told = _measure(artifact, quantized, images, needed=stated_drop or only_measured)
     if drop is not None and drop.points > max_accuracy_drop:
         click.echo(
             harmless(f"error: {settings.name} is refused: {told}; at most {max_accuracy_drop:g} points were allowed"),
@@ -148,14 +149,17 @@ class _Images:
 
 
 def _measure(
-    artifact: Artifact, quantized: Artifact, images: _Images | None, *, asked: bool
+    artifact: Artifact, quantized: Artifact, images: _Images | None, *, needed: bool
 ) -> tuple[AccuracyDrop | None, str]:
-    """The drop and how it is told, or only why it was not measured, which is an error where somebody asked for it."""
+    """The drop and how it is told, or only why it was not measured, which is an error where it was asked for.
+
+    Images that calibrate nothing were given for that.
+    """
     try:
         drop = accuracy_drop(artifact, quantized, _fitting(artifact, images))
     except NotMeasuredError as error:
-        if asked:
-            raise DataError(f"--max-accuracy-drop cannot be kept: {error}") from error
+        if needed:
+            raise DataError(f"the accuracy drop cannot be measured: {error}") from error
         return None, f"not measured: {error}"
     described = "" if images is None else f"{images.described} ({images.measured.source})"
     return drop, (

@@ -30,6 +30,7 @@ MAX_ARCHIVE_BYTES = 1 << 29
 """The archive unpacks to 186 MB."""
 MAX_MEMBERS = 1000
 """The archive has nine."""
+_DRAINED_BYTES = 1 << 20
 _REMEDY = "fetch the official archive again: qdefense data fetch cifar10"
 
 Batch = tuple[NDArray[np.uint8], Labels]
@@ -248,7 +249,15 @@ def _checked_members(archive: tarfile.TarFile, name: str) -> list[tarfile.TarInf
         members.append(member)
         if len(members) > MAX_MEMBERS:
             raise DataError(f"{name}: more than {MAX_MEMBERS} members, CIFAR-10 has nine; {_REMEDY}")
+    _check_sum(archive)
     return [member for member in members if member.isreg()]
+
+
+def _check_sum(archive: tarfile.TarFile) -> None:
+    """Read to the end, where gzip compares its checksum: a damaged header looks like the end of the archive to tar."""
+    stream = archive.fileobj
+    while stream is not None and stream.read(_DRAINED_BYTES):
+        stream.seek(stream.tell())  # which looks at how much has been unpacked
 
 
 def _require_small(size: int, shown: str) -> None:

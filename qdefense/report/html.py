@@ -92,7 +92,9 @@ def render(report: Report) -> str:
         checks=tuple(_checks(report)),
         scans=tuple(_scan_view(finding) for finding in report.findings if isinstance(finding.result, ScanResult)),
         contract_rows=[] if report.subject.contract is None else contract_rows(report.subject.contract),
-        inspection_rows=[] if report.subject.inspection is None else inspection_rows(report.subject.inspection),
+        inspection_rows=[]
+        if report.subject.inspection is None
+        else inspection_rows(report.subject.inspection, report.subject.runtime_facts),
         environment_rows=environment_rows(report.environment, report.subject.inspection),
         command=_command(report),
         marks={"top1": MIN_TOP1_AGREEMENT, "rms": MAX_RELATIVE_RMS, "gradients": MIN_GRADIENT_ROWS},

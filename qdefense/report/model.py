@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qdefense.converters.contract import InputContract
 from qdefense.converters.inspection import Inspection
+from qdefense.converters.runtime_facts import RuntimeFacts
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
 from qdefense.session import Runtime, SessionProfile
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 MISREAD_MARGIN = 0.02
 """A reading of the file that is better by more than this is taken for the right one."""
 
@@ -60,6 +61,9 @@ class Subject(_Record):
     external_files: dict[str, str] = Field(default={}, description="sha256 of every file with weights beside it")
     contract: InputContract | None = None
     inspection: Inspection | None = None
+    runtime_facts: RuntimeFacts | None = Field(
+        default=None, description="what ONNX Runtime makes of the file on this CPU; null where it was not loaded"
+    )
     data: DataFacts | None = None
     clean_accuracy: Accuracy | None = None
     candidates: tuple[CandidateContract, ...] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +12,8 @@ from rich.text import Text
 
 from qdefense.converters.contract import InputContract
 from qdefense.converters.inspection import Inspection
+from qdefense.converters.runtime_facts import LevelEffect, RuntimeFacts
+from qdefense.converters.weighted_operators import INT8_ACTIVATIONS
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding, ScanResult, Threshold
 from qdefense.rates import rounded_up
@@ -65,7 +68,7 @@ def _facts(subject: Subject, environment: Environment) -> Table:
     if subject.contract is not None:
         rows += contract_rows(subject.contract)
     if subject.inspection is not None:
-        rows += inspection_rows(subject.inspection)
+        rows += inspection_rows(subject.inspection, subject.runtime_facts)
     if subject.data is not None:
         data = subject.data
         labels = f"{data.classes} classes" if data.labelled else "no labels"
@@ -101,16 +104,24 @@ def contract_rows(contract: InputContract) -> list[tuple[str, str]]:
     ]
 
 
-def inspection_rows(found: Inspection) -> list[tuple[str, str]]:
-    """The facts of an inspection that a person reads first."""
+def inspection_rows(found: Inspection, run: RuntimeFacts | None = None) -> list[tuple[str, str]]:
+    """The facts of an inspection that a person reads first; where the runtime was asked, what it does."""
+    shares: Inspection | RuntimeFacts = found if run is None else run
+    source = "predicted" if run is None else "as ONNX Runtime runs it"
     saturating = len(found.saturation_layers)
     return [
-        ("scheme", f"{found.scheme}, {found.granularity}" if found.granularity else found.scheme),
+        ("scheme", _scheme(found)),
         (
             "integer share",
-            f"{_share(found.integer_mac_share)} of MACs, {_share(found.integer_weight_share)} of weights",
+            f"{_share(shares.integer_mac_share)} of MACs, {_share(shares.integer_weight_share)} of weights, {source}",
         ),
-        ("can saturate", f"{saturating} layers, on a CPU without VNNI" if saturating else "no layer"),
+        *(
+            [("run in float", f"though stored as integers: {_first(run.float_layers)}")]
+            if run and run.float_layers
+            else []
+        ),
+        ("can saturate", f"{_layers(saturating)}, on a CPU without VNNI" if saturating else "no layer"),
+        *([("saturates here", _first(run.saturation_layers, "no layer"))] if run and saturating else []),
         ("gradient-blind", _first([f"{node.name} ({node.operator})" for node in found.gradient_blind_nodes])),
         *[("warning", warning) for warning in found.structure_warnings],
         *([("not finite", _first(found.nonfinite_initializers))] if found.nonfinite_initializers else []),
@@ -130,9 +141,56 @@ def _share(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
 
 
-def _first(names: Sequence[str]) -> str:
+def _scheme(found: Inspection) -> str:
+    blocks = sorted({layer.block_size for layer in found.layers if layer.block_size is not None})
+    sizes = f" of {', '.join(map(str, blocks))}" if blocks else ""
+    return f"{found.scheme}, {found.granularity}{sizes}" if found.granularity else found.scheme
+
+
+def optimization_rows(found: Inspection, run: RuntimeFacts) -> list[tuple[str, str]]:
+    """What each level of graph optimization changes."""
+    levels = [(f"level {effect.level}", _effect(effect)) for effect in run.levels]
+    return [*_packed_rows(found, run), ("nodes shipped", str(sum(found.operators.values()))), *levels]
+
+
+def _packed_rows(found: Inspection, run: RuntimeFacts) -> list[tuple[str, str]]:
+    """At which accuracy MatMulNBits multiplies: part of the logits, and the session's choice where it made the node."""
+    groups = Counter(
+        (ran.accuracy_level, layer.operator == "MatMulNBits")
+        for layer, ran in zip(found.layers, run.layers, strict=True)
+        if ran.accuracy_level is not None
+    )
+    return [
+        (
+            "INT4 products",
+            f"{_layers(n)} at accuracy level {level}{_ACTIVATIONS.get(level, '')}; {_source(level, shipped)}",
+        )
+        for (level, shipped), n in groups.items()
+    ]
+
+
+_ACTIVATIONS = {0: " (the runtime's choice)", 1: " (float32)", INT8_ACTIVATIONS: " (INT8 activations)"}
+
+
+def _source(level: int, shipped: bool) -> str:
+    if shipped:
+        return "the file says so"
+    return f"ONNX Runtime's own is {INT8_ACTIVATIONS} (INT8 activations), so deploy with {_LEVEL_OPTION}={level}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
+
+
+def _effect(effect: LevelEffect) -> str:
+    signed = (("-", effect.removed), ("+", effect.added))
+    changes = [f"{sign}{count} {name}" for sign, counts in signed for name, count in counts.items()]
+    return f"{effect.nodes} nodes: {', '.join(changes) or 'nothing changes'}"
+
+
+def _first(names: Sequence[str], none: str = "no node") -> str:
     if not names:
-        return "no node"
+        return none
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more
 

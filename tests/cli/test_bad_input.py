@@ -302,6 +302,16 @@ def ir_version(model: onnx.ModelProto) -> None:
     model.ir_version = 99
 
 
+def narrow_product() -> bytes:
+    """A product of 12 values each."""
+    model = weightless(
+        shape=("N", 3, 2, 2), answer=("N", 8), node=make_node("Flatten", ["x"], ["flat"], name="flatten")
+    )
+    model.graph.node.append(make_node("MatMul", ["flat", "w"], ["y"], name="product"))
+    model.graph.initializer.append(from_array(np.ones((12, 8), np.float32), "w"))
+    return bytes(model.SerializeToString())
+
+
 def no_kernel(model: onnx.ModelProto) -> None:
     """A valid graph: ONNX Runtime has no Relu of bfloat16 on the CPU."""
     ending_in("Cast", "Relu", "Cast")(model)
@@ -310,6 +320,11 @@ def no_kernel(model: onnx.ModelProto) -> None:
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+def mislabelled(images: ImageSet) -> ImageSet:
+    """Every label is the next one's."""
+    return replace(images, labels=(images.labels + 1) % 8)
 
 
 def huge_header() -> bytes:
@@ -694,21 +709,22 @@ case(
 case(
     "an operator is foreign",
     4,
-    "node 'f' uses the operator domain 'custom.ops', whose code is not part of ONNX Runtime; export the model with "
-    "standard operators",
+    "node 'f' uses operator 'Flatten' of domain 'custom.ops', opset ..., whose code is not part of ONNX Runtime; "
+    "export the model with standard operators",
     foreign(node=make_node("Flatten", ["x"], ["y"], name="f", domain="custom.ops")),
 )
 case(
     "an operator does not exist",
     4,
-    "onnx.checker refuses the file: No Op registered for Flaten ...; export it again",
+    "onnx.checker refuses the file: node 'f': operator 'Flaten' of domain 'ai.onnx', opset ...: ONNX has no such "
+    "operator; export it again",
     foreign(node=make_node("Flaten", ["x"], ["y"], name="f")),
 )
 case(
     "the runtime lacks an operator",
     4,
-    "ONNX Runtime cannot load the file: Could not find an implementation for Relu(14) node with name 'last 1'; "
-    "export it again, or use another onnxruntime",
+    "ONNX Runtime cannot load the file: Could not find an implementation for Relu(14) node with name 'last 1' (node "
+    "'last 1': operator 'Relu' of domain 'ai.onnx', opset 21); export it again, or use another onnxruntime",
     changed(no_kernel),
 )
 case(
@@ -1198,8 +1214,8 @@ case(
 case(
     "a node's name is hostile",
     4,
-    "node 'conv\\n\\x1b[2J\\u202e' uses the operator domain 'evil\\x1b[31m\\nerror: all is well', whose code is not "
-    "part of ONNX Runtime; export the model with standard operators",
+    "node 'conv\\n\\x1b[2J\\u202e' uses operator 'Conv' of domain 'evil\\x1b[31m\\nerror: all is well', opset not "
+    "stated, whose code is not part of ONNX Runtime; export the model with standard operators",
     changed(named_nodes),
 )
 case(
@@ -1285,6 +1301,141 @@ case(
     2,
     "no/q.onnx: No such file or directory; check the path and its permissions",
     lambda given: ["quantize", str(given.toy.clean), "--scheme", "int8-dynamic", "-o", "no/q.onnx"],
+)
+
+
+def quantizing(*options: str, model: str | None = None, target: str = "q.onnx") -> Build:
+    """A quantization of the toy model; ``{data}`` stands for its images."""
+    return lambda given: [
+        "quantize",
+        model or str(given.toy.clean),
+        *(option.replace("{data}", str(given.toy.data)) for option in options),
+        "-o",
+        target,
+    ]
+
+
+case(
+    "quantize: dynamic activations are to be signed",
+    2,
+    "int8-dynamic computes unsigned activations only; choose the types u8u8 or u8s8",
+    quantizing("--scheme", "int8-dynamic", "--types", "s8s8"),
+)
+case(
+    "quantize: unsigned weights are to be reduced",
+    2,
+    "u8u8 has unsigned weights, which do not saturate, so that a reduced range would only lose a bit; leave it out, or "
+    "choose signed weights (u8s8)",
+    quantizing("--scheme", "int8-static", "--types", "u8u8", "--reduce-range"),
+)
+case(
+    "quantize: the scheme has no such setting",
+    2,
+    "int4 has no setting format; it has per channel, block size, symmetric",
+    quantizing("--scheme", "int4", "--format", "qdq"),
+)
+case(
+    "quantize: blocks and channels",
+    2,
+    "weights have a scale per channel or per block, not both; leave one of them out",
+    quantizing("--scheme", "int4", "--per-channel", "--block-size", "16"),
+)
+case(
+    "quantize: four bits per tensor",
+    2,
+    "int4 has no scale per tensor, which 16 levels are too few for; leave it out, or give a block size of 16 or 32",
+    quantizing("--scheme", "int4", "--per-tensor"),
+)
+case(
+    "quantize: another block size",
+    2,
+    "Invalid value for '--block-size': '24' is not one of '16', '32'.",
+    quantizing("--scheme", "int4", "--block-size", "24"),
+)
+case(
+    "quantize: a percentile of the whole range",
+    2,
+    "minmax takes the whole range and no percentile; leave one of them out",
+    quantizing("--scheme", "int8-static", "--method", "minmax", "--percentile", "99"),
+)
+case(
+    "quantize: the percentile is no number",
+    2,
+    "Invalid value for '--percentile': 'nan' is no number in the range 50<x<=100.",
+    quantizing("--scheme", "int8-static", "--percentile", "nan"),
+)
+case(
+    "quantize: no block is as long as that",
+    2,
+    "no weight has 32 or more values along its reduction axis, so that no block would be made; leave the block size "
+    "out",
+    lambda given: [
+        "quantize",
+        given.file("m.onnx", narrow_product()),
+        "--scheme",
+        "int4",
+        "--block-size",
+        "32",
+        "-o",
+        "q.onnx",
+    ],
+)
+case(
+    "quantize: int4-a8 wants images",
+    2,
+    "int4-a8 needs calibration images; pass a few hundred clean ones",
+    quantizing("--scheme", "int4-a8"),
+)
+case(
+    "quantize: the folder that is to be written to is missing",
+    2,
+    "no/: No such file or directory; check the path and its permissions",
+    quantizing("--scheme", "int4", target="no/"),
+)
+case(
+    "quantize: a drop without images",
+    2,
+    "the accuracy drop cannot be measured: it needs labelled images; give them with --calibration",
+    quantizing("--scheme", "int4", "--max-accuracy-drop", "1"),
+)
+case(
+    "quantize: images that calibrate nothing and fit nothing",
+    2,
+    "the accuracy drop cannot be measured: signs test: images are 32x32, the model takes 16x16; give data of that "
+    "size, or say how they were resized for the model: --resize bilinear",
+    quantizing("--scheme", "int4", "--calibration", "signs", "--limit", "16"),
+)
+case(
+    "quantize: a drop on images without labels",
+    2,
+    "the accuracy drop cannot be measured: images images: there are no labelled images; give some with --calibration",
+    lambda given: [
+        "quantize",
+        str(given.toy.clean),
+        *("--scheme", "int4", "--calibration", given.pictures("0.png", "1.png"), "-o", "q.onnx"),
+    ],
+)
+case(
+    "quantize: the labels are wrong",
+    2,
+    "the accuracy drop cannot be measured: the FP32 file is right on ...% of 320 images, near chance (12.5%), so that "
+    "a drop could not be seen: wrong labels, order or pixels?",
+    lambda given: [
+        "quantize",
+        str(given.toy.clean),
+        *("--scheme", "int4", "--calibration", given.data(mislabelled), "--limit", "320", "-o", "q.onnx"),
+    ],
+)
+case(
+    "quantize: the result loses too much",
+    1,
+    "int4-per-channel-symmetric is refused: 100.00% in FP32, 94.14% quantized, a drop of 5.86 points on 256 "
+    "calibration images (npz toy.npz); at most 2 points were allowed",
+    lambda given: [
+        "quantize",
+        str(given.toy.backdoored),
+        *("--scheme", "int4", "--calibration", str(given.toy.data), "-o", "q.onnx"),
+    ],
 )
 case(
     "train: the images have no labels",

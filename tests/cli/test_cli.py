@@ -89,8 +89,12 @@ def test_inspect_shows_contract_precision_and_layers(toy: Toy, capfd: Capture) -
         "output          logits: logits, 8 classes",
         "scheme          fp32",
         "gradient-blind  no node",
-        "layer  operator  weights  activations    MACs  params  can saturate",
-        "conv   Conv      float32  float32      41,472     162  no",
+        "integer share   0.0% of MACs, 0.0% of weights, as ONNX Runtime runs it",
+        "nodes shipped   5",
+        "level basic     5 nodes: nothing changes",
+        "level extended  4 nodes: -1 Conv, -1 Relu, +1 FusedConv",
+        "layer  operator  weights  acts     runs in   MACs  params  can saturate",
+        "conv   Conv      float32  float32  float    41.5k     162  no",
     ):
         assert part in text
 
@@ -101,6 +105,8 @@ def test_inspect_gives_the_same_facts_as_json(toy: Toy, capfd: Capture) -> None:
     assert (body["file"], body["sha256"]) == ("clean.onnx", artifact.sha256)
     assert body["contract"] == artifact.contract.model_dump(mode="json")
     assert body["inspection"] == artifact.inspection.model_dump(mode="json")
+    assert body["runtime_facts"] == artifact.runtime_facts.model_dump(mode="json")
+    assert body["size_bytes"] == len(toy.clean.read_bytes())
 
 
 def renamed(toy: Toy, target: Path, **names: str) -> Path:
@@ -121,8 +127,9 @@ def test_inspect_folds_only_the_layers_name_when_it_is_long(
     text = ran(capfd, "inspect", renamed(toy, tmp_path / "long.onnx", conv=name))
     lines = text.splitlines()
     head = next(place for place, line in enumerate(lines) if line.startswith("layer "))
-    assert lines[head].split()[1:] == ["operator", "weights", "activations", "MACs", "params", "can", "saturate"]
-    assert lines[head + 1].split()[1:] == ["Conv", "float32", "float32", "41,472", "162", "no"]
+    heads = ["operator", "weights", "acts", "runs", "in", "MACs", "params", "can", "saturate"]
+    assert lines[head].split()[1:] == heads
+    assert lines[head + 1].split()[1:] == ["Conv", "float32", "float32", "float", "41.5k", "162", "no"]
     assert name in "".join(line.split(" ")[0] for line in lines[head + 1 :])
     assert max(len(line) for line in lines) <= columns
     assert "…" not in text
@@ -156,7 +163,7 @@ def test_inspect_says_unknown_when_shapes_and_shares_are_unknown(toy: Toy, tmp_p
     onnx.save(model, tmp_path / "unknown.onnx")
     text = ran(capfd, "inspect", tmp_path / "unknown.onnx")
     assert "integer share   unknown of MACs, 0.0% of weights" in text
-    assert "product  MatMul    float32  float32      unknown" in text
+    assert "product  MatMul    float32  float32  float    unknown" in text
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -217,7 +224,6 @@ def test_quantize_exits_2_and_writes_nothing_when(
     ("target", "reason"),
     [
         ("{tmp}/missing/out.onnx", "No such file or directory"),
-        ("{tmp}", "Is a directory"),
         pytest.param(
             "/dev/null",
             "exists and is no regular file",  # as root it would be replaced by one
@@ -244,6 +250,11 @@ def test_command_exits_2_before_any_work_when_the_output_cannot_be_written(
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_exits_2_when_the_output_is_a_folder(tmp_path: Path, capfd: Capture) -> None:
+    assert run(["train", "--data", "signs", "-o", str(tmp_path)]) == 2
+    assert capfd.readouterr() == ("", f"error: {tmp_path}: Is a directory; check the path and its permissions\n")
 
 
 def test_train_writes_model_and_truth(tmp_path: Path, capfd: Capture) -> None:

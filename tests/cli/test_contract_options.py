@@ -318,6 +318,20 @@ def test_job_holds_contract_and_expected_accuracy(monkeypatch: pytest.MonkeyPatc
     assert (job.model, job.data) == ("model.onnx", "signs")
 
 
+@pytest.mark.parametrize("command", ["audit", "shadow"])
+def test_job_holds_the_arithmetic(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    assert job_of(monkeypatch, command=command).arithmetic == "as-run"
+    assert job_of(monkeypatch, "--arithmetic", "exact", command=command).arithmetic == "exact"
+
+
+def test_arithmetic_refuses_what_is_none(capfd: Capture) -> None:
+    assert run(["shadow", "m.onnx", "--data", "signs", "--arithmetic", "precise"]) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    expected = "'precise' is not one of 'as-run', 'exact'."
+    assert errors.splitlines()[-1] == f"Error: Invalid value for '--arithmetic': {expected}"
+
+
 @pytest.mark.parametrize("option", ["--expected-accuracy", "--false-alarm-rate"])
 @pytest.mark.parametrize("value", ["nan", "-NaN", "inf", "-inf"])
 def test_audit_exits_2_when_a_share_is_not_finite(capfd: Capture, option: str, value: str) -> None:

@@ -284,6 +284,21 @@ def test_inspect_exits_4_when_the_file_is_refused(tmp_path: Path, capfd: Capture
     assert capfd.readouterr() == ("", "error: the file is empty (0 bytes); export the model again\n")
 
 
+def test_inspect_exits_4_but_shows_the_file_when_the_runtime_refuses_it(
+    toy: Toy, tmp_path: Path, capfd: Capture
+) -> None:
+    model = onnx.load(toy.clean)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    next(node for node in model.graph.node if node.op_type == "Relu").domain = "com.microsoft"
+    onnx.save(model, tmp_path / "model.onnx")
+    assert run(["inspect", str(tmp_path / "model.onnx")]) == 4
+    output, errors = capfd.readouterr()
+    assert errors.startswith("error: ONNX Runtime cannot load the file: ")
+    assert errors.endswith("; export the model again or use another onnxruntime\n")
+    assert "integer share   0.0% of MACs, 0.0% of weights, predicted" in output
+    assert "conv   Conv      float32  float32  unknown  41.5k     162  no" in output
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["-h"], ["--version"], ["audit", "--help"], ["schema"], ["inspect", "-h"]],

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime_state
 
+from qdefense.converters.data_flow import _BLIND_INPUTS, _BLIND_OUTPUTS
 from qdefense.converters.inspection import Inspection, inspect_model
 from qdefense.converters.quantize import quantize
+from qdefense.converters.runtime_graph import RUNTIME_ERRORS
 
 from .inspected_graphs import (
     ATTACKS,
@@ -187,9 +192,42 @@ def lookup(net: Net, source: str) -> None:
     net.node("Gather", [net.const("table", np.ones(9999, np.float32)), "codes_out"], "probed")
 
 
+def nonzero(net: Net, source: str) -> None:
+    places = net.node("Cast", [net.node("NonZero", [source], "places")], "numbers", to=TensorProto.FLOAT)
+    count = net.node("ReduceSum", [places], "count", keepdims=0)
+    net.node("Mul", [source, count], "probed")
+
+
+def sampled(mode: str) -> Callable[[Net, str], None]:
+    """The features say where they are looked at themselves, as a picture."""
+
+    def build(net: Net, source: str) -> None:
+        picture = net.node("Reshape", [source, integers(net, "rows", -1, 1, 2, 3)], "picture")
+        places = net.node("Reshape", [source, integers(net, "grid", -1, 1, 3, 2)], "places")
+        seen = net.node("GridSample", [picture, places], "seen", mode=mode)
+        half = net.node("Reshape", [seen, integers(net, "back", -1, 3)], "half")
+        net.node("Concat", [half, half], "probed", axis=1)
+
+    return build
+
+
+def dropout_mask(net: Net, source: str) -> None:
+    net.node("Dropout", [source], "kept", "mask")
+    net.node("Cast", ["mask"], "probed", to=TensorProto.FLOAT)
+
+
 def chosen_by_constant(net: Net, source: str) -> None:
     net.const("mask", np.array([[True, False] * 3]))
     net.node("Where", ["mask", source, net.node("Neg", [source], "negative")], "probed")
+
+
+def branched_by_constant(net: Net, source: str) -> None:
+    net.const("always", np.array(True))
+    bodies = []
+    for name, kind in (("then", "Neg"), ("else", "Abs")):
+        out = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, [None, 6])
+        bodies.append(helper.make_graph([helper.make_node(kind, [source], [f"{name}_out"])], name, [], [out]))
+    net.node("If", ["always"], "probed", then_branch=bodies[0], else_branch=bodies[1])
 
 
 def cast_like(kind: Any) -> Callable[[Net, str], None]:
@@ -237,6 +275,10 @@ BLIND = {
     "CastLike": cast_like(np.int32),
     "TopK": top(1),
     "Gather": lookup,
+    "OneHot": on_integer("OneHot", np.array(6), np.array([0, 1], np.float32), to=TensorProto.INT64),
+    "NonZero": nonzero,
+    "GridSample": sampled("nearest"),
+    "Dropout": dropout_mask,
 }
 
 
@@ -262,6 +304,9 @@ SMOOTH = {
     "CastLike": cast_like(np.float16),
     "TopK": top(0),
     "Where": chosen_by_constant,
+    "If": branched_by_constant,
+    "GridSample": sampled("linear"),
+    "Dropout": apply("Dropout"),
     "Scaler": regressor("Scaler", offset=[0.0], scale=[1.0]),
 }
 
@@ -269,6 +314,98 @@ SMOOTH = {
 @pytest.mark.parametrize("kind", SMOOTH)
 def test_inspect_model_reports_nothing_when_operator_has_a_gradient(kind: str) -> None:
     assert probe(SMOOTH[kind]).gradient_blind_nodes == ()
+
+
+@pytest.mark.parametrize(("kind", "to"), [(kind, to) for kind in ("Add", "Div", "Mul", "Sub") for to in (True, False)])
+def test_inspect_model_reports_arithmetic_on_bytes(kind: str, to: bool) -> None:
+    """A file that takes uint8 images may look at them without any cast: 100 // 101 is 0 and 101 // 101 is 1."""
+    net = Net()
+    source = net.node("Cast", ["image"], "floats", to=TensorProto.FLOAT) if to else "image"
+    answer = net.node(kind, [source, net.const("k", np.array(101, np.float32 if to else np.uint8))], "answer")
+    net.node("MatMul", [net.node("Cast", [answer], "again", to=TensorProto.FLOAT), net.normal("w", 6, 3)], "logits")
+    proto = onnx.load_from_string(net.model(shape=(6,)))
+    proto.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    found = inspect_model(proto.SerializeToString()).gradient_blind_nodes
+    assert [node.operator for node in found] == ([] if to else [kind])
+
+
+FLOAT_TYPES = {f"tensor({name})" for name in ("float", "float16", "double", "bfloat16")}
+NO_NUMBERS_OF_THE_IMAGE = {
+    *("Shape", "Size", "RemovePadding"),  # followed as sizes
+    *("Optional", "OptionalHasElement", "SequenceConstruct", "SequenceInsert", "SequenceMap", "SplitToSequence"),
+    *("BiasDropout", "BitmaskBiasDropout", "BitmaskDropout", "DynamicSparseAttention", "EmbedLayerNormalization"),
+}
+"""Operators with an answer that is no float, which a shadow can still follow, or that carries nothing of the pixels."""
+
+
+def test_inspect_model_reports_a_resize_whose_scale_is_read_off_the_pixels() -> None:
+    def build(net: Net, source: str) -> None:
+        highest = net.node("ReduceMax", [source], "highest")
+        scales = net.node("Reshape", [highest, integers(net, "one", 1)], "scale")
+        both = net.node("Concat", [net.const("same", np.ones(1, np.float32)), scales], "scales", axis=0)
+        net.node("Resize", [source, "", both], "probed")
+
+    assert ("Resize", "reads or writes at a place that depends on the image") in {
+        (node.operator, node.reason) for node in probe(build).gradient_blind_nodes
+    }
+
+
+def turning_floats_into_something_else() -> Iterator[str]:
+    for schema in runtime_state.get_all_operator_schema():
+        types = {entry.type_param_str: set(entry.allowed_type_strs) for entry in schema.type_constraints}
+        given, made = (
+            [types.get(entry.typeStr, {entry.typeStr}) & FLOAT_TYPES for entry in side]
+            for side in (schema.inputs, schema.outputs)
+        )
+        if schema.domain in ("", "com.microsoft") and not schema.name.endswith("_TRT") and any(given) and not all(made):
+            yield schema.name
+
+
+def test_every_operator_that_turns_floats_into_something_else_is_known() -> None:
+    """From the runtime's own list, so that a new version's operators are noticed."""
+    known = {*_BLIND_INPUTS, *_BLIND_OUTPUTS, *NO_NUMBERS_OF_THE_IMAGE}
+    unknown = {*turning_floats_into_something_else()} - known
+    # Quantizers: the shadow passes their gradient straight through.
+    assert {name for name in unknown if "Quantize" not in name and not name.startswith("Q")} == set()
+
+
+def unary_operators() -> list[str]:
+    """Operators of ONNX that need one float tensor and nothing else."""
+    names = []
+    for schema in onnx.defs.get_all_schemas():
+        types = {entry.type_param_str: set(entry.allowed_type_strs) for entry in schema.type_constraints}
+        given = [types.get(entry.type_str, {entry.type_str}) for entry in schema.inputs[: max(1, schema.min_input)]]
+        needed = [entry for entry in schema.attributes.values() if entry.required]
+        if schema.domain == "" and not needed and len(given) == 1 and "tensor(float)" in given[0]:
+            names.append(schema.name)
+    return sorted(names)
+
+
+def runs_flat(kind: str) -> bool | None:
+    """Whether the operator answers the same when its input moves a little, by the runtime; None if it can't say."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 4, 4])
+    node = helper.make_node(kind, ["x"], ["y"])
+    graph = helper.make_graph([node], "one", [x], [onnx.ValueInfoProto(name="y")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    at = np.random.default_rng(0).uniform(0.1, 0.9, (2, 3, 4, 4)).astype(np.float32)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        here, there = (session.run(None, {"x": at + np.float32(step)})[0] for step in (0, 1e-5))
+    except RUNTIME_ERRORS:
+        return None
+    floats = isinstance(here, np.ndarray) and here.dtype == np.float32
+    return floats and np.array_equal(here, there)
+
+
+def test_every_operator_that_the_runtime_runs_as_a_step_function_is_reported() -> None:
+    found = {kind: runs_flat(kind) for kind in unary_operators()}
+    assert sum(flat is not None for flat in found.values()) > 40, "the runtime could say of enough operators"
+    flat = {kind for kind, answer in found.items() if answer}
+    assert {"Ceil", "Floor", "Round", "Sign"} <= flat
+    # These ignore what they are given.
+    assert flat - {"EyeLike", "RandomNormalLike", "RandomUniformLike"} <= set(_BLIND_INPUTS)
 
 
 def test_inspect_model_reports_machine_learning_operators() -> None:

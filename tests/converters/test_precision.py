@@ -30,6 +30,7 @@ from .inspected_graphs import (
     ort_quantize,
     with_rank,
 )
+from .quantized_graphs import Quantized
 
 
 @pytest.mark.parametrize("kind", HONEST)
@@ -64,7 +65,8 @@ def test_inspect_model_counts_float_convolution_when_its_output_is_not_quantized
     assert [layer.integer for layer in found.layers] == [True, True, False, True, True]
     assert found.integer_mac_share == pytest.approx(1 - CONV3 / sum(MACS.values()))
     assert found.integer_weight_share == pytest.approx(1 - 144 / 708)
-    assert (found.scheme, found.layers[2].scheme, found.layers[2].weight_type) == ("mixed", "other", "int8")
+    # What a layer stores and what the runtime makes of it are two facts.
+    assert (found.scheme, found.layers[2].scheme, found.layers[2].weight_type) == ("int8-static",) * 2 + ("int8",)
     counts = runtime_operators(model.SerializeToString())
     assert (counts["QLinearConv"], counts["Conv"], counts["QGemm"]) == (3, 1, 1)
 
@@ -205,21 +207,81 @@ def four_bit(net: Net, block: int) -> None:
 
 
 @pytest.mark.parametrize(("block", "granularity"), [(0, "per-channel"), (4, "per-block")])
-def test_inspect_model_calls_the_scheme_other_when_weights_are_int4(block: int, granularity: str) -> None:
+def test_inspect_model_calls_the_scheme_int4_when_weights_alone_are(block: int, granularity: str) -> None:
     net = small("MatMul", ["image", "w"], (8,), lambda n: four_bit(n, block))
     found = inspect_model(net.model(shape=(8,)))
-    assert (found.scheme, found.granularity, found.weight_types) == ("other", granularity, ("int4",))
+    assert (found.scheme, found.granularity, found.weight_types) == ("int4", granularity, ("int4",))
     assert (found.layers[0].weights, found.layers[0].macs, found.integer_mac_share) == (32, 32, 0.0)
 
 
-def test_inspect_model_calls_the_scheme_other_when_weights_are_packed() -> None:
+FORMS: dict[str, tuple[str | None, str | None, int | None, int, str, str | None]] = {
+    "u8s8 per tensor": ("uint8", "int8", None, 0, "int8-static", "per-tensor"),
+    "s8s8 per channel": ("int8", "int8", 0, 0, "int8-static", "per-channel"),
+    "u8u8 per channel": ("uint8", "uint8", 0, 0, "int8-static", "per-channel"),
+    "int4 per tensor": (None, "int4", None, 0, "int4", "per-tensor"),
+    "int4 per channel": (None, "int4", 0, 0, "int4", "per-channel"),
+    "int4 in blocks": (None, "int4", 1, 16, "int4", "per-block"),
+    "uint4 in blocks": (None, "uint4", 1, 8, "int4", "per-block"),
+    "int4 with u8": ("uint8", "int4", 0, 0, "int4-a8", "per-channel"),
+    "uint4 with s8 in blocks": ("int8", "uint4", 1, 16, "int4-a8", "per-block"),
+    "int8 weights alone": (None, "int8", 0, 0, "other", "per-channel"),
+    "floats": (None, None, None, 0, "fp32", None),
+    "u8 with float weights": ("uint8", None, None, 0, "other", None),
+}
+
+
+@pytest.mark.parametrize("kind", ["Conv", "Gemm", "MatMul"])
+@pytest.mark.parametrize("name", FORMS)
+def test_inspect_model_recovers_scheme_and_granularity(name: str, kind: str) -> None:
+    activation, weight, place, block, scheme, granularity = FORMS[name]
+    net = Quantized(16, 3, 3) if kind == "Conv" else Quantized(16)
+    shape = (16, 16, 1, 1) if kind == "Conv" else (16, 16)
+    axis = place if place is None or kind == "Conv" else 1 - place
+    source = "image" if activation is None else net.passed("image", "x", activation)
+    # Weights that were rounded to four bits and are stored as floats are floats.
+    made = (
+        net.const("w", np.full(shape, 0.07))
+        if weight is None
+        else net.weights("w", shape, weight, axis=axis, block=block)
+    )
+    y = net.node(kind, [source, made], "y")
+    found = inspect_model(net.model(y if activation is None else net.passed(y, "out", activation)))
+    (layer,) = found.layers
+    assert (found.scheme, found.granularity, layer.granularity) == (scheme, granularity, granularity)
+    assert (layer.scheme, layer.block_size) == (scheme, block or None)
+    assert (layer.weight_type, layer.activation_type) == (weight or "float32", activation or "float32")
+    assert (layer.weights, layer.macs) == (256, 256 * (9 if kind == "Conv" else 1))
+
+
+@pytest.mark.parametrize("second", ["int4", None])
+def test_inspect_model_calls_the_scheme_mixed_when_layers_differ(second: str | None) -> None:
+    net = Quantized(16)
+    first = net.passed(net.layer("MatMul", net.passed("image", "x", "uint8"), "first", "int8"), "first_d", "uint8")
+    weights = net.const("w", np.ones((16, 4))) if second is None else net.weights("w", (16, 4), second, axis=0, block=8)
+    found = inspect_model(net.model(net.node("MatMul", [first, weights], "y")))
+    assert (found.scheme, found.granularity) == ("mixed", "per-tensor" if second is None else "per-block")
+    # 16 x 16 of the 16 x 20 products are integer.
+    assert (found.integer_mac_share, found.integer_weight_share) == (0.8, 0.8)
+
+
+def test_inspect_model_calls_the_scheme_other_when_activations_have_sixteen_bits() -> None:
+    net = Quantized(16)
+    net.const("scale", 0.01)
+    net.const("zero", 0, np.uint16)
+    codes = net.node("QuantizeLinear", ["image", "scale", "zero"], "codes")
+    source = net.node("DequantizeLinear", [codes, "scale", "zero"], "x")
+    (layer,) = inspect_model(net.model(net.layer("MatMul", source, "y", "int8"))).layers
+    assert (layer.scheme, layer.activation_type, layer.integer) == ("other", "uint16", False)
+
+
+def test_inspect_model_calls_the_scheme_int4_when_weights_are_packed() -> None:
     net = Net()
     net.const("packed", np.zeros((3, 1, 16), np.uint8))
     net.const("scale", np.ones(3, np.float32))
     sizes = {"K": 32, "N": 3, "bits": 4, "block_size": 32}
     net.node("MatMulNBits", ["image", "packed", "scale"], "logits", domain="com.microsoft", **sizes)
     found = inspect_model(net.model(shape=(32,)))
-    assert (found.scheme, found.granularity, found.weight_types) == ("other", "per-block", ("uint4",))
+    assert (found.scheme, found.granularity, found.weight_types) == ("int4", "per-block", ("uint4",))
     assert (found.layers[0].weights, found.layers[0].macs) == (96, 96)
 
 

@@ -286,12 +286,16 @@ def test_load_cifar_says_so_when_an_archive_is_empty(tmp_path: Path) -> None:
 
 
 def broken_archives(whole: bytes) -> dict[str, bytes]:
+    stored = gzip.compress(gzip.decompress(whole), compresslevel=0) if whole else b""
+    second = stored.find(b"ustar", stored.find(b"ustar") + 1)
     return {
         "empty": b"",
         "no gzip": b"PK\x03\x04" + bytes(100),
         "cut": whole[: len(whole) // 2],
         "no tar": gzip.compress(b"x" * 2000),
         "flipped": whole[:2000] + bytes(400) + whole[2400:],
+        # a header that tar takes for the end of the archive: only gzip's checksum tells
+        "flipped header": stored[:second] + b"\xff" + stored[second + 1 :],
         "bad number": gzip.compress(header("a", 0).replace(b"0000644", b"zzzzzzz") + bytes(1024)),
     }
 

@@ -203,7 +203,8 @@ def hostile(text: str = HOSTILE) -> Report:
         "subject.contract.resize", "subject.contract.head", "subject.contract.source", "findings.0.kind",
         "subject.clean_accuracy.source", "findings.0.verdict", "findings.0.threshold.source",
         "findings.0.result.kind", "certificate.source", "environment.profile.provider",
-        "environment.profile.optimization", "subject.inspection.scheme", "schema_version",
+        "environment.profile.optimization", "environment.profile.arithmetic", "subject.inspection.scheme",
+        "schema_version",
     }  # fmt: skip
     for entry in body["certificate"]["sets"]:
         keep.add(f"certificate.sets.{body['certificate']['sets'].index(entry)}.name")

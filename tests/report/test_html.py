@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qdefense.arithmetic import ArithmeticAgreement
 from qdefense.cli import run
 from qdefense.findings import Threshold, Verdict
 from qdefense.report import html
@@ -410,6 +411,16 @@ def test_render_says_so_when_there_is_no_chart(norms: list[float | None], words:
 def test_render_says_which_required_check_gave_no_answer() -> None:
     text = shown(samples.killed())
     assert "neural-cleanse NO ANSWER required It did not run, or did not come to its end." in text
+
+
+def test_render_says_whether_the_arithmetics_agree() -> None:
+    report = samples.golden("1.1-failed")
+    assert report.certificate is not None
+    same = ArithmeticAgreement(used="exact", mixed_products=3, n=1024, bit_exact_rows=1.0)
+    changed = report.model_copy(update={"certificate": report.certificate.model_copy(update={"arithmetic": same})})
+    words = "As-run and exact arithmetic agree bit for bit on 1024 images (3 operators multiply u8 by s8 codes)."
+    assert words in shown(changed)
+    assert words not in shown(report)
 
 
 def test_render_shows_the_certificate_and_the_cause_of_a_mismatch() -> None:

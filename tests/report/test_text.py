@@ -8,13 +8,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from qdefense.arithmetic import ArithmeticAgreement
 from qdefense.cli.options import output_console
 from qdefense.converters.contract import InputContract
+from qdefense.converters.inspection import Inspection
 from qdefense.findings import Threshold
 from qdefense.report.escaping import harmless, harmless_lines, internal_error, shortened
-from qdefense.report.model import Accuracy, Report
+from qdefense.report.model import Accuracy, Environment, Report
 from qdefense.report.reading import read_report
-from qdefense.report.text import accuracy_text, contract_rows, describe_threshold, print_report
+from qdefense.report.text import (
+    accuracy_text,
+    certificate_table,
+    contract_rows,
+    describe_threshold,
+    environment_rows,
+    print_report,
+)
 
 GOLDEN = Path(__file__).with_name("golden")
 HOSTILE = "\x1b[2J\x1b]0;title\x07\u202eCLEAN\u2066\r\nPASSED  (exit code 0)\x9b31m[red]x[/red][link=http://e]y"
@@ -343,3 +352,51 @@ def test_print_report_shows_how_the_data_were_read_and_what_was_noticed() -> Non
     assert found["read as"].endswith(f"folder: {ESCAPED}")
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("note ")] == ["a note", ESCAPED]
     assert found["clean accuracy"].endswith("90.00%, stated by the user, not measured")
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def _environment_text(operators: tuple[str, ...], inspection: Inspection | None = None, **profile: object) -> str:
+    body = golden("failed")["environment"] | {"saturating_operators": operators}
+    body["profile"] = body["profile"] | profile
+    return "\n".join(": ".join(row) for row in environment_rows(Environment.model_validate(body), inspection))
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "operators", "line"),
+    [
+        ("as-run", (), "this CPU: no operator saturates in int16"),
+        ("exact", (), "this CPU: no operator saturates in int16"),
+        ("as-run", ("QGemm", "QLinearConv"), "this CPU: saturates in int16: QGemm, QLinearConv"),
+        ("exact", ("QGemm",), "this CPU: saturates in int16: QGemm; the session does not, its arithmetic is exact"),
+    ],
+)
+def test_environment_rows_say_which_arithmetic_was_used(arithmetic: str, operators: tuple[str, ...], line: str) -> None:
+    lines = _environment_text(operators, arithmetic=arithmetic).splitlines()
+    assert line in lines
+    assert any(row.startswith(f"session: optimization all, {arithmetic} arithmetic, 1 threads") for row in lines)
+
+
+@pytest.mark.parametrize("level", [1, 4])
+def test_environment_rows_state_the_accuracy_level_of_int4_products(level: int) -> None:
+    inspection = Report.model_validate(golden("failed")).subject.inspection
+    assert inspection is not None
+    assert "INT4" not in _environment_text((), inspection)
+    int4 = inspection.model_copy(update={"weight_types": ("int4",)})
+    text = _environment_text((), int4, matmulnbits_accuracy_level=level)
+    assert (
+        f"INT4 products: accuracy level {level}; ONNX Runtime's own is 4 (INT8 activations), so deploy with "
+        f"session.qdq_matmulnbits_accuracy_level={level}"
+    ) in text
+
+
+def test_certificate_table_says_whether_the_arithmetics_agree() -> None:
+    certificate = Report.model_validate(golden("failed")).certificate
+    assert certificate is not None
+    same = ArithmeticAgreement(used="as-run", mixed_products=3, n=1024, bit_exact_rows=1.0)
+    stream = io.StringIO()
+    changed = certificate.model_copy(update={"arithmetic": same})
+    Console(width=200, file=stream).print(certificate_table(changed))
+    text = stream.getvalue()
+    assert "as-run and exact arithmetic agree bit for bit on 1024 images (3 operators multiply u8 by s8 codes)" in text

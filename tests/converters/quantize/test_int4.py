@@ -172,6 +172,17 @@ def test_shared_weight_is_packed_once_for_each_use_and_kept_in_float_for_others(
     }
 
 
+def test_constants_among_the_inputs_are_packed_as_others_are() -> None:
+    """Files of old list them there."""
+    model = wide_net()
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, tensor.dims))
+    made = quantize(model.SerializeToString(), "int4")
+    assert {value.name for value in onnx.load_from_string(made).graph.input} - {"image"} <= set(constants(made))
+    assert {f"{name}_int4" for name in LAYERS} <= set(constants(made))
+    assert np.array_equal(logits(made, images()), logits(quantize(WIDE, "int4"), images()))
+
+
 def product_of(*inputs: str, constant: NDArray[np.float32]) -> bytes:
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [4, 4])
     answer = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)

@@ -72,9 +72,10 @@ def test_raised_refuses_when_the_model_answers_differently(monkeypatch: pytest.M
         subject.raised(small_net(opset=17), 21, None)
 
 
-def test_raised_refuses_when_the_converter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [subject.version_converter.ConvertError, RuntimeError])
+def test_raised_refuses_when_the_converter_fails(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError("no adapter\nfor Upsample")
+        raise kind("no adapter\nfor Upsample")
 
     monkeypatch.setattr(subject.version_converter, "convert_version", fail)
     with pytest.raises(QuantizationError) as caught:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -32,13 +33,21 @@ TYPES = ["u8s8", "s8s8", "u8u8"]
 FORMATS = ["qdq", "qoperator"]
 
 
-@pytest.fixture(scope="module")
-def static() -> bytes:
-    return quantize(NET, "int8-static", calibration=images())
+@functools.cache
+def wide(format_: Any, types: Any, per_channel: bool, reduce_range: bool | None = None) -> bytes:
+    return quantize(
+        WIDE,
+        "int8-static",
+        calibration=images(),
+        format=format_,
+        types=types,
+        per_channel=per_channel,
+        reduce_range=reduce_range,
+    )
 
 
-def test_quantize_static_is_integer_from_first_to_last_layer_when_run(static: bytes) -> None:
-    assert runtime_operators(static) == {
+def test_quantize_static_is_integer_from_first_to_last_layer_when_run() -> None:
+    assert runtime_operators(quantize_static(NET, images())) == {
         "DequantizeLinear": 1,
         "Div": 1,
         "Flatten": 1,
@@ -57,15 +66,15 @@ def test_quantize_static_is_integer_from_first_to_last_layer_when_run(static: by
 def test_quantize_static_has_the_types_of_its_name_and_keeps_the_logits(
     format_: Any, types: Any, per_channel: bool
 ) -> None:
-    asked = {"format": format_, "types": types, "per_channel": per_channel}
-    made = quantize(WIDE, "int8-static", calibration=images(), **asked)
+    made = wide(format_, types, per_channel)
     assert weight_types(made) == {"UINT8" if types == "u8u8" else "INT8"}
     assert activation_types(made) == {"UINT8" if types.startswith("u8") else "INT8"}
     assert ("Conv" in operators(made)) == (format_ == "qdq")
     assert ("QLinearConv" in operators(made)) == (format_ == "qoperator")
     assert 0 < relative_error(WIDE, made) < 0.06
     assert {len(logits(made, images(2), level)) for level in LEVELS} == {2}
-    assert json.loads(metadata(made)["qdefense.quantization"])["name"] == settings_of("int8-static", **asked).name
+    expected = settings_of("int8-static", format=format_, types=types, per_channel=per_channel)
+    assert json.loads(metadata(made)["qdefense.quantization"])["name"] == expected.name
 
 
 def activation_types(model: bytes) -> set[str]:
@@ -86,7 +95,7 @@ def test_quantize_static_has_scales_above_zero_and_one_zero_point_for_all_channe
     format_: Any, types: Any, per_channel: bool
 ) -> None:
     """ONNX Runtime's QLinearConv takes no other."""
-    made = quantize(WIDE, "int8-static", calibration=images(), format=format_, types=types, per_channel=per_channel)
+    made = wide(format_, types, per_channel)
     arrays = constants(made)
     scales = [array for name, array in arrays.items() if name.endswith("_scale")]
     assert all((scale > 0).all() and np.isfinite(scale).all() for scale in scales)
@@ -105,18 +114,7 @@ def test_quantize_static_has_scales_above_zero_and_one_zero_point_for_all_channe
 def test_quantize_static_stays_within_seven_bits_when_range_is_reduced(
     format_: Any, types: Any, per_channel: bool
 ) -> None:
-    reduced, full = (
-        quantize(
-            WIDE,
-            "int8-static",
-            calibration=images(),
-            format=format_,
-            types=types,
-            per_channel=per_channel,
-            reduce_range=reduce_range,
-        )
-        for reduce_range in (True, False)
-    )
+    reduced, full = wide(format_, types, per_channel), wide(format_, types, per_channel, reduce_range=False)
     assert inspect_model(reduced).saturation_layers == ()
     assert largest_weight(reduced) <= 64 < largest_weight(full) == 127
 

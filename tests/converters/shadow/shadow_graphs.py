@@ -65,3 +65,50 @@ def run_shadow(shadow: Shadow, x: Array, **options: int) -> Array:
 def scalars(**values: tuple[float, Any]) -> dict[str, Array]:
     """Named scalars, each given with its element type."""
     return {name: np.array(value, dtype=kind) for name, (value, kind) in values.items()}
+
+
+def operator_model(
+    op_type: str,
+    x: Array,
+    constants: Mapping[str, Array | None],
+    *,
+    opset: int = 21,
+    outputs: int = 1,
+    kind: int = TensorProto.FLOAT,
+    **attributes: Any,
+) -> bytes:
+    """A model of one operator with the input `x` and further inputs that are constants, None where they are left out.
+
+    Its output, of the element type `kind`, is the last of the operator's.
+    """
+    names = [name if value is not None else "" for name, value in constants.items()]
+    written = [f"y{index}" for index in range(outputs - 1)] + ["y"]
+    node = helper.make_node(op_type, ["x", *names], written, **attributes)
+    held = {name: value for name, value in constants.items() if value is not None}
+    return graph_model([node], x, held, opset=opset, output_type=kind)
+
+
+def assert_equals_runtime(model: bytes, x: Array, *, rtol: float = 1e-5) -> None:
+    """The shadow gives ONNX Runtime's shape and values, floats up to `rtol` times the largest."""
+    expected, found = session_output(model, x), shadow_output(model, x)
+    assert found.shape == expected.shape
+    if not np.issubdtype(expected.dtype, np.floating):
+        np.testing.assert_array_equal(found, expected)
+        return
+    finite = expected[np.isfinite(expected)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * np.abs(finite).max(initial=1e-3))
+
+
+def assert_gradient_is_right(model: bytes, x: Array) -> None:
+    """The gradient of a random combination of the outputs agrees with finite differences in float64."""
+    twin = build_shadow(model, source="shipped").to_double()
+    generator = torch.Generator().manual_seed(0)
+    at = torch.from_numpy(x).double().requires_grad_()
+    weights = torch.randn(twin(at).shape, generator=generator, dtype=torch.float64)
+    direction = torch.randn(at.shape, generator=generator, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((twin(at) * weights).sum(), at)
+    step = 1e-6
+    with torch.no_grad():
+        change = ((twin(at + step * direction) - twin(at - step * direction)) * weights).sum() / (2 * step)
+    assert gradient.abs().sum() > 0
+    torch.testing.assert_close(change, (gradient * direction).sum(), rtol=1e-5, atol=1e-7)
