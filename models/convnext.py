@@ -4,9 +4,10 @@ A patch stem, three stages of widths w, 2w and 4w with a downsampling layer befo
 pooling, layer normalisation and one linear layer. A block is a depthwise 7x7 convolution, layer normalisation over the
 channels, a 1x1 convolution to four times the channels, GELU, a 1x1 convolution back and a layer scale.
 
-Unlike the paper's: patches of 2 pixels and three stages for small images, no stochastic depth, and layer scales that
-begin at 0.1, as Touvron et al. 2021 (arXiv 2103.17239, section 2) begin networks of up to 18 blocks, where the paper's
-begin at 1e-6. The 1x1 convolutions are the authors' first form; their second, linear layers, computes the same.
+Unlike the paper's: patches of 2 pixels and three stages, for small images; no stochastic depth; layer scales that begin
+at 0.1, as Touvron et al. 2021 (arXiv 2103.17239, section 2) begin networks of up to 18 blocks, not at 1e-6; weights as
+torch draws them, because the paper's deviation of 0.02 is one for wider layers. The 1x1 convolutions are the authors'
+first form; their second, linear layers, computes the same.
 """
 
 from __future__ import annotations
@@ -64,17 +65,8 @@ class ConvNeXt(nn.Module):
         self.stages = nn.Sequential(*layers)
         self.norm = ChannelNorm(channels)
         self.classifier = nn.Linear(channels, classes)
-        self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch."""
         features = self.stages(self.stem(self.normalization(x)))
         return self.classifier(self.norm(features.mean(dim=(2, 3), keepdim=True)).flatten(1))  # type: ignore[no-any-return]
-
-
-def _initialise(part: nn.Module) -> None:
-    """Weights from a normal distribution of deviation 0.02, biases zero, as in the authors' code."""
-    if isinstance(part, nn.Conv2d | nn.Linear):
-        nn.init.trunc_normal_(part.weight, std=0.02)
-        if part.bias is not None:
-            nn.init.zeros_(part.bias)

@@ -16,7 +16,7 @@ from qdefense.attacks.badnets import BadNets, PatchTrigger
 from qdefense.attacks.interfaces import LabelPolicy
 from qdefense.data.images import DataError, ImageSet, Pixels
 from qdefense.models import Recipe
-from qdefense.training import TrainingResult, _augment, _batches, train
+from qdefense.training import TrainingResult, _augment, _batches, _optimizer, train
 from qdefense.trial import Activity, measure_behaviour
 
 MakeNoise = Callable[..., ImageSet]
@@ -128,6 +128,23 @@ def test_train_raises_when_images_are_fewer_than_a_batch(make_noise: MakeNoise) 
 def test_train_raises_when_it_diverges(make_noise: MakeNoise) -> None:
     with pytest.raises(DataError, match=r"^training diverged in epoch 1; lower the learning rate or check the data$"):
         _train(make_noise(32), recipe=replace(RECIPE, peak_learning_rate=1e30))
+
+
+def test_optimizer_is_the_recipes() -> None:
+    module = torch.nn.Linear(2, 2)
+    settings = {"momentum": 0.8, "weight_decay": 0.05, "peak_learning_rate": 0.3}
+    sgd = _optimizer(module, Recipe(**settings))  # type: ignore[arg-type]
+    adamw = _optimizer(module, Recipe(optimizer="adamw", **settings))  # type: ignore[arg-type]
+    assert (type(sgd), type(adamw)) == (torch.optim.SGD, torch.optim.AdamW)
+    assert (sgd.defaults["lr"], sgd.defaults["weight_decay"], sgd.defaults["momentum"]) == (0.3, 0.05, 0.8)
+    assert sgd.defaults["nesterov"]
+    assert (adamw.defaults["lr"], adamw.defaults["weight_decay"]) == (0.3, 0.05)
+
+
+def test_train_gives_the_same_bits_under_adamw(make_noise: MakeNoise) -> None:
+    noise, recipe = make_noise(32), replace(RECIPE, epochs=1, optimizer="adamw", peak_learning_rate=1e-3)
+    first, second = _train(noise, recipe=recipe), _train(noise, recipe=recipe)
+    assert _weights(first) == _weights(second) != _weights(_train(noise, recipe=replace(recipe, optimizer="sgd")))
 
 
 def _coloured(count: int) -> ImageSet:

@@ -34,9 +34,9 @@ NETWORKS = (
     Network("vit", 64, 5),
     Network("convnext", 16, 5),
     Network("vgg11", 16, 3),
-    Network("mobilenetv2", 8, 4),
-    Network("resnet20", 16, 3),
-    Network("preactresnet18", 16, 3),
+    Network("mobilenetv2", 8, 3),
+    Network("resnet20", 16, 2),
+    Network("preactresnet18", 16, 2),
 )
 
 

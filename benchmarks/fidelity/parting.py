@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 
 from qdefense.converters.shadow import Shadow
 from qdefense.data.images import Pixels
 from qdefense.session import DeployedSession, SessionError
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
-_CODES = frozenset({onnx.TensorProto.UINT8, onnx.TensorProto.INT8, onnx.TensorProto.INT32})
 # Outputs that are integer codes: what the runtime rounded.
 _ROUNDING = frozenset({*_QUANTIZERS, "QGemm", "ConvInteger", "MatMulInteger"})
 SHAPE = frozenset(
@@ -84,21 +85,21 @@ def parts_at(
     """
     producers = {name: node for node in model.graph.node for name in node.output}
     names = [name for name in shadow.tensor_names if name in producers]
-    coded = [name for name in names if rounds(producers[name])]
-    for name in (*coded, *(name for name in names if name not in coded)):
-        difference = _difference(session, shadow, x, name, saturate=saturate)
-        if difference is None:
-            continue
-        node = producers[name]
-        source = _computed_by(node, producers) if node.op_type in _QUANTIZERS else node
-        return {
-            "operator": source.op_type,
-            "node": source.name,
-            "rounded_by": None if source is node else node.name,
-            "codes": name in coded,
-            **difference,
-        }
+    coded = [name for name in names if rounds(producers[name]) and name == producers[name].output[0]]
+    for candidates in (coded, [name for name in names if name not in coded]):
+        measured = _tapped(session, x, candidates)
+        own = _computed(shadow, x, list(measured), saturate=saturate, group=session.profile.batch)
+        apart = {name: difference for name in measured if (difference := _difference(own[name], measured[name]))}
+        if apart:
+            name = next(iter(apart))
+            return {**_named(producers[name], producers), "codes": candidates is coded, **apart[name]}
     return None
+
+
+def _named(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto]) -> dict[str, str | None]:
+    source = _computed_by(node, producers) if node.op_type in _QUANTIZERS else node
+    rounded_by = None if source is node else node.name
+    return {"operator": source.op_type, "node": source.name, "rounded_by": rounded_by}
 
 
 def _computed_by(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto]) -> onnx.NodeProto:
@@ -108,19 +109,28 @@ def _computed_by(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto]) -> 
     return source
 
 
-def _difference(
-    session: DeployedSession, shadow: Shadow, x: Pixels, name: str, *, saturate: bool
-) -> dict[str, float] | None:
+def _tapped(session: DeployedSession, x: Pixels, names: list[str]) -> dict[str, NDArray[np.generic]]:
+    """What the session gives of these tensors; those that cannot be tapped are left out."""
     try:
-        measured = session.activations(x, name).astype(np.float64)
+        return session.tap(x, names)
     except SessionError:
-        return None
+        found = {}
+        for name in names:
+            with suppress(SessionError):
+                found |= session.tap(x, [name])
+        return found
+
+
+def _computed(
+    shadow: Shadow, x: Pixels, names: list[str], *, saturate: bool, group: int
+) -> dict[str, NDArray[np.generic]]:
     with torch.no_grad():
-        values = shadow.activations(
-            torch.from_numpy(x), [name], exact=True, saturate=saturate, group=session.profile.batch
-        )
-    own = values[name].double().numpy()
+        values = shadow.activations(torch.from_numpy(x), names, exact=True, saturate=saturate, group=group)
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def _difference(own: NDArray[np.generic], measured: NDArray[np.generic]) -> dict[str, float] | None:
     if own.shape != measured.shape or np.array_equal(own, measured):
         return None
-    apart = np.abs(own - measured)
+    apart = np.abs(own.astype(np.float64) - measured.astype(np.float64))
     return {"different": float((apart > 0).mean()), "largest": float(apart.max())}
