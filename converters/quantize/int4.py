@@ -27,7 +27,7 @@ _USUAL, _USUAL_A8 = settings_of("int4"), settings_of("int4-a8")
 
 
 def quantize_int4(model: bytes, settings: Settings = _USUAL, *, contract: InputContract | None = None) -> bytes:
-    """4-bit weights of Conv, Gemm and MatMul; activations and everything else stay in float.
+    """4-bit weights of Conv, Gemm and MatMul outside of branches; activations and everything else stay in float.
 
     A layer with fewer than ``block_size`` values along its reduction axis (a depthwise convolution, say) has a scale
     per channel in a blocked file, too. A model of an older opset is raised to 21.

@@ -90,7 +90,7 @@ class Settings:
         if self.symmetric is not None:
             parts.append("symmetric" if self.symmetric else "asymmetric")
         if self.method is not None:
-            parts.append(self.method if self.percentile is None else f"percentile{self.percentile:g}")
+            parts.append(self.method if self.percentile is None else f"percentile{_plain(self.percentile)}")
         return "-".join(part for part in (*parts, self.format) if part is not None)
 
     @property
@@ -111,6 +111,11 @@ class Settings:
         }
         own = ("format", "types", "method", "percentile", "block_size", "symmetric")
         return record | {key: getattr(self, key) for key in own if getattr(self, key) is not None}
+
+
+def _plain(number: float) -> str:
+    """Every digit of it: 99.99999 is not 100."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def settings_of(scheme: str, **asked: Any) -> Settings:

@@ -22,6 +22,8 @@ from qdefense.converters.quantize import QuantizationError, settings_of
             "int8-static-s8s8-per-channel-full-percentile99.9-qdq",
         ),
         ("int8-static", {"method": "percentile"}, "int8-static-u8s8-per-channel-reduced-percentile99.999-qdq"),
+        ("int8-static", {"percentile": 99.99999}, "int8-static-u8s8-per-channel-reduced-percentile99.99999-qdq"),
+        ("int8-static", {"percentile": 100}, "int8-static-u8s8-per-channel-reduced-percentile100-qdq"),
         ("int8-dynamic", {}, "int8-dynamic-u8u8-per-tensor-full"),
         ("int8-dynamic", {"types": "u8s8", "per_channel": True}, "int8-dynamic-u8s8-per-channel-matmul-reduced"),
         ("int4", {}, "int4-per-channel-symmetric"),
