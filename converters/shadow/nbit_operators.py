@@ -107,7 +107,7 @@ def _unpacked(packed: Tensor, bits: int, rows: int, columns: int, node: Node) ->
     if packed.numel() != rows * -(-columns // per_byte):
         raise node.unsupported(f"{packed.numel()} bytes are not {rows} rows of {columns} codes of {bits} bits")
     shifts = torch.arange(0, _BYTE, bits, dtype=torch.int32)
-    codes = packed.reshape(rows, -1, 1).int().bitwise_right_shift(shifts) & (2**bits - 1)
+    codes: Tensor = packed.reshape(rows, -1, 1).int().bitwise_right_shift(shifts) & (2**bits - 1)
     return codes.reshape(rows, -1)[:, :columns].float()
 
 
@@ -115,7 +115,7 @@ def _through_int8(a: Tensor, block: int) -> Tensor:
     """The activations, rounded to int8 block by block in value; the gradient goes straight through."""
     with torch.no_grad():
         depth = a.shape[-1]
-        blocks = functional.pad(a, (0, -depth % block)).unflatten(-1, (-1, block))
+        blocks = functional.pad(a, (0, -depth % block)).reshape(*a.shape[:-1], -1, block)
         largest = blocks.abs().amax(-1, keepdim=True)
         # the kernels multiply by the reciprocal scale, which rounds otherwise than a division
         codes = (blocks * torch.where(largest == 0, largest, _LARGEST / largest)).round_()
