@@ -35,7 +35,7 @@ def qlinear_add(node: Node) -> Kernel:
         b = rest[2]
         if mode.exact:
             return round_value(_fused(a, ratio_a, _fused(b, ratio_b, offset)), limits)
-        return round_sum(a, b, factors, float(offset), limits)
+        return round_sum(a, b, factors, offset, limits)
 
     return kernel
 

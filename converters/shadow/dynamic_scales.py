@@ -32,7 +32,8 @@ def _row_parameters(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def _over_groups(values: Tensor, extreme: Callable[[Tensor], Tensor], group: int) -> Tensor:
     """The extreme of each group in the place of each of its values: (N,)."""
-    return torch.cat([extreme(part).expand(len(part)) for part in values.split(group)])
+    parts = [values[start : start + group] for start in range(0, len(values), group)]
+    return torch.cat([extreme(part).expand(len(part)) for part in parts])
 
 
 def quantize_rows(node: Node, x: Tensor, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:

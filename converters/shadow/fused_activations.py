@@ -22,18 +22,18 @@ class _Fused:
     function: Callable[..., Tensor]
 
 
-_HELD_BY_BOTH: Mapping[str, _Fused] = {
+_HELD_BY_BOTH: dict[str, _Fused] = {
     "Relu": _Fused((), torch.relu),
     "Sigmoid": _Fused((), torch.sigmoid),
     "Tanh": _Fused((), torch.tanh),
     "LeakyRelu": _Fused(("alpha",), functional.leaky_relu),
     "HardSigmoid": _Fused(("alpha", "beta"), lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1)),
 }
-_OF_CONVOLUTIONS = _HELD_BY_BOTH | {
+_OF_CONVOLUTIONS: Mapping[str, _Fused] = _HELD_BY_BOTH | {
     "Clip": _Fused(("min", "max"), torch.clamp),
     "HardSwish": _Fused((), lambda x: x * (x / 6 + 0.5).clamp(0, 1)),
 }
-_OF_PRODUCTS = _HELD_BY_BOTH | {
+_OF_PRODUCTS: Mapping[str, _Fused] = _HELD_BY_BOTH | {
     "Elu": _Fused(("alpha",), functional.elu),
     "Selu": _Fused(("alpha", "gamma"), lambda x, alpha, gamma: gamma * functional.elu(x, alpha)),
     "Celu": _Fused(("alpha",), functional.celu),

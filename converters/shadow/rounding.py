@@ -75,11 +75,13 @@ class _RoundQuotient(Function):
 
 class _RoundSum(Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, factors: tuple[float, float], offset: float, limits: Range) -> Tensor:
-        unclipped = b * factors[1]
-        if offset:
-            unclipped += offset
-        unclipped = torch.add(unclipped, a, alpha=factors[0]).round_()
+    def forward(ctx: Any, a: Tensor, b: Tensor, factors: tuple[float, float], offset: Tensor, limits: Range) -> Tensor:
+        # torch fuses these multiplications and additions where the CPU can, as ONNX Runtime's kernel does
+        unclipped = torch.add(offset, b, alpha=factors[1])
+        if a.shape == b.shape:
+            unclipped.add_(a, alpha=factors[0]).round_()
+        else:
+            unclipped = torch.add(unclipped, a, alpha=factors[0]).round_()
         ctx.save_for_backward(unclipped)
         ctx.factors, ctx.limits, ctx.shapes = factors, limits, (a.shape, b.shape)
         return unclipped.clamp(*limits)
@@ -123,8 +125,11 @@ def round_quotient(value: Tensor, divisor: Tensor, zero_point: Tensor | None, li
     return result
 
 
-def round_sum(a: Tensor, b: Tensor, factors: tuple[float, float], offset: float, limits: Range) -> Tensor:
-    """``clamp(round(a * factors[0] + b * factors[1] + offset), low, high)`` for tensors that broadcast."""
+def round_sum(a: Tensor, b: Tensor, factors: tuple[float, float], offset: Tensor, limits: Range) -> Tensor:
+    """``clamp(round(a * factors[0] + b * factors[1] + offset), low, high)`` for tensors that broadcast.
+
+    `offset` is a scalar tensor. The gradients are the factors inside the range.
+    """
     result: Tensor = _RoundSum.apply(a, b, factors, offset, limits)  # type: ignore[no-untyped-call]
     return result
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from qdefense.converters.shadow import runtime_saturation
+from qdefense.converters.shadow import UnsupportedOperatorError, runtime_saturation
 
 from .code_graphs import SIGNS, TYPES, assert_same_codes, codes, dynamic_inputs
 from .shadow_graphs import MICROSOFT, graph_model, scalars, session_output, shadow_output
@@ -176,3 +176,63 @@ def test_wide_reduction_is_exact_only_when_asked_for() -> None:
     assert expected.max() > 2**24
     np.testing.assert_array_equal(shadow_output(model, x), expected)
     assert not np.array_equal(shadow_output(model, x, exact=False), expected)
+
+
+# images, weights, settings of convolutions that do not slide over two axes, or whose channels come last
+OTHER_CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "one axis": ((2, 6, 12), (4, 6, 3), {"pads": [1, 1]}),
+    "one axis, grouped": ((2, 6, 12), (4, 3, 3), {"group": 2, "dilations": [2]}),
+    "three axes": ((1, 4, 5, 6, 5), (8, 4, 2, 3, 3), {"pads": [0, 1, 1, 1, 1, 0]}),
+    "three axes, depthwise": ((1, 4, 5, 6, 5), (4, 1, 2, 2, 2), {"group": 4}),
+    "channels last": ((2, 7, 7, 6), (8, 6, 3, 3), {"channels_last": 1, "pads": [1, 1, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONVOLUTIONS)
+@pytest.mark.parametrize(("kind", "weight_kind"), SIGNS)
+def test_convolution_of_another_form_equals_runtime(name: str, kind: type, weight_kind: type) -> None:
+    shape, kernel, attributes = OTHER_CONVOLUTIONS[name]
+    middle = 128 if weight_kind is np.uint8 else 0
+    constants = scalars(
+        xs=(0.03, np.float32), xz=(3, kind), ws=(0.01, np.float32), wz=(middle, weight_kind),
+        ys=(0.03 * float(np.prod(kernel[1:])) ** 0.5, np.float32), yz=(99, kind),
+    )  # fmt: skip
+    constants |= {"w": codes(weight_kind, *kernel, seed=1)}
+    domain = MICROSOFT if "channels_last" in attributes else ""
+    node = helper.make_node(
+        "QLinearConv", ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz"], ["y"], domain=domain, **attributes
+    )
+    x = codes(kind, *shape)
+    assert_same_codes(graph_model([node], x, constants, output_type=TYPES[kind]), x, operator="QLinearConv")
+
+
+@pytest.mark.parametrize(("kind", "weight_kind"), SIGNS)
+@pytest.mark.parametrize("right", [(16, 5), (1, 16, 5), (2, 3, 16, 5)])
+def test_batched_product_equals_runtime(kind: type, weight_kind: type, right: tuple[int, ...]) -> None:
+    constants = scalars(xz=(3, kind), wz=(1, weight_kind)) | {"w": codes(weight_kind, *right, seed=1)}
+    x = codes(kind, 2, 3, 4, 16)
+    node = helper.make_node("MatMulInteger", ["x", "w", "xz", "wz"], ["y"])
+    assert_same_codes(graph_model([node], x, constants, output_type=TensorProto.INT32), x, operator="MatMulInteger")
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (9, 7), (9, 1), (1,)])
+@pytest.mark.parametrize("to_codes", [False, True])
+def test_qgemm_equals_runtime_for_each_shape_of_c(shape: tuple[int, ...], to_codes: bool) -> None:
+    constants = scalars(
+        xs=(0.03, np.float32), xz=(3, np.uint8), ws=(0.01, np.float32), wz=(0, np.int8), ys=(0.5, np.float32),
+        yz=(99, np.uint8),
+    )  # fmt: skip
+    constants |= {"w": codes(np.int8, 33, 7, seed=1), "c": codes(np.int32, *shape, seed=2) // 2**18}
+    names = ["x", "xs", "xz", "w", "ws", "wz", "c", *(["ys", "yz"] if to_codes else [])]
+    node = helper.make_node("QGemm", names, ["y"], domain=MICROSOFT, transA=1, alpha=0.37)
+    x = codes(np.uint8, 33, 9)
+    kind_of_output = TensorProto.UINT8 if to_codes else TensorProto.FLOAT
+    assert_same_codes(graph_model([node], x, constants, output_type=kind_of_output), x, operator="QGemm")
+
+
+def test_vector_as_right_operand_is_refused() -> None:
+    x = codes(np.uint8, 4, 16)
+    node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    model = graph_model([node], x, {"w": codes(np.int8, 16)}, output_type=TensorProto.INT32)
+    with pytest.raises(UnsupportedOperatorError, match="its right operand is a vector, which is not covered"):
+        shadow_output(model, x)

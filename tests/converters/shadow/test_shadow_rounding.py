@@ -40,7 +40,7 @@ def test_round_product_multiplies_by_channel() -> None:
 def test_round_sum_weighs_and_broadcasts_both_operands() -> None:
     a = torch.tensor([[1.0, 2.0], [3.0, 400.0]], requires_grad=True)
     b = torch.tensor([10.0, 20.0], requires_grad=True)
-    result = round_sum(a, b, (2.0, 0.25), 0.4, (0, 127))
+    result = round_sum(a, b, (2.0, 0.25), torch.tensor(0.4), (0, 127))
     assert result.tolist() == [[5, 9], [9, 127]]
     first, second = torch.autograd.grad(result.sum(), (a, b))
     assert first.tolist() == [[2, 2], [2, 0]]
