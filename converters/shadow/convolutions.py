@@ -74,6 +74,7 @@ def _removed(sliding: Window, sizes: torch.Size, extra: tuple[int, ...], shape: 
     """Cells that are cut off both ends of the full result, whose size `output_shape` or `auto_pad` may set."""
     if shape is None and sliding.auto_pad in ("NOTSET", "VALID"):
         return sliding.padding(sizes)
+    stated = shape is not None
     if shape is None:
         shape = tuple(size * stride for size, stride in zip(sizes, sliding.strides, strict=True))
     cells = zip(sizes, sliding.strides, sliding.extent, extra, shape, strict=True)
@@ -81,8 +82,8 @@ def _removed(sliding: Window, sizes: torch.Size, extra: tuple[int, ...], shape: 
     small = tuple(max(0, count) // 2 for count in total)
     large = tuple(max(0, count) - less for count, less in zip(total, small, strict=True))
     begin, end = (small, large) if sliding.auto_pad == "SAME_UPPER" else (large, small)
-    # a result that is too small grows at its end
-    return Padding(begin, tuple(cells + min(0, count) for cells, count in zip(end, total, strict=True)))
+    # a result smaller than a stated size grows at its end; ONNX Runtime leaves one that `auto_pad` would have grown
+    return Padding(begin, tuple(cells + min(0, count) * stated for cells, count in zip(end, total, strict=True)))
 
 
 def _transposed(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from .shadow_graphs import Array, graph_model
 
@@ -82,11 +85,19 @@ def _window(net: Network, *, dilated: bool = True) -> dict[str, Any]:
     return found
 
 
+def _fits(net: Network, x: str, window: dict[str, Any]) -> bool:
+    """Whether the window lies in the image: what one that fits nowhere gives, not all agree on."""
+    spans = [(k - 1) * d + 1 for k, d in zip(window["kernel_shape"], window.get("dilations", (1, 1)), strict=True)]
+    return all(span <= size for span, size in zip(spans, net.shapes[x][2:], strict=True))
+
+
 def conv(net: Network, x: str) -> str:
     channels = net.shapes[x][1]
     groups = net.draw(st.sampled_from([size for size in range(1, channels + 1) if channels % size == 0]))
     outputs = groups * net.draw(st.integers(1, 3))
     window = _window(net)
+    if not _fits(net, x, window):
+        return x
     inputs = [x, net.weights(outputs, channels // groups, *window["kernel_shape"])]
     inputs += [net.weights(outputs)] if net.draw(st.booleans()) else []
     return net.add("Conv", inputs, group=groups, **window)
@@ -102,6 +113,8 @@ def conv_transpose(net: Network, x: str) -> str:
 def pool(net: Network, x: str) -> str:
     op_type = net.draw(st.sampled_from(["MaxPool", "AveragePool", "LpPool"]))
     window = _window(net)
+    if not _fits(net, x, window):
+        return x
     more = {"count_include_pad": net.draw(st.integers(0, 1))} if op_type == "AveragePool" else {}
     if "auto_pad" not in window and op_type != "LpPool":
         more["ceil_mode"] = net.draw(st.integers(0, 1))
@@ -183,6 +196,52 @@ def move(net: Network, x: str) -> str:
 
 
 FLOAT = (conv, conv, conv_transpose, pool, normalization, activation, activation, join, join, resize, pad, move)
+
+
+def conv_relu(net: Network, x: str) -> str:
+    return net.add("Relu", [conv(net, x)])
+
+
+def sum_or_concat(net: Network, x: str) -> str:
+    fitting = [name for name, shape in net.shapes.items() if shape == net.shapes[x]]
+    other = net.draw(st.sampled_from(fitting))
+    return net.add("Add", [x, other]) if net.draw(st.booleans()) else net.add("Concat", [x, other], axis=1)
+
+
+def tabulated(net: Network, x: str) -> str:
+    return net.add(net.draw(st.sampled_from(["LeakyRelu", "Sigmoid"])), [x])
+
+
+def max_pool(net: Network, x: str) -> str:
+    return net.add("MaxPool", [x], kernel_shape=[2, 2], strides=[net.draw(st.integers(1, 2))] * 2)
+
+
+INTEGER = (conv_relu, conv_relu, conv, sum_or_concat, sum_or_concat, tabulated, max_pool)
+
+
+class _Images(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, images: Array) -> None:
+        self._batches = iter([{"x": images}])
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self._batches, None)
+
+
+@st.composite
+def quantized_networks(draw: Draw, folder: Path) -> tuple[bytes, Array]:
+    """A network of operators that have integer kernels, quantized by ONNX Runtime, and images for it."""
+    model, images = draw(networks(INTEGER, largest=4))
+    unsigned, signed = QuantType.QUInt8, QuantType.QInt8
+    activations, weights = draw(st.sampled_from([(unsigned, signed), (unsigned, unsigned), (signed, signed)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_static(
+            onnx.load_from_string(model), folder / "quantized.onnx", _Images(images),
+            quant_format=draw(st.sampled_from([QuantFormat.QDQ, QuantFormat.QOperator])),
+            activation_type=activations, weight_type=weights,
+            per_channel=draw(st.booleans()), reduce_range=draw(st.booleans()),
+        )  # fmt: skip
+    return (folder / "quantized.onnx").read_bytes(), images
 
 
 def head(net: Network, x: str) -> NodeProto:
