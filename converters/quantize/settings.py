@@ -101,15 +101,27 @@ class Settings:
             return "per-tensor"
         return "per-channel-matmul" if self.scheme == "int8-dynamic" else "per-channel"
 
+    @property
+    def _older_than_names(self) -> bool:
+        """Whether such files were made before there was another format or type, and names to tell them apart."""
+        first = _DEFAULTS[self.scheme]
+        return self.types is not None and (self.types, self.format) == (first["types"], first.get("format"))
+
     def record(self) -> dict[str, object]:
-        """The settings as they are written into the file."""
+        """The settings as they are written into the file.
+
+        Those of default types and format are written as they always were, without a name: the digests of such files
+        stand in calibrations and committed results.
+        """
         record: dict[str, object] = {
             "scheme": self.scheme,
-            "name": self.name,
             "per_channel": self.per_channel,
             "reduce_range": self.reduce_range,
         }
-        own = ("format", "types", "method", "percentile", "block_size", "symmetric")
+        own = ["method", "percentile", "block_size", "symmetric"]
+        if not self._older_than_names:
+            record["name"] = self.name
+            own += ["format", "types"]
         return record | {key: getattr(self, key) for key in own if getattr(self, key) is not None}
 
 

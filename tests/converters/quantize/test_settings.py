@@ -34,12 +34,22 @@ from qdefense.converters.quantize import QuantizationError, settings_of
 )
 def test_settings_have_the_name_that_says_what_they_are(scheme: str, asked: dict[str, Any], name: str) -> None:
     settings = settings_of(scheme, **asked)
-    assert (settings.name, settings.record()["name"], settings.scheme) == (name, name, scheme)
+    assert (settings.name, settings.scheme) == (name, scheme)
+    assert settings.record().get("name", name) == name
 
 
 def test_settings_take_the_defaults_when_none_is_asked_for() -> None:
     assert settings_of("int4", block_size=None, symmetric=None) == settings_of("int4")
     assert settings_of("int8-static", types=None, percentile=None) == settings_of("int8-static")
+
+
+@pytest.mark.parametrize(("scheme", "asked"), [("int8-static", {"per_channel": False}), ("int8-dynamic", {})])
+def test_record_of_default_types_and_format_is_that_of_files_made_before_there_were_others(
+    scheme: str, asked: dict[str, Any]
+) -> None:
+    own = {"reduce_range": True, "method": "minmax"} if scheme == "int8-static" else {"reduce_range": False}
+    assert settings_of(scheme, **asked).record() == {"scheme": scheme, "per_channel": False} | own
+    assert "name" in settings_of(scheme, types="u8u8" if scheme == "int8-static" else "u8s8").record()
 
 
 def test_record_holds_what_the_scheme_has_and_nothing_else() -> None:
