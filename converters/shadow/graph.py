@@ -40,6 +40,7 @@ from qdefense.converters.shadow import (  # noqa: F401
 from qdefense.converters.shadow.constants import type_name
 from qdefense.converters.shadow.door import enter, read_answers
 from qdefense.converters.shadow.local_functions import without_functions
+from qdefense.converters.shadow.nbit_operators import quantizes_activations
 from qdefense.converters.shadow.plan import Plan, plan_graph
 from qdefense.converters.shadow.registry import CODE_RANGES, Constant, Mode, ShadowError, UnsupportedOperatorError
 from qdefense.converters.shadow.weights import Weight, Weights, weights_of
@@ -176,7 +177,7 @@ class Shadow(nn.Module):
     @property
     def quantization(self) -> Quantization:
         """Whether the graph is "float", or quantized with "static" or "dynamic" scales."""
-        if _DYNAMIC.intersection(self.operators):
+        if _DYNAMIC.intersection(self.operators) or any(quantizes_activations(step.node) for step in self._plan.steps):
             return "dynamic"
         return "static" if _STATIC.intersection(self.operators) else "float"
 

@@ -50,10 +50,10 @@ def matmul_nbits(node: Node) -> Kernel:
     """
     layout = _layout(node)
     weight = _dequantized(node, layout)
-    quantizes = _quantizes_activations(node, layout)
+    rounds = _rounds(node, layout)
 
     def kernel(a: Tensor, *rest: Tensor | None) -> Tensor:
-        a = _through_int8(a, layout.block) if quantizes else a
+        a = _through_int8(a, layout.block) if rounds else a
         return functional.linear(a, weight.to(a.dtype), rest[4] if len(rest) > 4 else None)
 
     return kernel
@@ -72,16 +72,21 @@ def _layout(node: Node) -> _Layout:
     return _Layout(rows, depth, block, bits)
 
 
-def _quantizes_activations(node: Node, layout: _Layout) -> bool:
-    wanted = node.integer("accuracy_level", 0) == _INT8_ACTIVATIONS
-    if not wanted or (node.has(3) and node.element_type(3) != TensorProto.UINT8):
+def quantizes_activations(node: Node) -> bool:
+    """Whether the node is a MatMulNBits at accuracy level 4 whose zero points, where it has any, are codes."""
+    if node.op_type != "MatMulNBits" or node.integer("accuracy_level", 0) != _INT8_ACTIVATIONS:
         return False
-    if layout.bits == 2:
+    return not node.has(3) or node.element_type(3) == TensorProto.UINT8
+
+
+def _rounds(node: Node, layout: _Layout) -> bool:
+    rounds = quantizes_activations(node)
+    if rounds and layout.bits == 2:
         raise node.unsupported(
             "at accuracy level 4 ONNX Runtime quantizes the activations of 2 bit weights for some block sizes only; "
             "pin the session option session.qdq_matmulnbits_accuracy_level to 1"
         )
-    return True
+    return rounds
 
 
 def _dequantized(node: Node, layout: _Layout) -> Tensor:

@@ -125,3 +125,11 @@ def test_reordered_weights_are_refused() -> None:
     model = graph_model([node], np.zeros((1, 16), dtype=np.float32), constants)
     with pytest.raises(UnsupportedOperatorError, match="input 'g_idx' reorders the weights"):
         build_shadow(model, source="shipped")
+
+
+@pytest.mark.parametrize(
+    ("level", "zero_points", "quantization"), [(1, "none", "float"), (4, "none", "dynamic"), (4, "float", "float")]
+)
+def test_shadow_says_whether_activations_are_rounded(level: int, zero_points: str, quantization: str) -> None:
+    model, _ = product(40, 16, accuracy_level=level, zero_points=zero_points)
+    assert build_shadow(model, source="shipped").quantization == quantization
