@@ -24,7 +24,9 @@ def branch(name: str, nodes: Sequence[NodeProto], output: str, **initializers: A
 
 
 def choice(condition: str, then: onnx.GraphProto, otherwise: onnx.GraphProto, output: str = "y") -> NodeProto:
-    return helper.make_node("If", [condition], [output], name="choice", then_branch=then, else_branch=otherwise)
+    return helper.make_node(
+        "If", [condition], [output], name=f"choice of {output}", then_branch=then, else_branch=otherwise
+    )
 
 
 def scaled(output: str, factor: float) -> onnx.GraphProto:
