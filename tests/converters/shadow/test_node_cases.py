@@ -12,7 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "operators"))
 
-from node_cases import NodeCase, Outcome, exceptions, judge, known_operators, load_cases
+from node_cases import NodeCase, Outcome, exceptions, judge, known_operators, load_cases, older_versions
+
+from qdefense.converters.shadow import registry
 
 MICROSOFT = "com.microsoft"
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -119,3 +121,28 @@ def test_operator_without_a_function_is_unregistered(relu: NodeCase) -> None:
 def test_input_that_must_be_constant_is_excused_where_another_variant_agrees() -> None:
     outcome = judge(load_cases("Conv")["test_basic_conv_with_padding"])
     assert outcome == Outcome("agrees", variants=("weights", "folded"))
+
+
+def test_earlier_versions_of_registered_operators_mean_what_the_runtime_makes_of_them(results: Results) -> None:
+    agreeing = [case for case, outcome in results.values() if outcome.verdict == "agrees"]
+    found = {older.name: judge(older) for case in agreeing for older in older_versions(case)}
+    assert len(found) >= 600
+    assert {name: outcome.reason for name, outcome in found.items() if outcome.verdict == "differs"} == {}
+
+
+def test_earlier_version_with_another_meaning_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load_cases("Softmax")["test_softmax_default_axis"]
+    (old,) = [older for older in older_versions(case) if older.name.endswith(" at 11")]
+    assert judge(old).verdict == "agrees"
+    table = registry._TABLE
+    monkeypatch.setitem(table, ("", "Softmax", 1), table["", "Softmax", 13])
+    assert judge(old).verdict == "differs"
+
+
+def test_operator_that_onnx_changed_since_it_was_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "VERIFIED", {"": 19, "com.microsoft": 1})
+    outcome = judge(load_cases("Conv")["test_basic_conv_with_padding"])
+    assert outcome.verdict == "refused"
+    assert "opset 22: ONNX changed it in version 22, and its function was held against versions up to 19" in (
+        outcome.reason
+    )

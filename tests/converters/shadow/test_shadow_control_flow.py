@@ -24,7 +24,9 @@ def branch(name: str, nodes: Sequence[NodeProto], output: str, **initializers: A
 
 
 def choice(condition: str, then: onnx.GraphProto, otherwise: onnx.GraphProto, output: str = "y") -> NodeProto:
-    return helper.make_node("If", [condition], [output], name="choice", then_branch=then, else_branch=otherwise)
+    return helper.make_node(
+        "If", [condition], [output], name=f"choice of {output}", then_branch=then, else_branch=otherwise
+    )
 
 
 def scaled(output: str, factor: float) -> onnx.GraphProto:
@@ -75,9 +77,7 @@ def test_condition_that_the_image_decides_is_refused() -> None:
         helper.make_node("Greater", ["m", "zero"], ["c"]),
         choice("c", scaled("a", 2), scaled("b", 4)),
     ]
-    expected = (
-        "node 'choice': operator 'If' of domain 'ai.onnx', opset 21: its condition 'c' is not a constant, so that"
-    )
+    expected = "node 'choice of y': operator 'If' of domain 'ai.onnx', opset 21: its condition 'c' is not a constant"
     with pytest.raises(UnsupportedOperatorError, match=expected):
         build_shadow(graph_model(nodes, X, {"zero": np.float32(0)}), source="shipped")
 
