@@ -88,6 +88,7 @@ def _whole(x: Tensor, limits: tuple[int, int], *, whole: bool) -> Tensor:
 
     A float beyond 32 bits becomes 0 there.
     """
+    x = x.long() if x.dtype == torch.bool else x
     if not x.is_floating_point() or whole:
         inside = (x >= limits[0]) & (x <= limits[1])
         return torch.where(inside, x, wrap(x, limits))

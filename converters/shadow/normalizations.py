@@ -80,7 +80,7 @@ def layer_normalization(node: Node) -> Kernel:
     def kernel(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         shape = x.shape[axis:]
         fitting = scale.shape == shape and (bias is None or bias.shape == shape)
-        y = functional.layer_norm(x, shape, *((scale, bias) if fitting else ()), eps=epsilon)
+        y = functional.layer_norm(x, shape, scale if fitting else None, bias if fitting else None, epsilon)
         if not fitting:
             y = y * scale if bias is None else y * scale + bias
         return (y, *_statistics(x, axis, epsilon)) if len(node.outputs) > 1 else (y,)

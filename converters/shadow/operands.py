@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from onnx import TensorProto
 from torch import Tensor
 
 from qdefense.converters.shadow.registry import CODE_RANGES, UNSIGNED_RANGES, Kernel, Node, ShadowError
@@ -48,7 +49,7 @@ def pairwise(node: Node, function: Pairwise) -> Kernel:
 
 def wrapping(node: Node, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function, on codes and unsigned integers computed without rounding and wrapped around into their range."""
-    kind = node.element_type(0)
+    kind = node.element_type(0) or TensorProto.UNDEFINED
     if kind in UNSIGNED_RANGES:
         return lambda *numbers: wrap(function(*numbers), UNSIGNED_RANGES[kind])
     if kind not in CODE_RANGES:

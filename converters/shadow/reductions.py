@@ -68,7 +68,8 @@ def _euclidean_norm(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     if not x.is_floating_point():
         return _square_sum(x, axes, keep).double().sqrt().to(x.dtype)
     # its gradient at zero is zero, the square root's is not a number
-    return torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+    return norm
 
 
 def _logarithm_of_sum(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:

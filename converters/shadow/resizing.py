@@ -150,10 +150,11 @@ def _share(sampling: Sampling, distance: NDArray[np.float64]) -> NDArray[np.floa
     """The interpolation kernel at a distance in cells."""
     x, a = np.abs(distance), sampling.cubic
     if sampling.mode == "linear":
-        return np.clip(1 - x, 0, 1)
+        return np.maximum(1 - x, 0)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    share: NDArray[np.float64] = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    return share
 
 
 def resample(x: Tensor, sampling: Sampling, axes: Mapping[int, Axis]) -> Tensor:

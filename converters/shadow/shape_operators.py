@@ -119,7 +119,8 @@ def split(node: Node) -> Kernel:
     def kernel(x: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
         named, total = sizes(given), x.shape[axis]
         each = -(-total // count)
-        return x.split(named or tuple(max(0, min(each, total - at * each)) for at in range(count)), axis)
+        equal = [max(0, min(each, total - at * each)) for at in range(count)]
+        return tuple(x.split_with_sizes(named or equal, axis))
 
     return kernel
 
@@ -130,7 +131,7 @@ def expand(node: Node) -> Kernel:
     sizes = listing(node, 1)
 
     def kernel(x: Tensor, shape: Tensor | None = None) -> Tensor:
-        return x.expand(torch.broadcast_shapes(x.shape, sizes(shape) or ()))
+        return x.expand(torch.broadcast_shapes(x.shape, sizes(shape) or ()))  # type: ignore[no-untyped-call]
 
     return kernel
 
@@ -142,16 +143,22 @@ def tile(node: Node) -> Kernel:
     return lambda x, given=None: x.repeat(repeats(given) or ())
 
 
-@operator("DepthToSpace")
-def depth_to_space(node: Node) -> Kernel:
-    """Channels (N, b b C, H, W) laid out as blocks (N, C, b H, b W).
+def _blocks(node: Node) -> tuple[int, str]:
+    """The size of a block, and whether its cells or the channels come first.
 
     Raises:
         UnsupportedOperatorError: the mode is neither DCR nor CRD.
     """
-    block, mode = node.integer("blocksize", 1), node.text("mode", "DCR")
+    mode = node.text("mode", "DCR")
     if mode not in ("DCR", "CRD"):
         raise node.unsupported(f"attribute 'mode' is {mode!r}, expected 'DCR' or 'CRD'")
+    return node.integer("blocksize", 1), mode
+
+
+@operator("DepthToSpace")
+def depth_to_space(node: Node) -> Kernel:
+    """Channels (N, b b C, H, W) laid out as blocks (N, C, b H, b W)."""
+    block, mode = _blocks(node)
 
     def kernel(x: Tensor) -> Tensor:
         rows, channels, height, width = x.shape
@@ -167,14 +174,8 @@ def depth_to_space(node: Node) -> Kernel:
 
 @operator("SpaceToDepth")
 def space_to_depth(node: Node) -> Kernel:
-    """Blocks (N, C, b H, b W) laid out as channels (N, b b C, H, W).
-
-    Raises:
-        UnsupportedOperatorError: the mode is neither DCR nor CRD.
-    """
-    block, mode = node.integer("blocksize", 1), node.text("mode", "DCR")
-    if mode not in ("DCR", "CRD"):
-        raise node.unsupported(f"attribute 'mode' is {mode!r}, expected 'DCR' or 'CRD'")
+    """Blocks (N, C, b H, b W) laid out as channels (N, b b C, H, W)."""
+    block, mode = _blocks(node)
     order = (0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4)
 
     def kernel(x: Tensor) -> Tensor:

@@ -81,7 +81,6 @@ def test_attribute_that_no_function_reads_is_refused() -> None:
         ("Resize", {"coordinate_transformation_mode": "half"}, "expected one of ('half_pixel',"),
         ("Resize", {"nearest_mode": "up"}, "attribute 'nearest_mode' is 'up', expected one of ('round_prefer_floor',"),
         ("Resize", {"keep_aspect_ratio_policy": "crop"}, "'keep_aspect_ratio_policy' is 'crop', expected one of"),
-        ("Upsample", {"mode": "cubic"}, "attribute 'mode' is 'cubic', expected 'nearest' or 'linear'"),
     ],
 )
 def test_attribute_out_of_reach_is_named(op_type: str, attributes: dict[str, object], reason: str) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdefense.converters.shadow import UnsupportedOperatorError, build_shadow
+
 from .shadow_graphs import Array, assert_equals_runtime, assert_gradient_is_right, graph_model, helper, operator_model
 
 X = np.random.default_rng(0).normal(0, 1, (2, 3, 7, 6)).astype(np.float32)
@@ -103,6 +105,12 @@ def test_resize_and_upsample_before_opset_11_equal_runtime(mode: str, factors: t
         assert_equals_runtime(
             operator_model("Upsample", X, {}, opset=8, mode=mode, scales=[float(f) for f in factors]), X
         )
+
+
+def test_old_mode_out_of_reach_is_named() -> None:
+    model = operator_model("Upsample", X, scales(1, 1, 2, 2), opset=9, mode="cubic")
+    with pytest.raises(UnsupportedOperatorError, match="attribute 'mode' is 'cubic', expected 'nearest' or 'linear'"):
+        build_shadow(model, source="shipped")
 
 
 def test_sizes_that_the_graph_computes_are_followed() -> None:
