@@ -12,13 +12,12 @@ from torch.nn import functional
 
 from qdefense.converters.contract import InputContract, read_contract, write_contract
 from qdefense.converters.fingerprint import graph_fingerprint
-from qdefense.converters.quantize import Format
 from qdefense.converters.shadow import Shadow, ShadowError, build_shadow, runtime_saturates
 from qdefense.converters.shadow.graph import file_weights
 from qdefense.converters.writeback import ChangedTensor, Scales, WriteBackError, write_back
 from qdefense.fidelity import compare_logits
 
-from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, model_of, network, pictures, quantized
+from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, model_of, pictures
 from .shadow.shadow_graphs import run_shadow, session_output
 
 KINDS = (
@@ -268,62 +267,6 @@ def test_large_bias_codes_survive(files: dict[str, bytes]) -> None:
             shadow.parameters_by_initializer["fc.b_quantized"][3] *= 7 / 5
         found = arrays(write_back(data, shadow).data)["fc.b_quantized"]
         np.testing.assert_array_equal(found, [2**31 - 1, 2**24 + 1, -(2**30) - 1, 7, 0])
-
-
-def zones(count: int, seed: int) -> tuple[Array, torch.Tensor]:
-    """Noise in which one of four quarters is brighter, and its number."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(count) % 4
-    pixels = rng.uniform(0, 0.5, (count, 3, SIZE, SIZE)).astype(np.float32)
-    for row, label in enumerate(labels):
-        pixels[row, :, 4 * (label // 2) :, 4 * (label % 2) :][:, :4, :4] += 0.3
-    return pixels, torch.from_numpy(labels)
-
-
-def fine_tuned(model: bytes, rate: float, steps: int) -> bytes:
-    """The file after training through its shadow, with nothing but torch."""
-    shadow, (x, labels) = trainable(model), zones(256, seed=1)
-    optimizer, rows = torch.optim.Adam(shadow.parameters(), lr=rate), torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        batch = torch.randperm(len(labels), generator=rows)[:64]
-        optimizer.zero_grad()
-        functional.cross_entropy(shadow(torch.from_numpy(x)[batch]), labels[batch]).backward()
-        optimizer.step()
-    return write_back(model, shadow).data
-
-
-def deployed(model: bytes) -> tuple[float, float]:
-    """Accuracy and loss of the session on images that nothing was fitted to."""
-    x, labels = zones(200, seed=2)
-    logits = torch.from_numpy(session_output(model, x))
-    return float((logits.argmax(1) == labels).float().mean()), float(functional.cross_entropy(logits, labels))
-
-
-@pytest.fixture(scope="module")
-def fitted() -> onnx.ModelProto:
-    """The classifier in float, trained through its own shadow."""
-    data = fine_tuned(bytes(network().SerializeToString()), rate=0.01, steps=150)
-    assert deployed(data)[0] > 0.95
-    return onnx.load_from_string(data)
-
-
-@pytest.mark.parametrize("form", ["qdq", "qoperator"])
-def test_quantization_aware_training_repairs_a_static_file_on_the_session(
-    fitted: onnx.ModelProto, form: Format
-) -> None:
-    # ranges that cut off three fifths of all activations
-    model = quantized("int8-static", fitted, format=form, percentile=70.0)
-    accuracy, loss = deployed(model)
-    assert accuracy < 0.5
-    better, less = deployed(fine_tuned(model, rate=0.003, steps=60))
-    assert better > 0.9
-    assert less < loss / 2
-
-
-def test_quantization_aware_training_improves_four_bit_weights(fitted: onnx.ModelProto) -> None:
-    model = quantized("int4-a8", fitted)
-    (_, loss), (_, less) = deployed(model), deployed(fine_tuned(model, rate=0.01, steps=60))
-    assert less < loss / 2
 
 
 def test_unknown_scales_are_refused(files: dict[str, bytes]) -> None:
