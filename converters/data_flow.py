@@ -6,71 +6,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from onnx import TensorProto, helper
+from onnx import helper
 from pydantic import BaseModel, ConfigDict
 
-from qdefense.converters.flat_graph import FLOATS, Graph, Node, Value, behind_layout, type_name
+from qdefense.converters.flat_graph import Graph, Node, Value, behind_layout
+from qdefense.converters.gradient_blindness import blindness
 from qdefense.converters.reading import safe_text, tensor_array
-from qdefense.converters.weighted_operators import BYTES, WEIGHTED
+from qdefense.converters.weighted_operators import WEIGHTED
 
 _NODES_SHOWN = 12
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 _SHAPE_READERS = frozenset({"Shape", "Size"})
-
-_COMPARE, _LOGIC, _INDEX, _STEP = (
-    "compares",
-    "combines truth values or bits",
-    "answers with an index",
-    "is a step function",
-)
-
-_WHOLE = "computes in whole numbers, which round or wrap around"
-
-_SELECT, _AT = (
-    "chooses by a condition that depends on the image",
-    "reads or writes at a place that depends on the image",
-)
-
-_BRANCH = "branches or iterates on the image"
 
 _COUNTS, _MIXES = (
     "computes with the size of the batch or image",
     "mixes the images of one batch",
 )
 
-_BLIND_INPUTS: dict[str, tuple[str, tuple[int, ...] | None]] = {
-    **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"), (_COMPARE, None)),
-    **dict.fromkeys(("IsAllFinite", "IsInf", "IsNaN"), (_COMPARE, None)),
-    **dict.fromkeys(("And", "Not", "Or", "Xor"), (_LOGIC, None)),
-    **dict.fromkeys(("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"), (_LOGIC, None)),
-    **dict.fromkeys(("BitCast", "MurmurHash3", "NGramHashMapping", "VarlenNGramHashMapping"), (_LOGIC, None)),
-    **dict.fromkeys(("ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "Unique"), (_INDEX, None)),
-    **dict.fromkeys(("BeamSearch", "BifurcationDetector", "DynamicTimeWarping", "GreedySearch"), (_INDEX, None)),
-    **dict.fromkeys(("PackedSparseAttentionIndexer", "Sampling", "SparseAttentionIndexer"), (_INDEX, None)),
-    "WhisperBeamSearch": (_INDEX, None),
-    **dict.fromkeys(("Ceil", "Floor", "Hardmax", "Mod", "Round", "Sign"), (_STEP, None)),
-    **dict.fromkeys(("Bernoulli", "Binarizer", "Multinomial", "Shrink", "ThresholdedRelu"), (_STEP, None)),
-    **dict.fromkeys(("QLinearWhere", "Where", "If"), (_SELECT, (0,))),
-    **dict.fromkeys(("Loop", "Scan"), (_BRANCH, None)),
-    **dict.fromkeys(("Compress", "Gather", "GatherElements", "GatherND", "MaxUnpool"), (_AT, (1,))),
-    **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND", "SequenceAt", "Tile", "Trilu"), (_AT, (1,))),
-    **dict.fromkeys(("ExpandDims", "GatherBlockQuantized", "TorchEmbedding", "Upsample"), (_AT, (1,))),
-    **dict.fromkeys(("MaxRoiPool", "MaxpoolWithMask", "ReverseSequence", "Split"), (_AT, (1,))),
-    **dict.fromkeys(("CropAndResize", "Resize", "RoiAlign"), (_AT, (1, 2, 3))),
-    "TensorScatter": (_AT, (2,)),
-    **dict.fromkeys(("ConstantOfShape", "OneHot"), (_AT, (0,))),
-    **dict.fromkeys(("Expand", "Reshape"), (_AT, (1,))),
-    "Pad": (_AT, (1, 3)),
-    "Range": (_AT, None),
-    "Slice": (_AT, (1, 2, 3, 4)),
-    "TopK": (_AT, (1,)),
-}
-"""Operators without a useful gradient, why, and the inputs that matter (None: any)."""
-
-_BLIND_OUTPUTS = {"Dropout": 1, "TopK": 1, "MaxPool": 1}
-_WRAPPING = frozenset({"Add", "Div", "Mul", "Neg", "Pow", "Sub", "Sum"})
-"""Arithmetic that rounds or wraps around in bytes, which pixels may be without any cast; a cast is reported itself."""
-_SMOOTH_ML_OPERATORS = frozenset({"FeatureVectorizer", "LinearRegressor", "Normalizer", "Scaler"})
 _DATA_SHAPED = frozenset({"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique"})
 
 _SHAPED_BY = {
@@ -155,7 +107,7 @@ def blind_nodes(graph: Graph, flow: Flow) -> Iterator[BlindNode]:
     rows = _count_rows(graph, flow)
     for node in graph.nodes:
         if any(out in flow.live for out in node.outputs):
-            reason = _blindness(graph, node, flow)
+            reason = blindness(graph, node, flow)
             if reason is None and node.operator not in _SHAPE_READERS:
                 reason = _batch_blindness(graph, node, rows)
             if reason is not None:
@@ -231,35 +183,6 @@ def _lead_to_output(graph: Graph, data: set[Value]) -> set[Value]:
                 live.add(value)
                 waiting.append(value)
     return live
-
-
-def _blindness(graph: Graph, node: Node, flow: Flow) -> str | None:
-    """Why no useful gradient passes the node on the pixels' way, or None."""
-    given = [value for value in (*node.inputs, *node.inner) if value in flow.data]
-    if not given:
-        return None
-    if reason := _own_blindness(graph, node, given, flow):
-        return reason
-    index = _BLIND_OUTPUTS.get(node.operator, len(node.outputs))
-    if any(out in flow.live for out in node.outputs[index : index + 1]):
-        return _INDEX
-    reason, positions = _BLIND_INPUTS.get(node.operator, (None, None))
-    if positions is None or any(node.input(position) in flow.data for position in positions):
-        return reason
-    return None
-
-
-def _own_blindness(graph: Graph, node: Node, given: list[Value], flow: Flow) -> str | None:
-    """The reason that lies in an attribute or a type rather than in the operator."""
-    if node.domain == "ai.onnx.ml" and node.operator not in _SMOOTH_ML_OPERATORS:
-        return "has no gradient"
-    if node.operator in ("Cast", "CastLike") and _cast_target(graph, node) not in FLOATS:
-        return "casts to integer or bool"
-    if node.operator in _WRAPPING and any(graph.type(value) in BYTES for value in given):
-        return _WHOLE
-    if node.operator == "GridSample" and node.input(1) in flow.data and _is_nearest(node):
-        return _AT
-    return None
 
 
 @dataclass(frozen=True)
@@ -407,16 +330,6 @@ def _sums_letters(node: Node, index: int, long: set[int], rank: int | None) -> b
     if dots and "..." in right:
         term = head + "".join("." for _ in range((rank or 0) - len(head) - len(tail))) + tail
     return any(axis >= len(term) or term[axis] not in right for axis in long)
-
-
-def _is_nearest(node: Node) -> bool:
-    return any(attribute.name == "mode" and attribute.s == b"nearest" for attribute in node.proto.attribute)
-
-
-def _cast_target(graph: Graph, node: Node) -> str | None:
-    if node.operator == "CastLike":
-        return graph.type(node.input(1))
-    return type_name(node.attribute("to", TensorProto.UNDEFINED))
 
 
 def _names_on_path(came: dict[Value, tuple[Value, Node]], value: Value) -> list[str]:

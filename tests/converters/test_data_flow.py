@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_state
 
-from qdefense.converters.data_flow import _BLIND_INPUTS, _BLIND_OUTPUTS
+from qdefense.converters.gradient_blindness import BLIND_INPUTS, BLIND_OUTPUTS
 from qdefense.converters.inspection import Inspection, inspect_model
 from qdefense.converters.quantize import quantize
 from qdefense.converters.runtime_graph import RUNTIME_ERRORS
@@ -363,7 +363,7 @@ def turning_floats_into_something_else() -> Iterator[str]:
 
 def test_every_operator_that_turns_floats_into_something_else_is_known() -> None:
     """From the runtime's own list, so that a new version's operators are noticed."""
-    known = {*_BLIND_INPUTS, *_BLIND_OUTPUTS, *NO_NUMBERS_OF_THE_IMAGE}
+    known = {*BLIND_INPUTS, *BLIND_OUTPUTS, *NO_NUMBERS_OF_THE_IMAGE}
     unknown = {*turning_floats_into_something_else()} - known
     # Quantizers: the shadow passes their gradient straight through.
     assert {name for name in unknown if "Quantize" not in name and not name.startswith("Q")} == set()
@@ -405,7 +405,7 @@ def test_every_operator_that_the_runtime_runs_as_a_step_function_is_reported() -
     flat = {kind for kind, answer in found.items() if answer}
     assert {"Ceil", "Floor", "Round", "Sign"} <= flat
     # These ignore what they are given.
-    assert flat - {"EyeLike", "RandomNormalLike", "RandomUniformLike"} <= set(_BLIND_INPUTS)
+    assert flat - {"EyeLike", "RandomNormalLike", "RandomUniformLike"} <= set(BLIND_INPUTS)
 
 
 def test_inspect_model_reports_machine_learning_operators() -> None:

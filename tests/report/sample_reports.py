@@ -210,10 +210,16 @@ def hostile(text: str = HOSTILE) -> Report:
         keep.add(f"certificate.sets.{body['certificate']['sets'].index(entry)}.name")
     for place in range(len(body["subject"]["inspection"]["layers"])):
         keep.add(f"subject.inspection.layers.{place}.scheme")
+    for place in range(len(body["subject"]["runtime_facts"]["levels"])):
+        keep.add(f"subject.runtime_facts.levels.{place}.level")
     body["subject"]["inspection"] |= {
         "structure_warnings": ["x"], "nonfinite_initializers": ["x"], "saturation_layers": ["x"],
         "gradient_blind_nodes": [{"name": "x", "operator": "x", "reason": "x"}],
     }  # fmt: skip
+    body["subject"]["runtime_facts"] |= {
+        "operators": {text: 1}, "float_layers": ["x"], "saturation_layers": ["x"],
+    }  # fmt: skip
+    body["subject"]["runtime_facts"]["levels"][1] |= {"added": {text: 1}, "removed": {text: 1}}
     reading = {"description": "x", "accuracy": 1, "own_accuracy": 1, "images": 1}
     body["subject"] |= {"external_files": {text: "x"}, "candidates": [reading]}
     body["subject"]["data"] |= {"detection": "x", "notes": ["x"]}
