@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -37,8 +37,8 @@ class Recipe:
     flip: bool = False
 
 
-_ADAMW = Recipe(optimizer="adamw", peak_learning_rate=2e-3, weight_decay=0.05)
-"""Networks with layer normalisation hardly learn by SGD; the weight decay is ConvNeXt's."""
+_ADAMW = Recipe(optimizer="adamw", batch_size=64, peak_learning_rate=2e-3, weight_decay=0.05)
+"""Networks with layer normalisation hardly learn by SGD, and need many steps; the weight decay is ConvNeXt's."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Architecture:
 
 
 _ARCHITECTURES = {
-    "convnext": _Architecture(partial(ConvNeXt, blocks=2), width=32, recipe=_ADAMW),
+    "convnext": _Architecture(partial(ConvNeXt, blocks=2), width=32, recipe=replace(_ADAMW, peak_learning_rate=4e-3)),
     "mobilenetv2": _Architecture(MobileNetV2, width=32),
     "preactresnet18": _Architecture(partial(PreActResNet, blocks=2), width=64),
     "resnet20": _Architecture(partial(ResNet, blocks=3), width=16),

@@ -170,9 +170,11 @@ def measure(data: bytes, settings: Settings | None, batch: int | None) -> Record
 
 
 def differing(x: Pixels, deployed: Logits, own: Logits, session: DeployedSession) -> Pixels:
-    """The first images whose logits differ, each with the whole batch that it was run in."""
+    """The images whose logits differ most, each with the whole batch that it was run in."""
     batch = session.profile.batch if session.artifact.batch_coupled else 1
-    groups = np.unique(np.flatnonzero((deployed != own).any(axis=1)) // batch)[: max(1, ROWS_FOLLOWED // batch)]
+    apart = np.abs(deployed - own).max(axis=1)
+    furthest = np.argsort(-apart, kind="stable")[: np.count_nonzero(apart)] // batch
+    groups = list(dict.fromkeys(furthest.tolist()))[: max(1, ROWS_FOLLOWED // batch)]
     return np.concatenate([x[group * batch : (group + 1) * batch] for group in groups])
 
 
