@@ -131,7 +131,7 @@ class _Scope:
         return self.read(name)
 
     def inner(self, prefix: str) -> _Scope:
-        return replace(self, names=ChainMap({}, self.names), prefix=prefix)  # type: ignore[arg-type]
+        return replace(self, names=ChainMap({}, self.names), prefix=prefix)
 
 
 def plan_graph(model: onnx.ModelProto, live: Collection[str] = ()) -> Plan:
