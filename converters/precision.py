@@ -9,7 +9,7 @@ from onnx import TensorProto
 from pydantic import BaseModel, ConfigDict, Field
 
 from qdefense.converters.flat_graph import Graph, Node, behind_layout
-from qdefense.converters.qdq_fusion import fuses
+from qdefense.converters.qdq_fusion import fuses, settled_type
 from qdefense.converters.reading import safe_text
 from qdefense.converters.weight_saturation import can_saturate
 from qdefense.converters.weighted_operators import (
@@ -89,6 +89,9 @@ def integer_share(amounts: list[tuple[int | None, bool]]) -> float | None:
 def _layer(graph: Graph, node: Node) -> Layer:
     activation, weight = operands(graph, node)
     integer = has_integer_kernel(node, weight) or fuses(graph, node, weight)
+    # Of two activations, the runtime makes the second unsigned, too, where it can.
+    computed = [] if weight.value is None or weight.constant is not None else [weight.value]
+    unsigned = settled_type(graph, computed) == "uint8"
     packed = node.operator == "MatMulNBits"
     weights = 0 if weight.constant is None else prod(weight.constant.dims)
     granularity, block = _scales(graph, node, weight)
@@ -102,7 +105,7 @@ def _layer(graph: Graph, node: Node) -> Layer:
         macs=count_macs(graph, node),
         weights=node.attribute("K", 0) * node.attribute("N", 0) if packed else weights,
         integer=integer,
-        can_saturate=integer and can_saturate(graph, node, activation, weight),
+        can_saturate=integer and not unsigned and can_saturate(graph, node, activation, weight),
         granularity=granularity,
         block_size=block,
     )

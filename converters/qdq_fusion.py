@@ -35,7 +35,7 @@ def fuses(graph: Graph, node: Node, weight: Operand) -> bool:
     codes = dequantize.input(0) if dequantize is not None else None
     if node.operator not in _KERNELS or codes is None or not _is_scalar(graph, dequantize):
         return False
-    source, result = _settled_type(graph, [codes]), _result(graph, node)
+    source, result = settled_type(graph, [codes]), _result(graph, node)
     if source is None or result == "mixed" or not _weights_fit(graph, node, weight, result):
         return False
     if result != "float":
@@ -54,7 +54,7 @@ def _dequantize_behind(graph: Graph, value: Value | None) -> Node | None:
     return node if node is not None and node.operator == "DequantizeLinear" else None
 
 
-def _settled_type(graph: Graph, codes: list[Value]) -> Literal["uint8", "int8"] | None:
+def settled_type(graph: Graph, codes: list[Value]) -> Literal["uint8", "int8"] | None:
     """The type of these equal codes once the runtime has made unsigned what it can."""
     made = graph.producer.get(codes[0]) if codes else None
     kind = graph.type(codes[0]) if codes else None
@@ -96,7 +96,7 @@ def _result(graph: Graph, node: Node) -> Result:
         _is_cut_off(graph, quantizers[0], c) for c in clips
     ):
         return "mixed"
-    return _settled_type(graph, [code for code in codes if code is not None]) or "mixed"
+    return settled_type(graph, [code for code in codes if code is not None]) or "mixed"
 
 
 _FOLLOWED = PASSING | {"Clip", "Relu"}

@@ -295,7 +295,7 @@ def test_inspect_exits_4_but_shows_the_file_when_the_runtime_refuses_it(
     output, errors = capfd.readouterr()
     assert errors.startswith("error: ONNX Runtime cannot load the file: ")
     assert errors.endswith("; export the model again or use another onnxruntime\n")
-    assert "integer share   0.0% of MACs, 0.0% of weights, predicted" in output
+    assert "integer share   unknown of MACs, 0.0% of weights, predicted" in output
     assert "conv   Conv      float32  float32  unknown  41.5k     162  no" in output
 
 

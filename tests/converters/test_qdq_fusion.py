@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qdefense.converters.inspection import inspect_model
+
 from .inspected_graphs import ort_quantize
 from .quantized_graphs import Quantized, facts, predicted, run_by_runtime, start
 
@@ -237,8 +239,10 @@ def test_fuses_product_of_two_activations(activation: str, shared: bool) -> None
     net = Quantized(6, 6)
     left = net.passed("image", "left", activation)
     right = left if shared else net.passed("image", "right", activation)
-    y = net.node("MatMul", [left, right], "y")
-    check(net.model(net.passed(y, "out", activation)), activation == "uint8" or not shared)
+    model = net.model(net.passed(net.node("MatMul", [left, right], "y"), "out", activation))
+    check(model, activation == "uint8" or not shared)
+    # Signed codes become unsigned on both sides, and products of those never saturate.
+    assert inspect_model(model).layers[0].can_saturate is facts(model).layers[0].can_saturate is False
 
 
 RESIDUAL = [False, False, True, True, True]
