@@ -150,7 +150,8 @@ def _share(sampling: Sampling, distance: NDArray[np.float64]) -> NDArray[np.floa
     """The interpolation kernel at a distance in cells."""
     x, a = np.abs(distance), sampling.cubic
     if sampling.mode == "linear":
-        return np.maximum(1 - x, 0)
+        falling: NDArray[np.float64] = np.maximum(1 - x, 0)
+        return falling
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     share: NDArray[np.float64] = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
