@@ -24,6 +24,7 @@ from qdefense.converters.shadow.registry import (
     Node,
     ShadowError,
     build_kernel,
+    malformed_refused,
     one_line,
 )
 
@@ -203,7 +204,8 @@ def _steps(plan: Plan, protos: Iterable[onnx.NodeProto], scope: _Scope) -> Itera
                     f"node {quoted(node.name)} reads {quoted(name)}, which nothing before it computes; sort the graph"
                 )
         if node.domain == "" and node.op_type == "Constant":
-            _hold(plan, node, constant_node(node))
+            with malformed_refused(node):
+                _hold(plan, node, constant_node(node))
         elif node.domain == "" and node.op_type == "If":
             yield from _chosen_branch(plan, node, scope)
         elif node.domain == "" and node.op_type in _ITERATING:
@@ -232,7 +234,8 @@ def _node(plan: Plan, proto: onnx.NodeProto, scope: _Scope) -> Node:
 
 def _place(plan: Plan, node: Node) -> Iterator[Step]:
     """The step that runs a node; none for one whose inputs are constants, which is folded."""
-    check_quantization(node, plan.shape_of)
+    with malformed_refused(node):
+        check_quantization(node, plan.shape_of)
     kernel = build_kernel(node)
     plan.nodes.append(node)
     _announce(plan, node)
