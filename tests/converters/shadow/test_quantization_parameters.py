@@ -143,5 +143,5 @@ def test_corrupt_parameter_of_an_operator_on_codes_is_named(
 
 
 def test_axis_that_is_no_number_is_named() -> None:
-    with pytest.raises(UnsupportedOperatorError, match="operator 'DequantizeLinear' of .*: its inputs or attributes"):
+    with pytest.raises(UnsupportedOperatorError, match=r"operator 'DequantizeLinear' of .*: its inputs or attributes"):
         build_shadow(weight_model(SIX, ZEROS, axis="channels"), source="shipped")
