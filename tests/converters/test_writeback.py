@@ -18,7 +18,7 @@ from qdefense.converters.writeback import ChangedTensor, Scales, WriteBackError,
 from qdefense.fidelity import compare_logits
 
 from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, model_of, pictures
-from .shadow.shadow_graphs import run_shadow, session_output
+from .shadow.shadow_graphs import graph_model, run_shadow, session_output
 
 KINDS = (
     "fp32",
@@ -396,3 +396,13 @@ def test_input_that_the_contract_fixes_is_no_weight(files: dict[str, bytes]) -> 
         shadow.parameters_by_initializer["offset"].add_(1)
     with pytest.raises(WriteBackError, match=r"'offset' was changed, .* or a constant of its contract; leave it"):
         write_back(data, shadow)
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_bound_of_a_clip_is_no_weight(is_trainable: bool) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Clip", ["h", "low", "high"], ["y"])]
+    constants = {"w": np.ones((3, 5), np.float32), "low": np.float32(0), "high": np.float32(6)}
+    shadow = build_shadow(
+        graph_model(nodes, np.ones((2, 3), np.float32), constants), source="shipped", trainable=is_trainable
+    )
+    assert list(shadow.parameters_by_initializer) == ["w"]
