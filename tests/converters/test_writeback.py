@@ -406,3 +406,31 @@ def test_bound_of_a_clip_is_no_weight(is_trainable: bool) -> None:
         graph_model(nodes, np.ones((2, 3), np.float32), constants), source="shipped", trainable=is_trainable
     )
     assert list(shadow.parameters_by_initializer) == ["w"]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_change_that_reached_some_nodes_only_is_refused(quantized: bool) -> None:
+    """Tied weights: the transposed copy is computed when the shadow is built, unless it is trained."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Transpose", ["w"], ["t"]),
+        helper.make_node("MatMul", ["h", "t"], ["y"]),
+    ]
+    x, w = np.ones((2, 3), np.float32), np.arange(15, dtype=np.float32).reshape(3, 5)
+    constants: dict[str, Array] = {"w": w}
+    if quantized:
+        nodes = [helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"]), *nodes]
+        constants = {"codes": w.astype(np.int8), "scale": np.array(0.1, np.float32)}
+    proto = onnx.load_from_string(graph_model(nodes, x, constants))
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3]))
+    model, name = proto.SerializeToString(), "codes" if quantized else "w"
+    for is_trainable in (True, False):
+        shadow = build_shadow(model, source="shipped", trainable=is_trainable)
+        with torch.no_grad():
+            shadow.parameters_by_initializer[name].mul_(0.5)
+        if is_trainable:
+            written = write_back(model, shadow).data
+            np.testing.assert_allclose(run_shadow(shadow, x), session_output(written, x), rtol=1e-5)
+            continue
+        with pytest.raises(WriteBackError, match=f"'{name}' was changed, which another node reads in a form"):
+            write_back(model, shadow)
