@@ -73,7 +73,8 @@ def write_back(model: bytes, shadow: Shadow, *, scales: Scales = "keep") -> Writ
 
     Raises:
         WriteBackError: the shadow is of another file or of the optimized graph; a parameter is not finite, or its
-            initializer can't be changed; a scale to be recalibrated has other readers.
+            initializer can't be changed, or the change reached some of its readers only; a scale to be recalibrated
+            has other readers.
         FileRefusedError: the model is no file this tool reads.
         ShadowError: see `build_shadow`.
     """
@@ -136,6 +137,7 @@ def _moved_parameters(model: bytes, shadow: Shadow, weights: Weights) -> dict[st
         if not bool(same.all()):
             moved[name] = _Moved(value, same)
             _check_change(name, moved[name], weights)
+            _check_reach(name, shadow, weights)
     for key, value in shadow.named_buffers():
         if not bool(_same(value, before[key]).all()):
             raise WriteBackError(f"buffer {key!r} was changed, which holds a constant of the graph; leave it as it was")
@@ -159,6 +161,15 @@ def _check_change(name: str, change: _Moved, weights: Weights) -> None:
         raise WriteBackError(
             f"the parameter of initializer {safe_text(name)!r} has {lost} values of {change.value.numel()} that are "
             "NaN or infinite; train with a smaller learning rate"
+        )
+
+
+def _check_reach(name: str, shadow: Shadow, weights: Weights) -> None:
+    if not shadow.trainable and name in weights.copied:
+        raise WriteBackError(
+            f"the parameter of initializer {safe_text(name)!r} was changed, which another node reads in a form that "
+            "this shadow has computed once, so that the change reached some nodes only; build the shadow with "
+            "trainable=True"
         )
 
 

@@ -25,7 +25,7 @@ def _fused(a: Tensor, factor: Tensor, added: Tensor) -> Tensor:
 @operator("QLinearAdd", MICROSOFT, needs_mode=True)
 def qlinear_add(node: Node) -> Kernel:
     """Sum of two code tensors: each times its scale ratio, zero points folded into one constant, rounded once."""
-    limits = output_codes(node, 7)
+    limits = output_codes(node, 7, like=0)
     ratio_a, ratio_b = (scalar(node, index) / scalar(node, 6) for index in (1, 4))
     zero_a, zero_b, zero_c = (scalar(node, index) for index in (2, 5, 7))
     offset = zero_c - _fused(zero_a, ratio_a, ratio_b * zero_b)
@@ -43,7 +43,7 @@ def qlinear_add(node: Node) -> Kernel:
 @operator("QLinearMul", MICROSOFT)
 def qlinear_mul(node: Node) -> Kernel:
     """Product of two code tensors, scaled, zero point added, rounded once."""
-    limits = output_codes(node, 7)
+    limits = output_codes(node, 7, like=0)
     ratio = scalar(node, 1) * scalar(node, 4) / scalar(node, 6)
     zero_a, zero_b, zero_c = (scalar(node, index) for index in (2, 5, 7))
     return lambda a, _a_scale, _a_zero, b, *_: round_value((a - zero_a) * (b - zero_b) * ratio + zero_c, limits)
@@ -90,7 +90,7 @@ def _channels_first(node: Node, function: Callable[[Tensor], Tensor]) -> Callabl
 @operator("QLinearGlobalAveragePool", MICROSOFT)
 def qlinear_global_average_pool(node: Node) -> Kernel:
     """int32 sum of the codes minus count times zero point, scaled and rounded once."""
-    limits = output_codes(node, 4)
+    limits = output_codes(node, 4, like=0)
     x_scale, x_zero, y_scale = (scalar(node, index) for index in (1, 2, 3))
     y_zero = nonzero(node.optional_constant(4))
 
@@ -106,7 +106,7 @@ def qlinear_global_average_pool(node: Node) -> Kernel:
 @operator("QLinearAveragePool", MICROSOFT)
 def qlinear_average_pool(node: Node) -> Kernel:
     """Average pooling of codes by way of floats."""
-    average, limits = averaging(node), output_codes(node, 4)
+    average, limits = averaging(node), output_codes(node, 4, like=0)
     x_scale, x_zero, y_scale, y_zero = (scalar(node, index) for index in (1, 2, 3, 4))
 
     def pool(x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def nhwc_max_pool(node: Node) -> Kernel:
 
 def _through_floats(node: Node, function: Callable[[Tensor], Tensor]) -> Kernel:
     """Codes to floats, a float function, and back to codes: what ONNX Runtime tabulates for these operators."""
-    limits = output_codes(node, 4)
+    limits = output_codes(node, 4, like=0)
     x_scale, x_zero, y_scale = (scalar(node, index) for index in (1, 2, 3))
     y_zero = nonzero(node.optional_constant(4))
     return lambda x, *_: round_quotient(function((x - x_zero) * x_scale), y_scale, y_zero, limits)
@@ -148,7 +148,7 @@ def qlinear_sigmoid(node: Node) -> Kernel:
 @operator("QLinearSoftmax", MICROSOFT, needs_mode=True)
 def qlinear_softmax(node: Node) -> Kernel:
     """Softmax of codes; the exact pass takes the exponentials from ONNX Runtime's table."""
-    limits = output_codes(node, 4)
+    limits = output_codes(node, 4, like=0)
     flattens = node.integer("opset", 13) < 13
     axis = node.integer("axis", 1 if flattens else -1)
     x_scale, y_scale, y_zero = (scalar(node, index) for index in (1, 3, 4))

@@ -22,9 +22,15 @@ def along(value: Tensor, rank: int, axis: int) -> Tensor:
     return value.reshape([-1 if at == axis % rank else 1 for at in range(rank)])
 
 
-def output_codes(node: Node, zero_point: int) -> Range:
-    """Range of the node's output codes, whose type its zero point has; tells the graph about the type."""
-    kind = node.element_type(zero_point) if node.has(zero_point) else None
+def output_codes(node: Node, zero_point: int, like: int | None = None) -> Range:
+    """Range of the node's output codes; tells the graph about their type.
+
+    Args:
+        node: the node.
+        zero_point: position of the output's zero point, which has that type.
+        like: position of an input whose type the output has where the zero point is left out.
+    """
+    kind = node.element_type(zero_point if node.has(zero_point) or like is None else like)
     kind = kind or node.integer("output_dtype", TensorProto.UNDEFINED) or TensorProto.UINT8
     node.ignore("output_dtype")
     if kind not in CODE_RANGES:

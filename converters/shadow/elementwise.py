@@ -137,19 +137,17 @@ def mean(_node: Node) -> Kernel:
 @operator("Clip", since=11)
 def clip(node: Node) -> Kernel:
     """Hold x between two bounds."""
-    low, high = _bound(node, 1), _bound(node, 2)
-    if low is None or high is None:
+    if any(node.has(index) and index not in node.constants for index in (1, 2)):
         return _clip_between_tensors
+    low, high = _bound(node, 1, -math.inf), _bound(node, 2, math.inf)
     if (low, high) == (-math.inf, math.inf):
         return lambda x, *_: x
     return lambda x, *_: x.clamp(*(None if math.isinf(bound) else bound for bound in (low, high)))
 
 
-def _bound(node: Node, index: int) -> float | None:
-    """The bound as a number, infinite where it is left out, None where the graph computes it."""
-    if not node.has(index):
-        return -math.inf if index == 1 else math.inf
-    return node.constants[index].value.item() if index in node.constants else None
+def _bound(node: Node, index: int, without: float) -> float:
+    value = node.optional_constant(index)
+    return without if value is None else value.item()
 
 
 def _clip_between_tensors(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap, Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -24,6 +24,7 @@ from qdefense.converters.shadow.registry import (
     Node,
     ShadowError,
     build_kernel,
+    malformed_refused,
     one_line,
 )
 
@@ -115,23 +116,36 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Scope:
-    """What a name of the file stands for here: a branch has names of its own, and sees those around it."""
+    """What a name of the file stands for here: a branch has names of its own, and sees those around it.
+
+    Attributes:
+        opsets: version of each domain.
+        initializers: names that one initializer of the file has.
+        taken: names that a tensor of a branch can't have in the plan.
+        names: what names of the file stand for, those of this branch in the first map.
+        prefix: of the names of this branch in the plan, "" outside of branches.
+    """
 
     opsets: Mapping[str, int]
     initializers: Collection[str]
-    names: MutableMapping[str, str] = field(default_factory=dict)
+    taken: set[str]
+    names: ChainMap[str, str] = field(default_factory=ChainMap)
     prefix: str = ""
 
     def read(self, name: str) -> str:
         return self.names.get(name, name)
 
     def write(self, name: str) -> str:
-        if name and self.prefix:
-            self.names[name] = self.prefix + name
+        if name and self.prefix and name not in self.names.maps[0]:
+            own = self.prefix + name
+            while own in self.taken:
+                own += "'"
+            self.taken.add(own)
+            self.names[name] = own
         return self.read(name)
 
     def inner(self, prefix: str) -> _Scope:
-        return replace(self, names=ChainMap({}, self.names), prefix=prefix)
+        return replace(self, names=self.names.new_child(), prefix=prefix)
 
 
 def plan_graph(model: onnx.ModelProto, live: Collection[str] = ()) -> Plan:
@@ -155,12 +169,20 @@ def plan_graph(model: onnx.ModelProto, live: Collection[str] = ()) -> Plan:
     plan.shape_of = _shapes_when_asked(model)
     plan.initializers = {tensor.name: tensor.name for tensor in graph.initializer}
     held = Counter(tensor.name for body in every_graph(graph) for tensor in body.initializer)
-    scope = _Scope(stated_versions(model), [name for name, count in held.items() if count == 1])
+    scope = _Scope(stated_versions(model), [name for name, count in held.items() if count == 1], _names(graph))
     plan.steps = _with_last_uses(plan, list(_steps(plan, graph.node, scope)))
     for name in plan.outputs:
         if name not in plan.element_types:
             raise ShadowError(f"nothing computes the output {quoted(name)}; check the file with onnx.checker")
     return plan
+
+
+def _names(graph: onnx.GraphProto) -> set[str]:
+    found = {value.name for value in graph.input}
+    for body in every_graph(graph):
+        found.update(tensor.name for tensor in body.initializer)
+        found.update(name for node in body.node for name in node.output)
+    return found
 
 
 def _shapes_when_asked(model: onnx.ModelProto) -> Callable[[str], Shape | None]:
@@ -203,7 +225,8 @@ def _steps(plan: Plan, protos: Iterable[onnx.NodeProto], scope: _Scope) -> Itera
                     f"node {quoted(node.name)} reads {quoted(name)}, which nothing before it computes; sort the graph"
                 )
         if node.domain == "" and node.op_type == "Constant":
-            _hold(plan, node, constant_node(node))
+            with malformed_refused(node):
+                _hold(plan, node, constant_node(node))
         elif node.domain == "" and node.op_type == "If":
             yield from _chosen_branch(plan, node, scope)
         elif node.domain == "" and node.op_type in _ITERATING:
@@ -232,7 +255,8 @@ def _node(plan: Plan, proto: onnx.NodeProto, scope: _Scope) -> Node:
 
 def _place(plan: Plan, node: Node) -> Iterator[Step]:
     """The step that runs a node; none for one whose inputs are constants, which is folded."""
-    check_quantization(node, plan.shape_of)
+    with malformed_refused(node):
+        check_quantization(node, plan.shape_of)
     kernel = build_kernel(node)
     plan.nodes.append(node)
     _announce(plan, node)
@@ -267,7 +291,7 @@ def _chosen_branch(plan: Plan, node: Node, scope: _Scope) -> Iterator[Step]:
         if unique:
             plan.initializers[name] = tensor.name
     yield from _steps(plan, branch.node, inner)
-    outside = replace(scope, names={}, prefix="")
+    outside = replace(scope, names=ChainMap(), prefix="")
     for value, output in zip(branch.output, node.outputs, strict=True):
         alias = helper.make_node("Identity", [inner.read(value.name)], [output], name=node.name)
         yield from _steps(plan, [alias] if output else [], outside)

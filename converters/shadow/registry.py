@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -295,6 +296,17 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
+@contextmanager
+def malformed_refused(node: Node) -> Iterator[None]:
+    """Make of whatever Python or torch say of a malformed node the error that names it."""
+    try:
+        yield
+    except ShadowError:
+        raise
+    except MALFORMED as error:
+        raise node.unsupported(f"its inputs or attributes don't fit it ({one_line(error)})") from error
+
+
 def build_kernel(node: Node) -> Kernel:
     """The kernel of one node, as ``kernel(mode, *inputs)``.
 
@@ -304,12 +316,8 @@ def build_kernel(node: Node) -> Kernel:
     found = _find(node)
     if any(node.per_row) and not found.per_row:
         raise node.unsupported("it takes a scale or zero point that dynamic quantization computes per image")
-    try:
+    with malformed_refused(node):
         kernel = found.build(node)
-    except ShadowError:
-        raise
-    except MALFORMED as error:
-        raise node.unsupported(f"its inputs or attributes don't fit it ({one_line(error)})") from error
     if node.unread():
         raise node.unsupported(f"attributes {node.unread()} are not covered")
     return kernel if found.needs_mode else lambda _mode, *inputs: kernel(*inputs)

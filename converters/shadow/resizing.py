@@ -13,13 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto
 from torch import Tensor
 
 from qdefense.converters.shadow.operands import listing
-from qdefense.converters.shadow.registry import Kernel, Node, operator
+from qdefense.converters.shadow.registry import NARROW_FLOATS, Kernel, Node, operator
+from qdefense.converters.shadow.rounding import value_of
 
 _Array = NDArray[np.float32]
 _MODES = ("nearest", "linear", "cubic")
+_INTERPOLATED = {TensorProto.UNDEFINED, TensorProto.FLOAT, TensorProto.DOUBLE, *NARROW_FLOATS}
+_BYTES = {TensorProto.UINT8, TensorProto.INT8}
+_IMAGES = 4
 _POLICIES = ("stretch", "not_larger", "not_smaller")
 
 
@@ -173,6 +178,58 @@ def resample(x: Tensor, sampling: Sampling, axes: Mapping[int, Axis]) -> Tensor:
     return x
 
 
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _neighbours(sampling: Sampling, axis: Axis) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two cells that each output cell lies between, and float32 shares of both, as ONNX Runtime computes them."""
+    positions = _positions(sampling, axis).clip(0, axis.size - 1)
+    first = positions.astype(np.int64)
+    second = np.minimum(first + 1, axis.size - 1)
+    shares = (
+        np.where(first == second, np.float32(0.5), np.abs(positions - at.astype(np.float32))) for at in (second, first)
+    )
+    near, far = (torch.from_numpy(share.astype(np.float32)) for share in shares)
+    return (torch.from_numpy(first), torch.from_numpy(second)), (near, far)
+
+
+def _between_codes(x: Tensor, sampling: Sampling, rows: Axis, columns: Axis) -> Tensor:
+    """Codes between two rows and two columns, in the order of ONNX Runtime's sum; fractions go towards zero."""
+    (above, below), (upper, lower) = _neighbours(sampling, rows)
+    (left, right), (near, far) = _neighbours(sampling, columns)
+    top, bottom = x.index_select(2, above), x.index_select(2, below)
+    upper, lower = upper.unsqueeze(1), lower.unsqueeze(1)
+    total = near * upper * top.index_select(3, left) + far * upper * top.index_select(3, right)
+    total = total + near * lower * bottom.index_select(3, left)
+    total = total + far * lower * bottom.index_select(3, right)
+    return value_of(total.detach().trunc(), total)
+
+
+_Resample = Callable[[Tensor, Sampling, Mapping[int, Axis]], Tensor]
+
+
+def _resampler(node: Node, sampling: Sampling) -> _Resample:
+    """How a node's values are resampled: codes between two rows and two columns become codes again.
+
+    Raises:
+        UnsupportedOperatorError: integers are interpolated otherwise.
+    """
+    kind = node.element_type(0) or TensorProto.UNDEFINED
+    if sampling.mode == "nearest" or kind in _INTERPOLATED:
+        return resample
+    refused = node.unsupported("it interpolates integers, which is covered for 8 bits and mode 'linear' over (H, W)")
+    plain = sampling.mode == "linear" and not sampling.antialias and sampling.coordinates != "tf_crop_and_resize"
+    if kind not in _BYTES or not plain:
+        raise refused
+
+    def resample_codes(x: Tensor, sampling: Sampling, axes: Mapping[int, Axis]) -> Tensor:
+        if x.ndim != _IMAGES or not axes.keys() <= {2, 3}:
+            raise refused
+        rows, columns = (axes.get(at, Axis(x.shape[at], x.shape[at], 1.0)) for at in (2, 3))
+        return _between_codes(x, sampling, rows, columns)
+
+    return resample_codes
+
+
 def _scaled(sizes: Sequence[int], scales: Sequence[float]) -> dict[int, Axis]:
     """The axes that scales change, each count rounded down."""
     counts = [int(np.float32(scale) * np.float32(size)) for size, scale in zip(sizes, scales, strict=True)]
@@ -185,14 +242,16 @@ def _scaled(sizes: Sequence[int], scales: Sequence[float]) -> dict[int, Axis]:
 def old_resize(node: Node) -> Kernel:
     """Resampling by scales that are an input (Upsample, and Resize of opset 10)."""
     sampling, scales = _old_sampling(node), _numbers(node, 1)
-    return lambda x, given=None: resample(x, sampling, _scaled(x.shape, scales(given)))
+    resampled = _resampler(node, sampling)
+    return lambda x, given=None: resampled(x, sampling, _scaled(x.shape, scales(given)))
 
 
 @operator("Upsample", since=7)
 def upsample_by_attribute(node: Node) -> Kernel:
     """Resampling by scales that are an attribute (before opset 9)."""
     sampling, scales = _old_sampling(node), node.numbers("scales")
-    return lambda x: resample(x, sampling, _scaled(x.shape, scales))
+    resampled = _resampler(node, sampling)
+    return lambda x: resampled(x, sampling, _scaled(x.shape, scales))
 
 
 def _old_sampling(node: Node) -> Sampling:
@@ -217,6 +276,7 @@ def resize(node: Node) -> Kernel:
     policy = node.text("keep_aspect_ratio_policy", "stretch")
     if policy not in _POLICIES:
         raise node.unsupported(f"attribute 'keep_aspect_ratio_policy' is {policy!r}, expected one of {_POLICIES}")
+    resampled = _resampler(node, sampling)
     regions, scales, sizes = _numbers(node, 1), _numbers(node, 2), listing(node, 3)
 
     def kernel(
@@ -224,7 +284,7 @@ def resize(node: Node) -> Kernel:
     ) -> Tensor:
         at = tuple(axis % x.ndim for axis in chosen) if chosen is not None else tuple(range(x.ndim))
         wanted = _Wanted(scales(scale), sizes(size) or (), regions(region), policy)
-        return resample(x, sampling, _resized([x.shape[axis] for axis in at], at, wanted))
+        return resampled(x, sampling, _resized([x.shape[axis] for axis in at], at, wanted))
 
     return kernel
 

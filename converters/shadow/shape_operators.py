@@ -80,7 +80,8 @@ def squeeze(node: Node) -> Kernel:
     axes, offset = listing(node, 1, "axes"), 1 if node.per_row[0] else 0
 
     def kernel(x: Tensor, given: Tensor | None = None) -> Tensor:
-        rank, named = x.ndim - offset, axes(given)
+        # an empty list says what none says
+        rank, named = x.ndim - offset, axes(given) or None
         chosen = range(rank) if named is None else [axis % rank for axis in named]
         gone = {axis + offset for axis in chosen if named is not None or x.shape[axis + offset] == 1}
         return x.squeeze(tuple(gone))

@@ -158,11 +158,14 @@ class Weights:
         trainable: by initializer.
         frozen: why an initializer that looks like a weight is none, by its name.
         biases: the int32 biases that have a scale of their own.
+        copied: initializers that a node is given in another form, computed once where nothing is trained: a change
+            of the parameter doesn't reach that node then.
     """
 
     trainable: Mapping[str, Weight]
     frozen: Mapping[str, str]
     biases: tuple[FollowingBias, ...]
+    copied: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,16 @@ def weights_of(plan: Plan, foreign: Collection[str] = ()) -> Weights:
         elif constant.value.is_floating_point() and constant.value.ndim > 1:
             frozen[initializer] = _why_none(*uses[name][0])
     biases = (bias for bias in _biases(plan) if {bias.initializer, bias.weight} <= trainable.keys())
-    return Weights(trainable, frozen, tuple(biases))
+    return Weights(trainable, frozen, tuple(biases), frozenset(_copied(plan)))
+
+
+def _copied(plan: Plan) -> Iterator[str]:
+    for node in plan.nodes:
+        made = {plan.constants[name].initializer for name in node.outputs if name in plan.constants}
+        for index, constant in node.constants.items():
+            name = constant.initializer
+            if name is not None and (index in node.folded or (made and name not in made)):
+                yield name
 
 
 def _why_none(node: Node, index: int) -> str:

@@ -18,7 +18,7 @@ from qdefense.converters.writeback import ChangedTensor, Scales, WriteBackError,
 from qdefense.fidelity import compare_logits
 
 from .shadow.quantized_files import CLASSES, SIZE, Array, every_file, model_of, pictures
-from .shadow.shadow_graphs import run_shadow, session_output
+from .shadow.shadow_graphs import graph_model, run_shadow, session_output
 
 KINDS = (
     "fp32",
@@ -396,3 +396,41 @@ def test_input_that_the_contract_fixes_is_no_weight(files: dict[str, bytes]) -> 
         shadow.parameters_by_initializer["offset"].add_(1)
     with pytest.raises(WriteBackError, match=r"'offset' was changed, .* or a constant of its contract; leave it"):
         write_back(data, shadow)
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_bound_of_a_clip_is_no_weight(is_trainable: bool) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Clip", ["h", "low", "high"], ["y"])]
+    constants = {"w": np.ones((3, 5), np.float32), "low": np.float32(0), "high": np.float32(6)}
+    shadow = build_shadow(
+        graph_model(nodes, np.ones((2, 3), np.float32), constants), source="shipped", trainable=is_trainable
+    )
+    assert list(shadow.parameters_by_initializer) == ["w"]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_change_that_reached_some_nodes_only_is_refused(quantized: bool) -> None:
+    """Tied weights: the transposed copy is computed when the shadow is built, unless it is trained."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Transpose", ["w"], ["t"]),
+        helper.make_node("MatMul", ["h", "t"], ["y"]),
+    ]
+    x, w = np.ones((2, 3), np.float32), np.arange(15, dtype=np.float32).reshape(3, 5)
+    constants: dict[str, Array] = {"w": w}
+    if quantized:
+        nodes = [helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"]), *nodes]
+        constants = {"codes": w.astype(np.int8), "scale": np.array(0.1, np.float32)}
+    proto = onnx.load_from_string(graph_model(nodes, x, constants))
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3]))
+    model, name = proto.SerializeToString(), "codes" if quantized else "w"
+    for is_trainable in (True, False):
+        shadow = build_shadow(model, source="shipped", trainable=is_trainable)
+        with torch.no_grad():
+            shadow.parameters_by_initializer[name].mul_(0.5)
+        if is_trainable:
+            written = write_back(model, shadow).data
+            np.testing.assert_allclose(run_shadow(shadow, x), session_output(written, x), rtol=1e-5)
+            continue
+        with pytest.raises(WriteBackError, match=f"'{name}' was changed, which another node reads in a form"):
+            write_back(model, shadow)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from qdefense.converters.shadow import ShadowError, build_shadow
+from qdefense.converters.shadow import ShadowError, UnsupportedOperatorError, build_shadow
 
 from .shadow_graphs import MICROSOFT, Array, graph_model
 
@@ -140,3 +140,8 @@ def test_corrupt_parameter_of_an_operator_on_codes_is_named(
     model = graph_model([node], (IMAGES * 255).astype(np.uint8), constants, output_type=2)
     version = 1 if domain else 21
     refuses(model, f"node 'n': operator '{op_type}' of domain '{domain or 'ai.onnx'}', opset {version}", reason)
+
+
+def test_axis_that_is_no_number_is_named() -> None:
+    with pytest.raises(UnsupportedOperatorError, match=r"operator 'DequantizeLinear' of .*: its inputs or attributes"):
+        build_shadow(weight_model(SIX, ZEROS, axis="channels"), source="shipped")

@@ -170,3 +170,11 @@ EMITTED = {
 @pytest.mark.parametrize("domain", EMITTED)
 def test_each_operator_that_the_optimizer_wrote_is_registered(domain: str) -> None:
     assert {name for each, name, _ in registered() if each == domain} >= EMITTED[domain]
+
+
+@pytest.mark.parametrize("operator", ["QLinearLeakyRelu", "QLinearSigmoid"])
+def test_codes_without_a_zero_point_have_the_type_of_the_input(operator: str) -> None:
+    node = helper.make_node(operator, ["x", "xs", "", "ys", ""], ["y"], domain=MICROSOFT)
+    x = codes(np.int8, 4, 8)
+    constants = scalars(xs=(0.031, np.float32), ys=(0.004, np.float32))
+    assert_same_codes(graph_model([node], x, constants, output_type=TYPES[np.int8]), x, operator="")

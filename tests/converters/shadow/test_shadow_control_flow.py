@@ -220,3 +220,28 @@ def test_node_whose_inputs_do_not_fit_is_named_when_it_is_built_and_when_it_runs
     wide = graph_model([helper.make_node("Add", ["x", "k"], ["y"], name="sum")], X, {"k": np.ones(7, np.float32)})
     with pytest.raises(ShadowError, match=f"{label}: it can't be computed .*; check the shape of the images"):
         shadow_output(wide, X)
+
+
+@pytest.mark.parametrize(("outputs", "value"), [([], 1.0), (["k"], "one")])
+def test_malformed_constant_node_is_named(outputs: list[str], value: float | str) -> None:
+    node = helper.make_node("Constant", [], outputs, name="k", value_float=value)
+    with pytest.raises(
+        UnsupportedOperatorError, match=r"node 'k': operator 'Constant' of .*: its inputs or attributes"
+    ):
+        build_shadow(graph_model([node, helper.make_node("Relu", ["x"], ["y"])], X, {}), source="shipped")
+
+
+def test_tensor_of_a_branch_takes_no_name_from_outside() -> None:
+    nodes = [
+        choice("c", scaled("a", 2), scaled("b", -3), "block"),
+        helper.make_node("Add", ["block", "block/factor"], ["y"]),
+    ]
+    model = graph_model(nodes, X, {"c": np.array(True), "block/factor": np.float32([7])})
+    np.testing.assert_array_equal(shadow_output(model, X), session_output(model, X))
+    nodes = [
+        *nodes[:1],
+        helper.make_node("Neg", ["x"], ["block/inner"]),
+        helper.make_node("Add", ["block", "block/inner"], ["y"]),
+    ]
+    model = graph_model(nodes, X, {"c": np.array(True)})
+    np.testing.assert_array_equal(shadow_output(model, X), session_output(model, X))

@@ -7,7 +7,17 @@ import pytest
 
 from qdefense.converters.shadow import UnsupportedOperatorError, build_shadow
 
-from .shadow_graphs import Array, assert_equals_runtime, assert_gradient_is_right, graph_model, helper, operator_model
+from .code_graphs import TYPES, codes
+from .shadow_graphs import (
+    Array,
+    assert_equals_runtime,
+    assert_gradient_is_right,
+    graph_model,
+    helper,
+    operator_model,
+    session_output,
+    shadow_output,
+)
 
 X = np.random.default_rng(0).normal(0, 1, (2, 3, 7, 6)).astype(np.float32)
 REGION = np.array([0, 0, 0.1, -0.2, 1, 1, 0.8, 1.1], dtype=np.float32)
@@ -121,3 +131,23 @@ def test_sizes_that_the_graph_computes_are_followed() -> None:
     ]
     factors = np.array([1, 1, 2, 3], dtype=np.int64)
     assert_equals_runtime(graph_model(nodes, X, {"factors": factors}), X)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8])
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_codes_between_codes_equal_runtime(coordinates: str, kind: type) -> None:
+    x = codes(kind, 2, 3, 7, 6)
+    for target in (*TARGETS.values(), scales(1, 1, 3, 3), scales(1, 1, 1.3, 0.9)):
+        constants = {"roi": None, "scales": target.get("scales"), "sizes": target.get("sizes")}
+        model = operator_model(
+            "Resize", x, constants, kind=TYPES[kind], mode="linear", coordinate_transformation_mode=coordinates
+        )
+        np.testing.assert_array_equal(shadow_output(model, x), session_output(model, x))
+
+
+@pytest.mark.parametrize("attributes", [{"mode": "cubic"}, {"mode": "linear", "antialias": 1}])
+def test_other_interpolation_of_codes_is_refused(attributes: dict[str, Any]) -> None:
+    x = codes(np.uint8, 2, 3, 7, 6)
+    model = operator_model("Resize", x, {"roi": None, **scales(1, 1, 2, 2)}, kind=TYPES[np.uint8], **attributes)
+    with pytest.raises(UnsupportedOperatorError, match="it interpolates integers, which is covered for 8 bits"):
+        build_shadow(model, source="shipped")

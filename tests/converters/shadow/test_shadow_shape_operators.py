@@ -21,6 +21,7 @@ MOVES: dict[str, Case] = {
     "reshape": ("Reshape", {"s": whole(0, -1, 3)}, {}),
     "transpose": ("Transpose", {}, {"perm": [0, 2, 3, 1]}),
     "transpose all": ("Transpose", {}, {}),
+    "squeeze nothing in particular": ("Squeeze", {"a": whole()}, {}),
     "unsqueeze": ("Unsqueeze", {"a": whole(-1, 1)}, {}),
     "expand": ("Expand", {"s": whole(3, 2, 1, 4, 1)}, {}),
     "tile": ("Tile", {"r": whole(1, 2, 1, 3)}, {}),
@@ -35,7 +36,7 @@ MOVES: dict[str, Case] = {
 @pytest.mark.parametrize("name", MOVES)
 def test_move_equals_runtime_and_has_its_gradient(name: str) -> None:
     op_type, constants, attributes = MOVES[name]
-    x = X[:, :, :1] if name == "expand" else X
+    x = X[:, :, :1] if name.startswith(("expand", "squeeze")) else X
     model = operator_model(op_type, x, constants, **attributes)
     assert_equals_runtime(model, x)
     assert_gradient_is_right(model, x)
