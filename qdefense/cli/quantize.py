@@ -85,6 +85,8 @@ def command(
 
     Exit code 1 means that the result lost too much clean accuracy and was not written.
     """
+    if settings.calibrated and calibration is None:
+        raise DataError(f"{settings.scheme} needs calibration images; name a few hundred clean ones with --calibration")
     target = _target(output, model, settings)
     stated = stated_contract(model, said)
     artifact = Artifact.read(model, stated)

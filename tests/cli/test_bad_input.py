@@ -1383,7 +1383,7 @@ case(
 case(
     "quantize: int4-a8 wants images",
     2,
-    "int4-a8 needs calibration images; pass a few hundred clean ones",
+    "int4-a8 needs calibration images; name a few hundred clean ones with --calibration",
     quantizing("--scheme", "int4-a8"),
 )
 case(

@@ -201,7 +201,10 @@ def test_quantize_writes_a_dynamic_file(toy: Toy, tmp_path: Path, capfd: Capture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scheme", "int8-static"], "error: int8-static needs calibration images; pass a few hundred clean ones\n"),
+        (
+            ["--scheme", "int8-static"],
+            "error: int8-static needs calibration images; name a few hundred clean ones with --calibration\n",
+        ),
         (
             ["--scheme", "int8-static", "--calibration", "{data}", "--split", "train"],
             "error: npz toy.npz: no split 'train'; it has no splits, leave the split out\n",
