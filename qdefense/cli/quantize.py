@@ -123,6 +123,8 @@ def _target(output: str, model: Path, settings: Settings) -> Path:
     elif output.endswith(os.sep):
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), output)
     check_writable(place)
+    if place.exists() and model.exists() and place.samefile(model):
+        raise DataError(f"{place} is the model itself, which the result would replace; write to another file")
     return place
 
 

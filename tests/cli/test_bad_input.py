@@ -1393,6 +1393,16 @@ case(
     quantizing("--scheme", "int4", target="no/"),
 )
 case(
+    "quantize: over the model",
+    2,
+    "m.onnx is the model itself, which the result would replace; write to another file",
+    lambda given: [
+        "quantize",
+        given.file("m.onnx", given.toy.clean.read_bytes()),
+        *("--scheme", "int4", "-o", "./m.onnx"),
+    ],
+)
+case(
     "quantize: a drop without images",
     2,
     "the accuracy drop cannot be measured: it needs labelled images; give them with --calibration",
