@@ -25,7 +25,7 @@ _COMMANDS = {
     "defenses": "The defenses of `audit`, with their settings.",
     "demo": "A clean and a backdoored network, each as three files, audited before your eyes.",
     "doctor": "What this installation and machine can do.",
-    "inspect": "What is in an ONNX file, read without running it.",
+    "inspect": "What is in an ONNX file, and what ONNX Runtime makes of it.",
     "quantize": "FP32 ONNX to an INT8 or INT4 file.",
     "schema": "Print the JSON schema of the report.",
     "shadow": "The fidelity certificate of a file's differentiable twin.",

@@ -80,8 +80,8 @@ def _summary(subject: Subject, contract: InputContract, inspection: Inspection) 
 
 def _layers(inspection: Inspection, run: RuntimeFacts | None) -> Table:
     table = plain_table(
-        *("layer", "operator", "weights", "acts", "runs in", "MACs", "params", "can saturate"),
-        left=("layer", "operator", "weights", "acts", "runs in", "can saturate"),
+        *("layer", "operator", "weights", "acts", "runs in", "MACs", "params", "saturates"),
+        left=("layer", "operator", "weights", "acts", "runs in", "saturates"),
         fold="layer",
     )
     runs = [None] * len(inspection.layers) if run is None else run.layers
@@ -94,7 +94,7 @@ def _layers(inspection: Inspection, run: RuntimeFacts | None) -> Table:
             _arithmetic(ran),
             "unknown" if layer.macs is None else _short(layer.macs),
             _short(layer.weights),
-            "yes, here" if ran is not None and ran.saturates else "yes" if layer.can_saturate else "no",
+            "here" if ran is not None and ran.saturates else "can" if layer.can_saturate else "no",
         )
     return table
 

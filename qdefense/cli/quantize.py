@@ -85,6 +85,8 @@ def command(
 
     Exit code 1 means that the result lost too much clean accuracy and was not written.
     """
+    if settings.calibrated and calibration is None:
+        raise DataError(f"{settings.scheme} needs calibration images; name a few hundred clean ones with --calibration")
     target = _target(output, model, settings)
     stated = stated_contract(model, said)
     artifact = Artifact.read(model, stated)
@@ -121,6 +123,8 @@ def _target(output: str, model: Path, settings: Settings) -> Path:
     elif output.endswith(os.sep):
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), output)
     check_writable(place)
+    if place.exists() and model.exists() and place.samefile(model):
+        raise DataError(f"{place} is the model itself, which the result would replace; write to another file")
     return place
 
 

@@ -95,7 +95,7 @@ def render(report: Report) -> str:
         inspection_rows=[]
         if report.subject.inspection is None
         else inspection_rows(report.subject.inspection, report.subject.runtime_facts),
-        environment_rows=environment_rows(report.environment, report.subject.inspection),
+        environment_rows=environment_rows(report.environment, report.subject.inspection, report.subject.runtime_facts),
         command=_command(report),
         marks={"top1": MIN_TOP1_AGREEMENT, "rms": MAX_RELATIVE_RMS, "gradients": MIN_GRADIENT_ROWS},
         most_rows=_ROWS,

@@ -83,7 +83,7 @@ def _facts(subject: Subject, environment: Environment) -> Table:
         )
         for entry in subject.candidates[:_CANDIDATES_SHOWN]
     ]
-    return fact_grid([*rows, *environment_rows(environment, subject.inspection)])
+    return fact_grid([*rows, *environment_rows(environment, subject.inspection, subject.runtime_facts)])
 
 
 def contract_rows(contract: InputContract) -> list[tuple[str, str]]:
@@ -142,9 +142,15 @@ def _share(value: float | None) -> str:
 
 
 def _scheme(found: Inspection) -> str:
+    """The granularity is the finest of any layer: where others are coarser, in how many of them it is found."""
+    if not found.granularity:
+        return found.scheme
+    weighted = [layer for layer in found.layers if layer.weights]
+    count = sum(layer.granularity == found.granularity for layer in weighted)
     blocks = sorted({layer.block_size for layer in found.layers if layer.block_size is not None})
     sizes = f" of {', '.join(map(str, blocks))}" if blocks else ""
-    return f"{found.scheme}, {found.granularity}{sizes}" if found.granularity else found.scheme
+    share = f" in {count} of {_layers(len(weighted))}" if count < len(weighted) else ""
+    return f"{found.scheme}, {found.granularity}{sizes}{share}"
 
 
 def optimization_rows(found: Inspection, run: RuntimeFacts) -> list[tuple[str, str]]:
@@ -195,7 +201,9 @@ def _first(names: Sequence[str], none: str = "no node") -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
-def environment_rows(environment: Environment, inspection: Inspection | None) -> list[tuple[str, str]]:
+def environment_rows(
+    environment: Environment, inspection: Inspection | None, run: RuntimeFacts | None = None
+) -> list[tuple[str, str]]:
     """Runtime, session and CPU, as a person reads them."""
     runtime = environment.runtime
     rows = [("runtime", f"onnxruntime {runtime.onnxruntime}, {runtime.machine} {' '.join(runtime.isa)}")]
@@ -209,7 +217,7 @@ def environment_rows(environment: Environment, inspection: Inspection | None) ->
             )
         )
         rows.append(("this CPU", _saturation(environment.saturating_operators, profile)))
-        rows += _int4_products(profile, inspection)
+        rows += _int4_products(profile, inspection, run)
     if environment.memory_limited is False:
         rows.append(("memory", "the file ran without a memory limit, which only Linux has"))
     return rows
@@ -222,7 +230,12 @@ def _saturation(operators: Sequence[str], profile: SessionProfile) -> str:
     return f"saturates in int16: {', '.join(operators)}{spared}"
 
 
-def _int4_products(profile: SessionProfile, inspection: Inspection | None) -> list[tuple[str, str]]:
+def _int4_products(
+    profile: SessionProfile, inspection: Inspection | None, run: RuntimeFacts | None
+) -> list[tuple[str, str]]:
+    """What was seen to run; where that is not known, what the session would do with such products."""
+    if inspection is not None and run is not None:
+        return _packed_rows(inspection, run)
     if inspection is None or _INT4.isdisjoint(inspection.weight_types):
         return []
     level = profile.matmulnbits_accuracy_level

@@ -1383,7 +1383,7 @@ case(
 case(
     "quantize: int4-a8 wants images",
     2,
-    "int4-a8 needs calibration images; pass a few hundred clean ones",
+    "int4-a8 needs calibration images; name a few hundred clean ones with --calibration",
     quantizing("--scheme", "int4-a8"),
 )
 case(
@@ -1391,6 +1391,16 @@ case(
     2,
     "no/: No such file or directory; check the path and its permissions",
     quantizing("--scheme", "int4", target="no/"),
+)
+case(
+    "quantize: over the model",
+    2,
+    "m.onnx is the model itself, which the result would replace; write to another file",
+    lambda given: [
+        "quantize",
+        given.file("m.onnx", given.toy.clean.read_bytes()),
+        *("--scheme", "int4", "-o", "./m.onnx"),
+    ],
 )
 case(
     "quantize: a drop without images",

@@ -93,7 +93,7 @@ def test_inspect_shows_contract_precision_and_layers(toy: Toy, capfd: Capture) -
         "nodes shipped   5",
         "level basic     5 nodes: nothing changes",
         "level extended  4 nodes: -1 Conv, -1 Relu, +1 FusedConv",
-        "layer  operator  weights  acts     runs in   MACs  params  can saturate",
+        "layer  operator  weights  acts     runs in   MACs  params  saturates",
         "conv   Conv      float32  float32  float    41.5k     162  no",
     ):
         assert part in text
@@ -127,7 +127,7 @@ def test_inspect_folds_only_the_layers_name_when_it_is_long(
     text = ran(capfd, "inspect", renamed(toy, tmp_path / "long.onnx", conv=name))
     lines = text.splitlines()
     head = next(place for place, line in enumerate(lines) if line.startswith("layer "))
-    heads = ["operator", "weights", "acts", "runs", "in", "MACs", "params", "can", "saturate"]
+    heads = ["operator", "weights", "acts", "runs", "in", "MACs", "params", "saturates"]
     assert lines[head].split()[1:] == heads
     assert lines[head + 1].split()[1:] == ["Conv", "float32", "float32", "float", "41.5k", "162", "no"]
     assert name in "".join(line.split(" ")[0] for line in lines[head + 1 :])
@@ -201,7 +201,10 @@ def test_quantize_writes_a_dynamic_file(toy: Toy, tmp_path: Path, capfd: Capture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scheme", "int8-static"], "error: int8-static needs calibration images; pass a few hundred clean ones\n"),
+        (
+            ["--scheme", "int8-static"],
+            "error: int8-static needs calibration images; name a few hundred clean ones with --calibration\n",
+        ),
         (
             ["--scheme", "int8-static", "--calibration", "{data}", "--split", "train"],
             "error: npz toy.npz: no split 'train'; it has no splits, leave the split out\n",

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from qdefense.converters.exact_products import UnsupportedArithmeticError, exact_model
 
@@ -165,4 +165,35 @@ def test_exact_model_takes_products_that_share_a_zero_point() -> None:
     names = [tensor.name for tensor in onnx.load_from_string(exact.data).graph.initializer]
     assert sorted(names) == ["v/u8", "w/u8", "zero/u8"]
     expected = x.astype(np.int64) @ (w.astype(np.int64) + v - 10)
+    np.testing.assert_array_equal(run(exact.data, x), expected)
+
+
+def test_exact_model_keeps_a_zero_point_of_the_name_of_its_own_apart() -> None:
+    nodes = [
+        helper.make_node("MatMulInteger", ["x", "w", "", "zero_point"], ["first"], name="one"),
+        helper.make_node("MatMulInteger", ["x", "w"], ["second"], name="two"),
+        helper.make_node("Add", ["first", "second"], ["y"]),
+    ]
+    w, x = codes((K, N), "int8"), codes((ROWS, K), "uint8")
+    exact = exact_model(model(nodes, {"w": w, "zero_point": np.asarray(np.int8(3))}))
+    expected = x.astype(np.int64) @ (2 * w.astype(np.int64) - 3)
+    np.testing.assert_array_equal(run(exact.data, x), expected)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_exact_model_keeps_constants_of_one_name_in_two_branches_apart(taken: bool) -> None:
+    weights = {"then": codes((K, N), "int8"), "else": codes((K, N), "int8", seed=1)}
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("MatMulInteger", ["x", "w"], [name], name=name)],
+            name,
+            [],
+            [helper.make_tensor_value_info(name, TensorProto.INT32, None)],
+            [numpy_helper.from_array(w, "w")],
+        )
+        for name, w in weights.items()
+    }
+    node = helper.make_node("If", ["taken"], ["y"], **branches)
+    exact, x = exact_model(model([node], {"taken": np.asarray(taken)})), codes((ROWS, K), "uint8")
+    expected = x.astype(np.int64) @ weights["then" if taken else "else"].astype(np.int64)
     np.testing.assert_array_equal(run(exact.data, x), expected)

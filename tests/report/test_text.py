@@ -12,6 +12,7 @@ from qdefense.arithmetic import ArithmeticAgreement
 from qdefense.cli.options import output_console
 from qdefense.converters.contract import InputContract
 from qdefense.converters.inspection import Inspection
+from qdefense.converters.precision import Granularity, file_granularity
 from qdefense.findings import Threshold
 from qdefense.report.escaping import harmless, harmless_lines, internal_error, shortened
 from qdefense.report.model import Accuracy, Environment, Report
@@ -22,6 +23,7 @@ from qdefense.report.text import (
     contract_rows,
     describe_threshold,
     environment_rows,
+    inspection_rows,
     print_report,
 )
 
@@ -354,6 +356,28 @@ def test_print_report_shows_how_the_data_were_read_and_what_was_noticed() -> Non
     assert found["clean accuracy"].endswith("90.00%, stated by the user, not measured")
 
 
+@pytest.mark.parametrize(
+    ("granularities", "expected"),
+    [
+        (("per-channel", "per-channel"), "int8-static, per-channel"),
+        (("per-tensor", "per-channel"), "int8-static, per-channel in 1 of 2 layers"),
+        (("per-channel", "per-block"), "int8-static, per-block of 16 in 1 of 2 layers"),
+        ((None, None), "int8-static"),
+    ],
+)
+def test_inspection_rows_say_in_how_many_layers_scales_are_as_fine(
+    granularities: tuple[Granularity | None, ...], expected: str
+) -> None:
+    inspection = Report.model_validate(golden("failed")).subject.inspection
+    assert inspection is not None
+    layers = [
+        layer.model_copy(update={"granularity": name, "block_size": 16 if name == "per-block" else None})
+        for layer, name in zip(inspection.layers, granularities, strict=True)
+    ]
+    changes = {"scheme": "int8-static", "layers": tuple(layers), "granularity": file_granularity(layers)}
+    assert ("scheme", expected) in inspection_rows(inspection.model_copy(update=changes))
+
+
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +413,33 @@ def test_environment_rows_state_the_accuracy_level_of_int4_products(level: int) 
         f"INT4 products: accuracy level {level}; ONNX Runtime's own is 4 (INT8 activations), so deploy with "
         f"session.qdq_matmulnbits_accuracy_level={level}"
     ) in text
+
+
+@pytest.mark.parametrize(
+    ("shipped", "level", "expected"),
+    [
+        (False, None, ""),
+        (True, 4, "INT4 products: 1 layer at accuracy level 4 (INT8 activations); the file says so"),
+        (
+            False,
+            1,
+            "INT4 products: 1 layer at accuracy level 1 (float32); ONNX Runtime's own is 4 (INT8 activations), so "
+            "deploy with session.qdq_matmulnbits_accuracy_level=1",
+        ),
+    ],
+)
+def test_environment_rows_state_the_level_of_the_products_that_run(
+    shipped: bool, level: int | None, expected: str
+) -> None:
+    body = json.loads((GOLDEN / "1.2-failed.json").read_bytes())
+    inspected, facts = body["subject"]["inspection"], body["subject"]["runtime_facts"]
+    inspected["weight_types"] = ["int4"]
+    inspected["layers"][0]["operator"] = "MatMulNBits" if shipped else "MatMul"
+    facts["layers"][0]["accuracy_level"] = level
+    report = Report.model_validate(body)
+    subject = report.subject
+    rows = environment_rows(report.environment, subject.inspection, subject.runtime_facts)
+    assert [": ".join(row) for row in rows if row[0] == "INT4 products"] == [expected] * bool(expected)
 
 
 def test_certificate_table_says_whether_the_arithmetics_agree() -> None:
