@@ -16,7 +16,7 @@ from qdefense.evidence import Evidence, gather_evidence, no_progress
 from qdefense.session import DeployedSession, profile_for
 
 CLASSES = 6
-UNKNOWN = "Hardmax"
+UNKNOWN = "RandomUniformLike"
 
 
 def _session(data: bytes) -> DeployedSession:
@@ -98,7 +98,7 @@ def test_unsupported_operator_error_carries_the_node() -> None:
 def test_gather_evidence_gives_the_reason_when_no_shadow_can_be_built(
     noise: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_data: bytes, *, source: str, contract: object) -> None:
+    def refuse(_data: bytes, *, source: str, **_: object) -> None:
         raise ShadowError(f"no {source} shadow of this")
 
     monkeypatch.setattr("qdefense.converters.shadow.build_shadow", refuse)

@@ -115,7 +115,7 @@ def _try_free_batch(shadow: Shadow, contract: InputContract) -> None:
         answers = shadow(torch.zeros(rows, 3, contract.height, contract.width))
     except (RuntimeError, ValueError, IndexError) as error:
         answers = None
-        why = f": {str(error).splitlines()[0][:160]}"
+        why = f": {str(error).splitlines()[0][:400]}"
     else:
         why = ""
     if answers is None or answers.shape != (rows, contract.classes):

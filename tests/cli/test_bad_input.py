@@ -730,10 +730,10 @@ case(
 case(
     "the shadow lacks an operator",
     3,
-    "neural-cleanse: NOT_MEASURED: the shadow is not certified: node 'last 0': operator 'Erf' of domain 'ai.onnx', "
-    "opset 21: no function is registered for it; register it with qdefense.converters.shadow.operator, or export "
-    "the model without it",
-    scanned(ending_in("Erf")),
+    "neural-cleanse: NOT_MEASURED: the shadow is not certified: node 'last 0': operator 'RandomUniformLike' of domain "
+    "'ai.onnx', opset 21: no function is registered for it; register it with qdefense.converters.shadow.operator, or "
+    "export the model without it",
+    scanned(ending_in("RandomUniformLike")),
 )
 case(
     "the opset is too new",

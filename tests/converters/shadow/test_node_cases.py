@@ -119,7 +119,7 @@ def test_operator_without_a_function_is_unregistered(relu: NodeCase) -> None:
 
 
 def test_input_that_must_be_constant_is_excused_where_another_variant_agrees() -> None:
-    outcome = judge(load_cases("Conv")["test_basic_conv_with_padding"])
+    outcome = judge(load_cases("QLinearConv")["test_qlinearconv"])
     assert outcome == Outcome("agrees", variants=("weights", "folded"))
 
 
@@ -141,7 +141,7 @@ def test_earlier_version_with_another_meaning_is_found(monkeypatch: pytest.Monke
 
 def test_operator_that_onnx_changed_since_it_was_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "VERIFIED", {"": 19, "com.microsoft": 1})
-    outcome = judge(load_cases("Conv")["test_basic_conv_with_padding"])
+    outcome = judge(load_cases("QLinearConv")["test_qlinearconv"])
     assert outcome.verdict == "refused"
     assert "opset 22: ONNX changed it in version 22, and its function was held against versions up to 19" in (
         outcome.reason
