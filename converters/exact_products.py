@@ -71,7 +71,7 @@ def exact_model(model: bytes) -> ExactModel:
     if not rewriting.rewritten:
         return ExactModel(model, ())
     proto.graph.initializer.extend(rewriting.constants.values())
-    _drop_replaced(proto.graph, set(rewriting.constants))
+    _drop_replaced(proto.graph, {name for name, _ in rewriting.constants})
     return ExactModel(proto.SerializeToString(), tuple(rewriting.rewritten))
 
 
@@ -83,7 +83,7 @@ class _Rewriting:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.rewritten: list[str] = []
-        self.constants: dict[str, TensorProto] = {}
+        self.constants: dict[tuple[str, bytes], TensorProto] = {}
         self._types = _element_types(model)
         self._taken = {name for graph in every_graph(model.graph) for name in _names(graph)}
 
@@ -131,9 +131,11 @@ class _Rewriting:
         return added
 
     def _constant(self, name: str, value: NDArray[np.generic]) -> str:
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(value, self._fresh(name))
-        return self.constants[name].name
+        # branches may hold other values under the same name
+        key = name, value.tobytes()
+        if key not in self.constants:
+            self.constants[key] = numpy_helper.from_array(value, self._fresh(name))
+        return self.constants[key].name
 
     def _shift(self, name: str) -> list[onnx.NodeProto]:
         offset = self._constant("offset", np.array(_OFFSET, dtype=np.int32))

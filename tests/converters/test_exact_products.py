@@ -166,3 +166,30 @@ def test_exact_model_takes_products_that_share_a_zero_point() -> None:
     assert sorted(names) == ["v/u8", "w/u8", "zero/u8"]
     expected = x.astype(np.int64) @ (w.astype(np.int64) + v - 10)
     np.testing.assert_array_equal(run(exact.data, x), expected)
+
+
+def test_constants_of_one_name_keep_their_values() -> None:
+    """Branches may each have a tensor of one name, and a file may have one named as the constants made here."""
+    left, right = codes((K, N), "int8", seed=1, bits=7), codes((K, N), "int8", seed=2, bits=7)
+
+    def branch(weights: NDArray[Any], output: str) -> onnx.GraphProto:
+        return helper.make_graph(
+            [helper.make_node("MatMulInteger", ["x", "w"], [output])],
+            output,
+            [],
+            [helper.make_tensor_value_info(output, TensorProto.INT32, None)],
+            [onnx.numpy_helper.from_array(weights, "w")],
+        )
+
+    nodes = [
+        helper.make_node("If", ["c"], ["a"], then_branch=branch(left, "t"), else_branch=branch(right, "e")),
+        helper.make_node("MatMulInteger", ["x", "v", "", "zero_point"], ["b"]),
+        helper.make_node("MatMulInteger", ["x", "v"], ["d"]),
+        helper.make_node("Sum", ["fa", "fb", "fd"], ["y"]),
+    ]
+    nodes[3:3] = [helper.make_node("Cast", [name], [f"f{name}"], to=TensorProto.FLOAT) for name in "abd"]
+    x = codes((ROWS, K), "uint8", seed=3, bits=7)
+    for condition in (True, False):
+        constants = {"c": np.array(condition), "v": right, "zero_point": np.array(5, np.int8)}
+        data = model(nodes, constants, output=TensorProto.FLOAT)
+        np.testing.assert_array_equal(run(exact_model(data).data, x), run(data, x))
