@@ -16,7 +16,7 @@ from onnxruntime import quantization
 from qdefense.converters.precision import QUANTIZED_OPERATORS
 from qdefense.converters.quantize.settings import QuantizationError
 from qdefense.converters.reading import FileRefusedError, every_graph, parse_model, safe_text
-from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
+from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model, runtime_reason
 
 METADATA_KEY = "qdefense.quantization"
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -70,14 +70,15 @@ def convert(proto: onnx.ModelProto, run: Callable[[Path, Path], None], record: d
     The result keeps the model's metadata and holds the record under ``qdefense.quantization``.
 
     Raises:
-        QuantizationError: the result is no valid file, or ONNX Runtime does not load it.
+        QuantizationError: ONNX Runtime's quantizer fails, the result is no valid file, or the runtime does not load it.
     """
     with tempfile.TemporaryDirectory(prefix="qdefense-") as folder, _quiet():
         source, prepared, target = (Path(folder, name) for name in ("source.onnx", "prepared.onnx", "quantized.onnx"))
         source.write_bytes(proto.SerializeToString())
-        quantization.quant_pre_process(source, prepared, skip_symbolic_shape=_types_are_known(proto))
-        run(prepared, target)
-        result = onnx.load(target)
+        with _failure_told():
+            quantization.quant_pre_process(source, prepared, skip_symbolic_shape=_types_are_known(proto))
+            run(prepared, target)
+            result = onnx.load(target)
     _strip(result)
     _keep_used_opsets(result)
     metadata = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in _RUNTIME_KEYS}
@@ -85,6 +86,21 @@ def convert(proto: onnx.ModelProto, run: Callable[[Path, Path], None], record: d
     metadata[METADATA_KEY] = json.dumps(whole, sort_keys=True, separators=(",", ":"))
     onnx.helper.set_model_props(result, dict(sorted(metadata.items())))
     return _checked(bytes(result.SerializeToString(deterministic=True)))
+
+
+@contextmanager
+def _failure_told() -> Iterator[None]:
+    """ONNX Runtime's quantizer asserts, and raises bare exceptions, where numbers or shapes are none it can use."""
+    try:
+        yield
+    except (QuantizationError, FileRefusedError, MemoryError):
+        raise
+    except Exception as error:
+        reason = safe_text(f"{type(error).__name__}: {runtime_reason(error)}")
+        raise QuantizationError(
+            f"ONNX Runtime's quantizer fails ({reason}); check that the weights, and what they make of the "
+            "calibration images, are finite numbers, or choose another scheme"
+        ) from error
 
 
 def _checked(quantized: bytes) -> bytes:

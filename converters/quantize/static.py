@@ -101,7 +101,7 @@ def run_static(
             target,
             images,
             quant_format=_FORMATS[settings.format or "qdq"],
-            op_types_to_quantize=list(STATIC_OPERATORS),
+            op_types_to_quantize=_operators(source, settings),
             per_channel=settings.per_channel,
             reduce_range=settings.reduce_range,
             activation_type=_TYPES[(settings.types or "u8")[0]],
@@ -110,6 +110,18 @@ def run_static(
             calibration_providers=["CPUExecutionProvider"],
             extra_options=calibrating | dict(options),
         )
+
+
+def _operators(source: Path, settings: Settings) -> list[str]:
+    """What is quantized: in the operator format no Resize of a mode that ONNX Runtime has for floats only."""
+    float_only = settings.format == "qoperator" and any(map(_needs_floats, onnx.load(source).graph.node))
+    return [name for name in STATIC_OPERATORS if not (float_only and name == "Resize")]
+
+
+def _needs_floats(node: onnx.NodeProto) -> bool:
+    said = {attribute.name: attribute for attribute in node.attribute}
+    cubic, smooth = "mode" in said and said["mode"].s == b"cubic", "antialias" in said and said["antialias"].i != 0
+    return node.op_type == "Resize" and (cubic or smooth)
 
 
 def _check_opset(proto: onnx.ModelProto, settings: Settings) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from qdefense.converters.inspection import inspect_model
 from qdefense.converters.quantize import QuantizationError, preparing, quantize
@@ -122,3 +124,23 @@ def test_quantize_static_refuses_when_input_is_not_float32() -> None:
     model.graph.node[1].input[0] = "float"
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
     refused("input 'image' is not float32; export", model)
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic"])
+def test_failing_quantizer_is_told_in_one_line(scheme: Any) -> None:
+    model = small_net()
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "w1")
+    weight.CopyFrom(numpy_helper.from_array(np.full((4, 3, 3, 3), np.nan, np.float32), "w1"))
+    refused(r"ONNX Runtime's quantizer fails \(.*\); check that the weights", model, scheme)
+
+
+def test_failing_shape_inference_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where ONNX Runtime leaves what it has of the model
+    model = small_net()
+    model.graph.node[3].CopyFrom(
+        helper.make_node(
+            "FusedConv", ["conv1", "w2"], ["relu1"], domain="com.microsoft", activation="Relu", pads=[1] * 4
+        )
+    )
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    refused(r"ONNX Runtime's quantizer fails \(Exception: Incomplete symbolic shape inference\)", model)

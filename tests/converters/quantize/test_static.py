@@ -174,3 +174,19 @@ def test_quantize_static_leaves_its_files_nowhere(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     quantize(NET, "int8-static", calibration=images(), format="qoperator", types="u8u8")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("attributes", "on_codes"), [({"mode": "linear"}, True), ({"mode": "cubic"}, False)])
+def test_resize_runs_in_the_operator_format(attributes: dict[str, Any], on_codes: bool) -> None:
+    """ONNX Runtime has the cubic mode for floats only, and finds that out when the file runs."""
+    model = small_net()
+    sizes = onnx.numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")
+    model.graph.initializer.append(sizes)
+    model.graph.node[6].output[0] = "small"
+    model.graph.node.insert(7, onnx.helper.make_node("Resize", ["small", "", "scales"], ["relu2"], **attributes))
+    file = quantize(model.SerializeToString(), "int8-static", calibration=images(), format="qoperator")
+    nodes = onnx.load_from_string(file).graph.node
+    producers = {name: node.op_type for node in nodes for name in node.output}
+    (resize,) = (node for node in nodes if node.op_type == "Resize")
+    assert (producers[resize.input[0]] != "DequantizeLinear") == on_codes
+    assert np.isfinite(logits(file, images())).all()
