@@ -214,11 +214,14 @@ def _inferred(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, int]:
 
 
 def _drop_replaced(graph: onnx.GraphProto, replaced: set[str]) -> None:
-    """Remove the s8 constants that nothing reads any more."""
+    """Remove the s8 constants that nothing reads any more; one that is an input's default would leave it required."""
     graphs = list(every_graph(graph))
     used = {name for body in graphs for node in body.node for name in node.input}
     used |= {value.name for body in graphs for value in body.output}
     for body in graphs:
         dropped = [tensor for tensor in body.initializer if tensor.name in replaced - used]
+        names = {tensor.name for tensor in dropped}
         for tensor in dropped:
             body.initializer.remove(tensor)
+        for value in [value for value in body.input if value.name in names]:
+            body.input.remove(value)

@@ -79,9 +79,15 @@ class OtherArithmetic:
 
     def compare(self, x: Pixels, logits: Logits) -> None:
         """Run ``x: (N, 3, H, W)`` in the other arithmetic, beside the session's own ``logits`` of it."""
-        if self._session is not None:
-            self._session_rows.append(logits)
+        if self._session is None:
+            return
+        try:
             self._other_rows.append(self._session.logits(x))
+        except SessionError as error:
+            # What is judged is the session's own arithmetic; the other one is a remark.
+            self._session, self._not_run = None, str(error)
+            return
+        self._session_rows.append(logits)
 
     @property
     def agreement(self) -> ArithmeticAgreement | None:

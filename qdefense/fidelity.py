@@ -90,7 +90,8 @@ class FidelityCertificate(_Record):
     gradients: GradientCheck | None = None
     cause: MismatchCause | None = None
     arithmetic: ArithmeticAgreement | None = Field(
-        default=None, description="as-run against exact arithmetic on the same images; null for a float file"
+        default=None,
+        description="as-run against exact arithmetic on the same images; null for float files and where nothing ran",
     )
 
 

@@ -13,7 +13,7 @@ from qdefense.arithmetic import ArithmeticAgreement, OtherArithmetic
 from qdefense.artifact import Artifact
 from qdefense.converters.exact_products import UnsupportedArithmeticError
 from qdefense.data.images import Pixels
-from qdefense.session import DeployedSession, SessionProfile, profile_for
+from qdefense.session import DeployedSession, SessionError, SessionProfile, profile_for
 
 WIDTH, CLASSES = 48, 5
 
@@ -186,6 +186,25 @@ def test_agreement_has_no_largest_difference_when_a_logit_is_not_finite(bright: 
     assert found is not None
     assert found.max_abs_logit_diff is None
     assert "largest logit difference not finite" in found.summary
+
+
+def test_agreement_says_why_when_the_other_arithmetic_answers_no_more(
+    bright: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = _deployed(_white_is_worst())
+    other, logits = OtherArithmetic(session), session.logits(bright)
+    other.compare(bright, logits)
+
+    def fail(*_: object) -> None:
+        raise SessionError("refused")
+
+    monkeypatch.setattr(DeployedSession, "logits", fail)
+    other.compare(bright, logits)
+    other.compare(bright, logits)
+    found = other.agreement
+    assert found == ArithmeticAgreement(used="as-run", mixed_products=1, not_run="refused")
+    assert not found.bit_exact
+    assert found.summary == "only as-run arithmetic was run: refused"
 
 
 def test_agreement_costs_nothing_when_no_product_is_mixed(bright: Pixels) -> None:

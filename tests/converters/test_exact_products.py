@@ -197,3 +197,11 @@ def test_exact_model_keeps_constants_of_one_name_in_two_branches_apart(taken: bo
     exact, x = exact_model(model([node], {"taken": np.asarray(taken)})), codes((ROWS, K), "uint8")
     expected = x.astype(np.int64) @ weights["then" if taken else "else"].astype(np.int64)
     np.testing.assert_array_equal(run(exact.data, x), expected)
+
+
+def test_exact_model_asks_for_no_weights_whose_initializers_are_inputs_too() -> None:
+    data, x = product("MatMulInteger", bits=7)
+    proto = onnx.load_from_string(data)
+    for tensor in proto.graph.initializer:
+        proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    np.testing.assert_array_equal(run(_rewritten(proto.SerializeToString()), x), run(data, x))
