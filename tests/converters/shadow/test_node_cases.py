@@ -141,7 +141,7 @@ def test_earlier_version_with_another_meaning_is_found(monkeypatch: pytest.Monke
 
 def test_operator_that_onnx_changed_since_it_was_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "VERIFIED", {"": 19, "com.microsoft": 1})
-    outcome = judge(load_cases("QLinearConv")["test_qlinearconv"])
+    outcome = judge(load_cases("Conv")["test_basic_conv_with_padding"])
     assert outcome.verdict == "refused"
     assert "opset 22: ONNX changed it in version 22, and its function was held against versions up to 19" in (
         outcome.reason
