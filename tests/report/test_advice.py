@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from qdefense.defenses import DEFENSES
-from qdefense.defenses.scans.neural_cleanse import MIN_SKILL, NeuralCleanse
+from qdefense.defenses.scans.neural_cleanse import NeuralCleanse
 from qdefense.fidelity import GradientCheck, MismatchCause, uncertified
 from qdefense.findings import Finding, Verdict
+from qdefense.rates import MIN_SKILL
 from qdefense.report import advice
 from qdefense.report.model import Accuracy, Report
 
@@ -45,11 +46,16 @@ def test_advice_knows_the_limits_of_every_scan() -> None:
     assert scans <= advice.known_limits()
 
 
-def test_poor_skill_is_the_mark_of_neural_cleanse() -> None:
-    assert advice.MIN_SKILL == MIN_SKILL
-
-
 # --- what to do next --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("off", "told"), [(-1e-6, True), (1e-6, False)])
+def test_next_steps_call_accuracy_near_chance_below_the_mark_that_scans_go_by(off: float, told: bool) -> None:
+    data = open_scan().subject.data
+    assert data is not None
+    chance = 1 / data.classes
+    accuracy = Accuracy(value=chance + MIN_SKILL * (1 - chance) + off, images=100, source="measured")
+    assert ("hardly better than chance" in steps(with_subject(open_scan(), clean_accuracy=accuracy))) is told
 
 
 def test_next_steps_name_the_suspects_and_more_work_when_failed() -> None:
