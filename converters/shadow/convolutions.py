@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qdefense.converters.shadow.registry import Kernel, Node, operator
+from qdefense.converters.shadow.registry import Kernel, Mode, Node, operator
+from qdefense.converters.shadow.summation_order import convolve_in_order
 from qdefense.converters.shadow.windows import Padding, Window, window
 
 _MOST_AXES = 3
@@ -41,13 +42,17 @@ def convolution(node: Node, finish: Callable[[Tensor, Tensor | None], Tensor]) -
     sliding = _weight_window(node)
     groups = node.integer("group", 1)
 
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        return finish(convolve(x, weight, bias, sliding, groups), added)
+    def kernel(
+        mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
+    ) -> Tensor:
+        exact = mode.exact and x.dtype == torch.float32
+        y = convolve_in_order(x, weight, bias, sliding, groups) if exact else None
+        return finish(convolve(x, weight, bias, sliding, groups) if y is None else y, added)
 
     return kernel
 
 
-@operator("Conv")
+@operator("Conv", needs_mode=True)
 def conv(node: Node) -> Kernel:
     """Convolution over one to three axes."""
     return convolution(node, lambda y, _added: y)

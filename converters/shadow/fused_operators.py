@@ -12,7 +12,7 @@ from qdefense.converters.shadow.products import general_product
 from qdefense.converters.shadow.registry import MICROSOFT, Kernel, Node, operator
 
 
-@operator("FusedConv", MICROSOFT)
+@operator("FusedConv", MICROSOFT, needs_mode=True)
 def fused_conv(node: Node) -> Kernel:
     """A convolution with an optional tensor added and an activation."""
     activate = activation_of_convolution(node)

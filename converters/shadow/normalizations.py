@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qdefense.converters.shadow.registry import Kernel, Node, operator
+from qdefense.converters.shadow.registry import Kernel, Mode, Node, operator
+from qdefense.converters.shadow.summation_order import batch_norm_in_order, layer_norm_in_order
 
 
-@operator("BatchNormalization", since=7)
+@operator("BatchNormalization", since=7, needs_mode=True)
 def batch_normalization(node: Node) -> Kernel:
     """Normalisation with stored mean and variance."""
     node.require("training_mode", 0)
@@ -18,14 +19,16 @@ def batch_normalization(node: Node) -> Kernel:
     node.keep_first_output()
     epsilon = node.number("epsilon", 1e-5)
 
-    def kernel(x: Tensor, *parameters: Tensor) -> Tensor:
+    def kernel(mode: Mode, x: Tensor, *parameters: Tensor) -> Tensor:
         scale, bias, mean, variance = parameters
+        if mode.exact:
+            return batch_norm_in_order(x, scale, bias, mean, variance, epsilon)
         return functional.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
 
     return kernel
 
 
-@operator("BatchNormalization")
+@operator("BatchNormalization", needs_mode=True)
 def old_batch_normalization(node: Node) -> Kernel:
     """Normalisation with stored mean and variance, before opset 7."""
     if not node.integer("is_test", 0):
@@ -68,7 +71,7 @@ def _groups(node: Node) -> int:
     return groups
 
 
-@operator("LayerNormalization", since=1)
+@operator("LayerNormalization", since=1, needs_mode=True)
 def layer_normalization(node: Node) -> Kernel:
     """The axes from the given one on, normalised with their own mean and variance.
 
@@ -77,15 +80,27 @@ def layer_normalization(node: Node) -> Kernel:
     axis, epsilon = node.integer("axis", -1), node.number("epsilon", 1e-5)
     node.ignore("stash_type")
 
-    def kernel(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        shape = x.shape[axis:]
-        fitting = scale.shape == shape and (bias is None or bias.shape == shape)
-        y = functional.layer_norm(x, shape, scale if fitting else None, bias if fitting else None, epsilon)
-        if not fitting:
-            y = y * scale if bias is None else y * scale + bias
+    def kernel(mode: Mode, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        y = _layer_norm_in_order(x, scale, bias, axis, epsilon) if mode.exact else None
+        y = _layer_norm(x, scale, bias, axis, epsilon) if y is None else y
         return (y, *_statistics(x, axis, epsilon)) if len(node.outputs) > 1 else (y,)
 
     return kernel
+
+
+def _layer_norm(x: Tensor, scale: Tensor, bias: Tensor | None, axis: int, epsilon: float) -> Tensor:
+    shape = x.shape[axis:]
+    if scale.shape == shape and (bias is None or bias.shape == shape):
+        return functional.layer_norm(x, shape, scale, bias, epsilon)
+    y = functional.layer_norm(x, shape, None, None, epsilon) * scale
+    return y if bias is None else y + bias
+
+
+def _layer_norm_in_order(x: Tensor, scale: Tensor, bias: Tensor | None, axis: int, epsilon: float) -> Tensor | None:
+    last = axis % x.ndim == x.ndim - 1 and scale.shape == x.shape[-1:]
+    if not last or bias is None or bias.shape != scale.shape or x.dtype != torch.float32:
+        return None
+    return layer_norm_in_order(x, scale, bias, epsilon)
 
 
 def _statistics(x: Tensor, axis: int, epsilon: float) -> tuple[Tensor, Tensor]:
