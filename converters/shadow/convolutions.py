@@ -40,13 +40,12 @@ def _weight_window(node: Node) -> Window:
 def convolution(node: Node, finish: Callable[[Tensor, Tensor | None], Tensor]) -> Kernel:
     """The convolution of a node; `finish` takes its result and the fourth input, where there is one."""
     sliding = _weight_window(node)
-    groups = node.integer("group", 1)
+    groups, stored = node.integer("group", 1), 1 in node.constants and node.constants[1].initializer == node.inputs[1]
 
     def kernel(
         mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
     ) -> Tensor:
-        exact = mode.exact and x.dtype == torch.float32
-        y = convolve_in_order(x, weight, bias, sliding, groups) if exact else None
+        y = convolve_in_order(x, weight, bias, sliding, groups, stored=stored) if mode.exact else None
         return finish(convolve(x, weight, bias, sliding, groups) if y is None else y, added)
 
     return kernel

@@ -1,8 +1,8 @@
 """The order in which ONNX Runtime's float kernels add: what an exact pass follows, so that a Quantize rounds alike.
 
 Float sums depend on their order in the last bit. A bit is nothing to a logit, and everything to a value that lies on a
-rounding boundary of the Quantize after it. Of convolutions in the channel-blocked layout (that of the optimization
-level "all") and of LayerNormalization the order was found by experiment, bit for bit, on x86-64 with ONNX Runtime 1.32;
+rounding boundary of the Quantize after it. The order of convolutions (at the optimization level "all"), of
+BatchNormalization and of LayerNormalization was found by experiment, bit for bit, on x86-64 with ONNX Runtime 1.32;
 elsewhere, and for other shapes, a pass computes as torch does.
 """
 
@@ -13,9 +13,9 @@ from functools import cache
 import numpy as np
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
+from torch.nn import functional
 
 from qdefense.converters.shadow.windows import Window
 
@@ -23,6 +23,53 @@ _BLOCKS = (16, 8)
 _POINTWISE_CHANNELS = 128
 _CHANNELS_ALIGNED = 4
 _LANES = 8
+_QUAD = 4
+_STRIDE = 128
+_LEAST_COLUMNS = 16
+_LONGEST_CHAIN = 384
+_ROWS_OF_A_CHAIN = 64
+_LARGEST_EXPANSION = 2**24
+
+
+def convolve_in_order(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sliding: Window, groups: int, *, stored: bool
+) -> Tensor | None:
+    """The convolution of `x`: (N, C, H, W) float32, its products added as the runtime does; None where that is unknown.
+
+    A weight that is `stored` as an initializer of the running graph is laid out in blocks of channels by the runtime;
+    one that a node of the graph computes, a DequantizeLinear, is multiplied as a matrix.
+    """
+    if x.ndim != 4 or x.dtype != torch.float32:
+        return None
+    y = (_blocked if stored else _expanded)(x, weight, sliding, groups)
+    return y if y is None or bias is None else y + bias.reshape(-1, 1, 1)
+
+
+def _convolved(tensors: dict[str, Tensor], given: tuple[str, ...]) -> Tensor:
+    """What the runtime answers; tensors that are not `given` at run time are stored in the graph."""
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "weight"], ["y"], pads=[1, 1, 1, 1])],
+        "order-probe",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, arrays[name].shape) for name in given],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items() if name not in given],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: arrays[name] for name in given})[0])
+
+
+def _probe_tensors(channels: int) -> dict[str, Tensor]:
+    draw = np.random.default_rng(0)
+    shapes = {"x": (2, channels, 6, 6), "weight": (32, channels, 3, 3)}
+    return {name: torch.from_numpy(draw.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+
+
+_PROBE_WINDOW = Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1), "NOTSET")
 
 
 @cache
@@ -31,26 +78,22 @@ def channel_block() -> int | None:
 
     Measured: 16 with AVX-512, 8 with AVX2; None where no such order gives the runtime's bits.
     """
-    draw = np.random.default_rng(0)
-    x = draw.normal(size=(2, 32, 8, 8)).astype(np.float32)
-    weight = draw.normal(size=(32, 32, 3, 3)).astype(np.float32)
-    bias = draw.normal(size=32).astype(np.float32)
-    measured = torch.from_numpy(_convolved(x, weight, bias))
-    sliding = Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1), "NOTSET")
-    tensors = torch.from_numpy(x), torch.from_numpy(weight), torch.from_numpy(bias)
-    for block in _BLOCKS:
-        if torch.equal(_in_parts(*tensors, sliding, 1, block), measured):
-            return block
-    return None
+    tensors = _probe_tensors(32)
+    measured = _convolved(tensors, ("x",))
+    found = (block for block in _BLOCKS if torch.equal(_in_parts(**tensors, size=block), measured))
+    return next(found, None)
 
 
-def convolve_in_order(x: Tensor, weight: Tensor, bias: Tensor | None, sliding: Window, groups: int) -> Tensor | None:
-    """The convolution of `x`: (N, C, H, W) float32, its products added as the runtime does; None where that is unknown.
+@cache
+def adds_in_chains() -> bool:
+    """Whether torch's matrix product, chained as `_chain` does, gives the runtime's bits: measured on this CPU."""
+    tensors = _probe_tensors(64)
+    return torch.equal(_as_product(**tensors), _convolved(tensors, ("x", "weight")))
 
-    The products of one part of the channels are added in one chain, then the parts, the bias last.
-    """
-    size = None if x.ndim != weight.ndim or x.ndim != 4 else _channels_at_once(weight, sliding, groups)
-    return None if size is None else _in_parts(x, weight, bias, sliding, groups, size)
+
+def _blocked(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tensor | None:
+    size = _channels_at_once(weight, sliding, groups)
+    return None if size is None else _in_parts(x, weight, sliding, groups, size=size)
 
 
 def _channels_at_once(weight: Tensor, sliding: Window, groups: int) -> int | None:
@@ -69,36 +112,99 @@ def _channels_at_once(weight: Tensor, sliding: Window, groups: int) -> int | Non
     return _POINTWISE_CHANNELS if pointwise else block
 
 
-def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, sliding: Window, groups: int, size: int) -> Tensor:
+def _in_parts(x: Tensor, weight: Tensor, sliding: Window = _PROBE_WINDOW, groups: int = 1, *, size: int) -> Tensor:
+    """The products of `size` channels are added in one chain, then the sums of the channels' parts."""
     x = sliding.padding(x.shape[2:]).apply(x)
-    strides, dilations = sliding.strides, sliding.dilations
     grouped = x.unflatten(1, (groups, -1))
-    y: Tensor | None = None
+    parts = []
     for first in range(0, weight.shape[1], size):
-        # with channels last, torch has other kernels, which add in another order
+        # with channels last, or with a bias, torch has other kernels, which add in another order
         channels = grouped[:, :, first : first + size].flatten(1, 2).contiguous()
         kernel = weight[:, first : first + size].contiguous()
-        part = torch.convolution(channels, kernel, None, strides, (0, 0), dilations, False, (0,), groups)
-        y = part if y is None else y + part
-    assert y is not None  # noqa: S101 (a convolution has channels)
-    return y if bias is None else y + bias.reshape(-1, 1, 1)
+        parts.append(
+            torch.convolution(channels, kernel, None, sliding.strides, (0, 0), sliding.dilations, False, (0,), groups)
+        )
+    return _added(parts)
 
 
-def _convolved(x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "weight", "bias"], ["y"], pads=[1, 1, 1, 1])],
-        "order-probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    answer: NDArray[np.float32] = session.run(None, {"x": x})[0]
-    return answer
+def _added(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _expanded(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tensor | None:
+    return _as_product(x, weight, sliding, groups) if adds_in_chains() else None
+
+
+def _as_product(x: Tensor, weight: Tensor, sliding: Window = _PROBE_WINDOW, groups: int = 1) -> Tensor:
+    """The weight's matrix times the image's windows, one group of a few images at a time."""
+    x = sliding.padding(x.shape[2:]).apply(x)
+    sizes = [
+        (size - extent) // stride + 1
+        for size, extent, stride in zip(x.shape[2:], sliding.extent, sliding.strides, strict=True)
+    ]
+    depth, columns = weight[0].numel(), sizes[0] * sizes[1]
+    images = max(1, _LARGEST_EXPANSION // (depth * columns))
+    matrices = weight.flatten(1).chunk(groups)
+    rows = []
+    for part in x.split(images):
+        windows = [
+            functional.unfold(group, sliding.kernel, sliding.dilations, 0, sliding.strides)
+            for group in part.chunk(groups, 1)
+        ]
+        rows.append(torch.cat([_product(*pair) for pair in zip(matrices, windows, strict=True)], 1))
+    return torch.cat(rows).unflatten(2, (sizes[0], sizes[1]))
+
+
+def _product(matrix: Tensor, windows: Tensor) -> Tensor:
+    """(O, K) times (N, K, L), the sums of `_depth_at_once` products each added as one."""
+    columns = windows.shape[2]
+    depth = _depth_at_once(columns, matrix.shape[1])
+    flat = windows.movedim(1, 0).flatten(1)
+    pairs = zip(matrix.split(depth, 1), flat.split(depth), strict=True)
+    chained = _quads if len(matrix) == 1 and matrix.shape[1] % _QUAD <= 1 else _chain
+    sums = _added([chained(left, right) for left, right in pairs])
+    return sums.unflatten(1, (-1, columns)).movedim(1, 0)
+
+
+def _depth_at_once(columns: int, depth: int) -> int:
+    """How many products of a sum the runtime's matrix product takes at a time: its panels hold 128 x 128 values."""
+    size, width = _STRIDE, _STRIDE
+    if columns >= depth:
+        while size // 2 >= depth:
+            size //= 2
+        return size
+    while width > _LEAST_COLUMNS and width // 2 >= columns:
+        width //= 2
+        size *= 2
+    return size
+
+
+def _quads(row: Tensor, columns: Tensor) -> Tensor:
+    """(1, K) times (K, L): four products are added, then their sum to those before. A last one stands alone."""
+    products = row.t() * columns
+    return _added([_added(list(four)) for four in products.split(_QUAD)]).unsqueeze(0)
+
+
+def _chain(matrix: Tensor, columns: Tensor) -> Tensor:
+    """(O, K) times (K, L), each sum one chain of fused multiply-adds from the first product to the last.
+
+    torch's product is such a chain up to a length; a longer one goes on from the sums so far, which come first in the
+    next product, times the identity.
+    """
+    return torch.cat([_chain_of_rows(rows, columns) for rows in matrix.split(_ROWS_OF_A_CHAIN)])
+
+
+def _chain_of_rows(matrix: Tensor, columns: Tensor) -> Tensor:
+    length = _LONGEST_CHAIN - len(matrix)
+    pairs = zip(matrix.split(length, 1), columns.split(length), strict=True)
+    left, right = next(pairs)
+    total = left.contiguous() @ right.contiguous()
+    for left, right in pairs:
+        total = torch.cat([torch.eye(len(matrix)), left], 1) @ torch.cat([total, right])
+    return total
 
 
 def batch_norm_in_order(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qdefense.converters.shadow import build_shadow, summation_order
-from qdefense.converters.shadow.summation_order import channel_block
+from qdefense.converters.shadow.summation_order import adds_in_chains, channel_block
 
 Floats = NDArray[np.float32]
 CONVOLUTIONS = {
@@ -35,10 +35,20 @@ def draw(seed: int, *shape: int) -> Floats:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def model(operator: str, x: Floats, constants: list[Floats], **attributes: Any) -> bytes:
+def model(operator: str, x: Floats, constants: list[Any], *, codes: bool = False, **attributes: Any) -> bytes:
+    """One operator; its first constant is computed by a DequantizeLinear where it comes in codes."""
     names = [f"constant{index}" for index in range(len(constants))]
+    nodes = [helper.make_node(operator, ["x", *names], ["y"], name="only", **attributes)]
+    if codes:
+        nodes.insert(0, helper.make_node("DequantizeLinear", ["codes", "scale"], [names[0]], name="weights"))
+        constants = [
+            (constants[0] * 30).round().clip(-128, 127).astype(np.int8),
+            np.array(1 / 30, np.float32),
+            *constants[1:],
+        ]
+        names = ["codes", "scale", *names[1:]]
     graph = helper.make_graph(
-        [helper.make_node(operator, ["x", *names], ["y"], name="only", **attributes)],
+        nodes,
         "one-operator",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *x.shape[1:]])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
@@ -58,14 +68,16 @@ def both(file: bytes, x: Floats) -> tuple[Floats, Floats]:
         return session.run(None, {"x": x})[0], shadow(torch.from_numpy(x), exact=True).numpy()
 
 
+@pytest.mark.parametrize("codes", [False, True], ids=["stored", "dequantized"])
+@pytest.mark.parametrize("size", [12, 4])
 @pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_convolution(case: str) -> None:
+def test_convolution(case: str, size: int, codes: bool) -> None:
     attributes = dict(CONVOLUTIONS[case])
     weight = draw(1, *attributes.pop("weight"))
-    x = draw(0, 3, weight.shape[1] * attributes.get("group", 1), 12, 12)
-    expected, found = both(model("Conv", x, [weight, draw(2, len(weight))], **attributes), x)
+    x = draw(0, 3, weight.shape[1] * attributes.get("group", 1), size, size)
+    expected, found = both(model("Conv", x, [weight, draw(2, len(weight))], codes=codes, **attributes), x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    if channel_block() == 16:  # the order was found with AVX-512; elsewhere it is followed where the probe finds it
+    if channel_block() == 16:  # the order was found with AVX-512; elsewhere it is followed where the probes find it
         np.testing.assert_array_equal(found, expected)
 
 
@@ -87,14 +99,15 @@ def test_convolution_of_unknown_order_is_torch_s(weight: tuple[int, ...], monkey
     x = draw(0, 2, weight[1] * groups, 8, 8)
     expected, found = both(model("Conv", x, [draw(1, *weight)], group=groups), x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(summation_order, "channel_block", lambda: None)
+    monkeypatch.setattr(summation_order, "channel_block", lambda: None)  # as on another CPU
     np.testing.assert_array_equal(both(model("Conv", x, [draw(1, *weight)], group=groups), x)[1], found)
 
 
-def test_probe_finds_this_cpu_s_block_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_say_where_the_order_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert channel_block() in (8, 16, None)
-    monkeypatch.setattr(summation_order, "_convolved", lambda *_: np.zeros((2, 32, 8, 8), dtype=np.float32))
+    monkeypatch.setattr(summation_order, "_convolved", lambda *_: torch.zeros(2, 32, 6, 6))
     assert channel_block.__wrapped__() is None
+    assert not adds_in_chains.__wrapped__()
 
 
 def test_batch_normalization() -> None:
