@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onnxruntime import quantization
 
-from qdefense.converters.quantize.preparing import convert, float_model
+from qdefense.converters.quantize.preparing import convert, float_model, runtime_failure_told
 from qdefense.converters.quantize.settings import Settings, settings_of
 
 _WEIGHTS = {"u8u8": quantization.QuantType.QUInt8, "u8s8": quantization.QuantType.QInt8}
@@ -26,12 +26,13 @@ def quantize_dynamic(model: bytes, settings: Settings = _USUAL) -> bytes:
     """
 
     def run(source: Path, target: Path) -> None:
-        quantization.quantize_dynamic(
-            source,
-            target,
-            weight_type=_WEIGHTS[settings.types or "u8u8"],
-            per_channel=settings.per_channel,
-            reduce_range=settings.reduce_range,
-        )
+        with runtime_failure_told():
+            quantization.quantize_dynamic(
+                source,
+                target,
+                weight_type=_WEIGHTS[settings.types or "u8u8"],
+                per_channel=settings.per_channel,
+                reduce_range=settings.reduce_range,
+            )
 
     return convert(float_model(model), run, settings.record())

@@ -20,6 +20,7 @@ from qdefense.converters.runtime_graph import RuntimeGraphError, optimized_model
 
 METADATA_KEY = "qdefense.quantization"
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+_LEFT_BEHIND = Path("sym_shape_infer_temp.onnx")
 _RUNTIME_KEYS = frozenset({"onnx.infer", "onnx.quant.pre_process"})
 
 
@@ -75,10 +76,10 @@ def convert(proto: onnx.ModelProto, run: Callable[[Path, Path], None], record: d
     with tempfile.TemporaryDirectory(prefix="qdefense-") as folder, _quiet():
         source, prepared, target = (Path(folder, name) for name in ("source.onnx", "prepared.onnx", "quantized.onnx"))
         source.write_bytes(proto.SerializeToString())
-        with _failure_told():
+        with runtime_failure_told():
             quantization.quant_pre_process(source, prepared, skip_symbolic_shape=_types_are_known(proto))
-            run(prepared, target)
-            result = onnx.load(target)
+        run(prepared, target)
+        result = onnx.load(target)
     _strip(result)
     _keep_used_opsets(result)
     metadata = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in _RUNTIME_KEYS}
@@ -89,8 +90,12 @@ def convert(proto: onnx.ModelProto, run: Callable[[Path, Path], None], record: d
 
 
 @contextmanager
-def _failure_told() -> Iterator[None]:
-    """ONNX Runtime's quantizer asserts, and raises bare exceptions, where numbers or shapes are none it can use."""
+def runtime_failure_told() -> Iterator[None]:
+    """Around ONNX Runtime's quantizer, which asserts and raises bare exceptions where it can't use numbers or shapes.
+
+    Where its shape inference fails, it leaves a file in the working directory, which is removed unless it was there.
+    """
+    found_before = _LEFT_BEHIND.exists()
     try:
         yield
     except (QuantizationError, FileRefusedError, MemoryError):
@@ -101,6 +106,9 @@ def _failure_told() -> Iterator[None]:
             f"ONNX Runtime's quantizer fails ({reason}); check that the weights, and what they make of the "
             "calibration images, are finite numbers, or choose another scheme"
         ) from error
+    finally:
+        if not found_before:
+            _LEFT_BEHIND.unlink(missing_ok=True)
 
 
 def _checked(quantized: bytes) -> bytes:

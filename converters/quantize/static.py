@@ -15,7 +15,13 @@ from onnxruntime import quantization
 
 from qdefense.converters.contract import InputContract
 from qdefense.converters.quantize.calibration import Calibration
-from qdefense.converters.quantize.preparing import convert, float_model, image_input, opset_of
+from qdefense.converters.quantize.preparing import (
+    convert,
+    float_model,
+    image_input,
+    opset_of,
+    runtime_failure_told,
+)
 from qdefense.converters.quantize.settings import QuantizationError, Settings, settings_of
 
 PER_CHANNEL_OPSET = 13
@@ -94,14 +100,15 @@ def run_static(
     calibrating: dict[str, object] = {"CalibStridedMinMax": images.step}
     if settings.percentile is not None:
         calibrating["CalibPercentile"] = settings.percentile
+    operators = _operators(source, settings)
     # The histogram calibrator prints its progress, and stdout is where results go.
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), runtime_failure_told():
         quantization.quantize_static(
             source,
             target,
             images,
             quant_format=_FORMATS[settings.format or "qdq"],
-            op_types_to_quantize=_operators(source, settings),
+            op_types_to_quantize=operators,
             per_channel=settings.per_channel,
             reduce_range=settings.reduce_range,
             activation_type=_TYPES[(settings.types or "u8")[0]],

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qdefense.converters.inspection import inspect_model
-from qdefense.converters.quantize import QuantizationError, preparing, quantize
+from qdefense.converters.quantize import QuantizationError, int4, preparing, quantize
 from qdefense.converters.reading import FileRefusedError
 
 from .quantized_nets import CLASSES, NET, images, small_net
@@ -135,7 +135,7 @@ def test_failing_quantizer_is_told_in_one_line(scheme: Any) -> None:
 
 
 def test_failing_shape_inference_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where ONNX Runtime leaves what it has of the model
+    monkeypatch.chdir(tmp_path)
     model = small_net()
     model.graph.node[3].CopyFrom(
         helper.make_node(
@@ -144,3 +144,13 @@ def test_failing_shape_inference_is_told_in_one_line(tmp_path: Path, monkeypatch
     )
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     refused(r"ONNX Runtime's quantizer fails \(Exception: Incomplete symbolic shape inference\)", model)
+    assert not list(tmp_path.iterdir())  # what ONNX Runtime has of the model by then
+
+
+def test_our_own_mistake_is_not_told_as_the_runtime_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistake(*_: Any) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(int4, "pack_weights", mistake)
+    with pytest.raises(KeyError, match="ours"):
+        quantize(small_net().SerializeToString(), "int4")
