@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qdefense.converters.shadow.registry import Kernel, Node, operator
+from qdefense.converters.shadow.error_function import gelu_in_order
+from qdefense.converters.shadow.registry import Kernel, Mode, Node, operator
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -121,7 +122,12 @@ def softsign(_node: Node) -> Kernel:
     return functional.softsign
 
 
-@operator("Gelu")
+def gelu_of(mode: Mode, x: Tensor) -> Tensor:
+    """``x / 2 (1 + erf(x / sqrt 2))``."""
+    return gelu_in_order(x) if mode.exact and x.dtype == torch.float32 else functional.gelu(x)
+
+
+@operator("Gelu", needs_mode=True)
 def gelu(node: Node) -> Kernel:
     """``x Phi(x)`` with the normal distribution's Phi, or its approximation by tanh.
 
@@ -131,7 +137,9 @@ def gelu(node: Node) -> Kernel:
     approximate = node.text("approximate", "none")
     if approximate not in ("none", "tanh"):
         raise node.unsupported(f"attribute 'approximate' is {approximate!r}, expected 'none' or 'tanh'")
-    return lambda x: functional.gelu(x, approximate=approximate)
+    if approximate == "none":
+        return gelu_of
+    return lambda _mode, x: functional.gelu(x, approximate="tanh")
 
 
 @operator("Softmax", since=13)

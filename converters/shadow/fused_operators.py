@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qdefense.converters.shadow.activations import gelu_of
 from qdefense.converters.shadow.convolutions import convolution
 from qdefense.converters.shadow.fused_activations import activation_of_convolution, activation_of_product
 from qdefense.converters.shadow.products import general_product
@@ -43,16 +44,16 @@ def fused_matmul(node: Node) -> Kernel:
     return kernel
 
 
-@operator("Gelu", MICROSOFT)
+@operator("Gelu", MICROSOFT, needs_mode=True)
 def gelu(_node: Node) -> Kernel:
     """``x / 2 (1 + erf(x / sqrt 2))``."""
-    return functional.gelu
+    return gelu_of
 
 
-@operator("BiasGelu", MICROSOFT)
+@operator("BiasGelu", MICROSOFT, needs_mode=True)
 def bias_gelu(_node: Node) -> Kernel:
     """The gelu of a sum."""
-    return lambda x, bias: functional.gelu(x + bias)
+    return lambda mode, x, bias: gelu_of(mode, x + bias)
 
 
 @operator("FastGelu", MICROSOFT)

@@ -227,13 +227,13 @@ def layer_norm_in_order(x: Tensor, scale: Tensor, bias: Tensor, epsilon: float) 
     deviation = x - x.double().mean(-1, keepdim=True).float()
     lanes = torch.zeros((), dtype=x.dtype)
     for part in deviation.split(_LANES, -1):
-        lanes = _fused(part, part, lanes)
+        lanes = fused(part, part, lanes)
     while lanes.shape[-1] > 1:
         low, high = lanes.chunk(2, -1)
         lanes = low + high
-    return _fused(deviation * (1 / (lanes / length + epsilon).sqrt()), scale, bias)
+    return fused(deviation * (1 / (lanes / length + epsilon).sqrt()), scale, bias)
 
 
-def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """``a b + c`` rounded once, but for the rare double rounding of a float64 sum."""
     return (a.double() * b + c).float()

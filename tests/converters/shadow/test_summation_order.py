@@ -59,6 +59,18 @@ def model(operator: str, x: Floats, constants: list[Any], *, codes: bool = False
     return answer
 
 
+def gelu(x: Floats) -> bytes:
+    graph = helper.make_graph(
+        [helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft")],
+        "gelu",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N"])],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    answer: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return answer
+
+
 def both(file: bytes, x: Floats) -> tuple[Floats, Floats]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -133,6 +145,18 @@ def test_layer_normalization_of_unknown_order_is_torch_s(shape: tuple[int, ...])
     parameters = [draw(1, *shape[axis:]), draw(2, *shape[axis:])]
     expected, found = both(model("LayerNormalization", x, parameters, axis=axis), x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gelu_to_the_bit_and_its_gradient() -> None:
+    x = np.concatenate([draw(0, 20_000) * 2, np.array([0, -0.0, 0.92, -4, 9, -30, 1e4], np.float32)])
+    file = gelu(x)
+    expected, found = both(file, x)
+    np.testing.assert_array_equal(found, expected)
+    pixels = torch.from_numpy(x).requires_grad_()
+    shadow = build_shadow(file, source="optimized")
+    (exact,) = torch.autograd.grad(shadow(pixels, exact=True).sum(), pixels)
+    (usual,) = torch.autograd.grad(shadow(pixels).sum(), pixels)
+    torch.testing.assert_close(exact, usual, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_path_is_left_alone() -> None:
