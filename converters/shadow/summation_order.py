@@ -80,7 +80,11 @@ def channel_block() -> int | None:
     """
     tensors = _probe_tensors(32)
     measured = _convolved(tensors, ("x",))
-    found = (block for block in _BLOCKS if torch.equal(_in_parts(**tensors, size=block), measured))
+    found = (
+        block
+        for block in _BLOCKS
+        if torch.equal(_in_parts(tensors["x"], tensors["weight"], _PROBE_WINDOW, 1, block), measured)
+    )
     return next(found, None)
 
 
@@ -88,12 +92,14 @@ def channel_block() -> int | None:
 def adds_in_chains() -> bool:
     """Whether torch's matrix product, chained as `_chain` does, gives the runtime's bits: measured on this CPU."""
     tensors = _probe_tensors(64)
-    return torch.equal(_as_product(**tensors), _convolved(tensors, ("x", "weight")))
+    return torch.equal(
+        _as_product(tensors["x"], tensors["weight"], _PROBE_WINDOW, 1), _convolved(tensors, ("x", "weight"))
+    )
 
 
 def _blocked(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tensor | None:
     size = _channels_at_once(weight, sliding, groups)
-    return None if size is None else _in_parts(x, weight, sliding, groups, size=size)
+    return None if size is None else _in_parts(x, weight, sliding, groups, size)
 
 
 def _channels_at_once(weight: Tensor, sliding: Window, groups: int) -> int | None:
@@ -112,10 +118,10 @@ def _channels_at_once(weight: Tensor, sliding: Window, groups: int) -> int | Non
     return _POINTWISE_CHANNELS if pointwise else block
 
 
-def _in_parts(x: Tensor, weight: Tensor, sliding: Window = _PROBE_WINDOW, groups: int = 1, *, size: int) -> Tensor:
+def _in_parts(x: Tensor, weight: Tensor, sliding: Window, groups: int, size: int) -> Tensor:
     """The products of `size` channels are added in one chain, then the sums of the channels' parts."""
     x = sliding.padding(x.shape[2:]).apply(x)
-    grouped = x.unflatten(1, (groups, -1))
+    grouped = x.reshape(len(x), groups, weight.shape[1], *x.shape[2:])
     parts = []
     for first in range(0, weight.shape[1], size):
         # with channels last, or with a bias, torch has other kernels, which add in another order
@@ -138,7 +144,7 @@ def _expanded(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tensor
     return _as_product(x, weight, sliding, groups) if adds_in_chains() else None
 
 
-def _as_product(x: Tensor, weight: Tensor, sliding: Window = _PROBE_WINDOW, groups: int = 1) -> Tensor:
+def _as_product(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tensor:
     """The weight's matrix times the image's windows, one group of a few images at a time."""
     x = sliding.padding(x.shape[2:]).apply(x)
     sizes = [
@@ -149,13 +155,13 @@ def _as_product(x: Tensor, weight: Tensor, sliding: Window = _PROBE_WINDOW, grou
     images = max(1, _LARGEST_EXPANSION // (depth * columns))
     matrices = weight.flatten(1).chunk(groups)
     rows = []
-    for part in x.split(images):
+    for part in torch.split(x, images):
         windows = [
             functional.unfold(group, sliding.kernel, sliding.dilations, 0, sliding.strides)
             for group in part.chunk(groups, 1)
         ]
         rows.append(torch.cat([_product(*pair) for pair in zip(matrices, windows, strict=True)], 1))
-    return torch.cat(rows).unflatten(2, (sizes[0], sizes[1]))
+    return torch.cat(rows).reshape(len(x), len(weight), *sizes)
 
 
 def _product(matrix: Tensor, windows: Tensor) -> Tensor:
@@ -163,10 +169,10 @@ def _product(matrix: Tensor, windows: Tensor) -> Tensor:
     columns = windows.shape[2]
     depth = _depth_at_once(columns, matrix.shape[1])
     flat = windows.movedim(1, 0).flatten(1)
-    pairs = zip(matrix.split(depth, 1), flat.split(depth), strict=True)
+    pairs = zip(torch.split(matrix, depth, 1), torch.split(flat, depth), strict=True)
     chained = _quads if len(matrix) == 1 and matrix.shape[1] % _QUAD <= 1 else _chain
     sums = _added([chained(left, right) for left, right in pairs])
-    return sums.unflatten(1, (-1, columns)).movedim(1, 0)
+    return sums.reshape(len(sums), len(windows), columns).movedim(1, 0)
 
 
 def _depth_at_once(columns: int, depth: int) -> int:
@@ -185,7 +191,7 @@ def _depth_at_once(columns: int, depth: int) -> int:
 def _quads(row: Tensor, columns: Tensor) -> Tensor:
     """(1, K) times (K, L): four products are added, then their sum to those before. A last one stands alone."""
     products = row.t() * columns
-    return _added([_added(list(four)) for four in products.split(_QUAD)]).unsqueeze(0)
+    return _added([_added(list(four)) for four in torch.split(products, _QUAD)]).unsqueeze(0)
 
 
 def _chain(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -194,12 +200,12 @@ def _chain(matrix: Tensor, columns: Tensor) -> Tensor:
     torch's product is such a chain up to a length; a longer one goes on from the sums so far, which come first in the
     next product, times the identity.
     """
-    return torch.cat([_chain_of_rows(rows, columns) for rows in matrix.split(_ROWS_OF_A_CHAIN)])
+    return torch.cat([_chain_of_rows(rows, columns) for rows in torch.split(matrix, _ROWS_OF_A_CHAIN)])
 
 
 def _chain_of_rows(matrix: Tensor, columns: Tensor) -> Tensor:
     length = _LONGEST_CHAIN - len(matrix)
-    pairs = zip(matrix.split(length, 1), columns.split(length), strict=True)
+    pairs = zip(torch.split(matrix, length, 1), torch.split(columns, length), strict=True)
     left, right = next(pairs)
     total = left.contiguous() @ right.contiguous()
     for left, right in pairs:
@@ -226,7 +232,7 @@ def layer_norm_in_order(x: Tensor, scale: Tensor, bias: Tensor, epsilon: float) 
         return None
     deviation = x - x.double().mean(-1, keepdim=True).float()
     lanes = torch.zeros((), dtype=x.dtype)
-    for part in deviation.split(_LANES, -1):
+    for part in torch.split(deviation, _LANES, -1):
         lanes = fused(part, part, lanes)
     while lanes.shape[-1] > 1:
         low, high = lanes.chunk(2, -1)
