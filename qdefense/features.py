@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from qdefense.converters.reading import node_label, safe_text, tensor_array
 from qdefense.converters.weighted_operators import WEIGHTED
-from qdefense.data.images import ImageSet, to_pixels
-from qdefense.session import DeployedSession, SessionError
+from qdefense.data.images import ImageSet, Pixels, to_pixels
+from qdefense.session import DeployedSession, Logits, SessionError
 from qdefense.taps import moved_by_inputs
 
 Features = NDArray[np.float32]
@@ -61,10 +61,7 @@ def find_penultimate(session: DeployedSession) -> Penultimate:
     graph = onnx.load_from_string(session.graph).graph
     found = _operand(graph, _last_layer(graph, session.artifact.contract.output_name))
     contract = session.artifact.contract
-    try:
-        session.tap(np.full((1, 3, contract.height, contract.width), 0.5, np.float32), [found.tensor])
-    except SessionError as error:
-        raise FeatureError(f"the input of layer '{found.layer}' cannot be read: {error}") from error
+    _read(session, np.full((1, 3, contract.height, contract.width), 0.5, np.float32), found)
     return found
 
 
@@ -74,28 +71,37 @@ def penultimate_features(
     place: Penultimate,
     *,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Features:
-    """Features of every image: ``(N, D) float32``, in the order of ``images``; not finite where the file's are not.
+) -> tuple[Features, Logits]:
+    """Features and logits of every image: ``(N, D)`` and ``(N, K) float32``, in the order of ``images``.
 
-    ``progress(done, total)`` hears of images.
+    They are not finite where the file's are not. ``progress(done, total)`` hears of images.
 
     Raises:
-        FeatureError: the tap changes the logits of an image.
+        FeatureError: the tap changes the logits of an image, or there are no images.
     """
+    if not len(images):
+        raise FeatureError(f"{images.source}: no images to read features of")
     step = session.profile.batch * max(1, _IMAGES_AT_ONCE // session.profile.batch)
-    features: Features = np.empty((len(images), 0), np.float32)
+    features, logits = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
     progress(0, len(images))
     for start in range(0, len(images), step):
-        rows = to_pixels(images.images[start : start + step])
-        try:
-            part = _values(session.activations(rows, place.tensor), place)
-        except SessionError as error:
-            raise FeatureError(f"the input of layer '{place.layer}' cannot be read: {error}") from error
-        if not features.shape[1]:
+        rows = slice(start, min(start + step, len(images)))
+        part, answers = _read(session, to_pixels(images.images[rows]), place)
+        if not start:
             features = np.empty((len(images), part.shape[1]), np.float32)
-        features[start : start + len(rows)] = part
-        progress(start + len(rows), len(images))
-    return features
+            logits = np.empty((len(images), answers.shape[1]), np.float32)
+        features[rows], logits[rows] = part, answers
+        progress(rows.stop, len(images))
+    return features, logits
+
+
+def _read(session: DeployedSession, pixels: Pixels, place: Penultimate) -> tuple[Features, Logits]:
+    output = session.artifact.contract.output_name
+    try:
+        found = session.tap(pixels, [place.tensor, output])
+    except SessionError as error:
+        raise FeatureError(f"the input of layer '{place.layer}' cannot be read: {error}") from error
+    return _values(found[place.tensor], place), found[output].astype(np.float32)
 
 
 def _values(tapped: NDArray[np.generic], place: Penultimate) -> Features:

@@ -104,12 +104,30 @@ class ScanResult(_Record):
     )
 
 
+class DatasetClass(_Record):
+    """What a `DatasetScan` found in the images that carry one label."""
+
+    target_class: int
+    class_name: str
+    n: int = Field(description="images with this label")
+    score: float | None = Field(description="higher is more suspicious; null where it was not measured")
+    suspicious: bool
+    flagged: int = Field(description="images of it among the flagged")
+    reason: str
+    statistics: dict[str, float] = Field(default={}, description="by name: what the score rests on")
+
+
 class DatasetResult(_Record):
-    """Of a `DatasetScan`: one score per training sample, and the rows flagged."""
+    """Of a `DatasetScan`: one score per training sample, and the rows flagged, in the order of the data as read."""
 
     kind: Literal["dataset"] = "dataset"
-    sample_scores: tuple[float, ...]
+    sample_scores: tuple[float | None, ...] = Field(
+        description="within a class higher is more suspicious; null where the class was not measured"
+    )
     flagged: tuple[int, ...]
+    score: float | None = Field(default=None, description="of the model: higher is more suspicious")
+    classes: tuple[DatasetClass, ...] = Field(default=(), description="one of each label, in order")
+    layer: str | None = Field(default=None, description="whose input the features are")
 
 
 class FilterResult(_Record):
