@@ -26,6 +26,8 @@ class Job(_Message):
     limit: int | None = None
     training_data: str | None = None
     training_split: str | None = None
+    inputs: str | None = Field(default=None, description="what the model was given, judged by the filters")
+    inputs_split: str | None = None
     defenses: tuple[str, ...] = ()
     seed: int = 0
     threads: int = 1

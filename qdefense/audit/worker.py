@@ -47,13 +47,13 @@ from qdefense.report.model import MISREAD_MARGIN, Accuracy, DataFacts, Environme
 from qdefense.session import DeployedSession, Logits, SessionError, profile_for
 
 if TYPE_CHECKING:
-    from qdefense.defenses import DatasetScan, ModelScan
+    from qdefense.defenses import DatasetScan, InputFilter, ModelScan
 
-    Audited = ModelScan | DatasetScan
+    Audited = ModelScan | DatasetScan | InputFilter
 
 Emit = Callable[[Event], None]
 _PROGRESS_INTERVAL = 0.1
-_AUDITED_KINDS: frozenset[Kind] = frozenset({"scan", "dataset"})
+_AUDITED_KINDS: frozenset[Kind] = frozenset({"scan", "dataset", "filter"})
 _CAN_LIMIT = sys.platform == "linux"
 
 
@@ -131,6 +131,7 @@ def run(job: Job, emit: Emit) -> None:
         stated_accuracy=job.expected_accuracy,
         calibrations=loaded.calibrations,
         training_set=loaded.training_set,
+        inputs=loaded.inputs,
     )
     for defense in loaded.defenses:
         with stages.measure(defense.name):
@@ -143,6 +144,10 @@ def _ask(defense: Audited, evidence: Evidence) -> Finding:
     match defense.kind:
         case "scan" | "dataset":
             return defense.scan(evidence)
+        case "filter":
+            from qdefense.defenses.filters.judging import judge_inputs  # noqa: PLC0415 (imports torch)
+
+            return judge_inputs(defense, evidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +157,7 @@ class _Loaded:
     session: DeployedSession
     clean: ImageSet
     training_set: ImageSet | None
+    inputs: ImageSet | None
     defenses: list[Audited]
     calibrations: Calibrations
 
@@ -162,14 +168,21 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     clean = fit_images(artifact.contract, read)
     defenses = _create_defenses(job.defenses)
     training_set = _training_set(job, artifact.contract, defenses)
+    inputs = _inputs(job, artifact.contract, defenses)
     session = DeployedSession(artifact, profile_for(artifact, arithmetic=job.arithmetic))
     surroundings = environment(session.profile, _limited(job))
     calibrations = _calibrations(job, artifact, read.digest, surroundings)
     _check_lines(defenses, calibrations)
-    subject = _with_runtime_facts(job, artifact).model_copy(update={"data": _data_facts(read, clean)})
+    facts = {"data": _data_facts(read, clean), "inputs": None if inputs is None else _data_facts(inputs, inputs)}
+    subject = _with_runtime_facts(job, artifact).model_copy(update=facts)
     emit(Described(subject=subject, environment=surroundings))
     return _Loaded(
-        session=session, clean=clean, training_set=training_set, defenses=defenses, calibrations=calibrations
+        session=session,
+        clean=clean,
+        training_set=training_set,
+        inputs=inputs,
+        defenses=defenses,
+        calibrations=calibrations,
     )
 
 
@@ -192,6 +205,24 @@ def _training_set(job: Job, contract: InputContract, defenses: list[Audited]) ->
     split = job.training_split or training_split(job.training_data)
     read = open_data(job.training_data, split=split, seed=job.seed, resize=resize_for(contract))
     return fit_images(contract, read)
+
+
+def _inputs(job: Job, contract: InputContract, defenses: list[Audited]) -> ImageSet | None:
+    """What the model was given, without labels, where a filter judges it.
+
+    Raises:
+        DataError: it is missing, nothing judges it, or it does not fit the file.
+    """
+    readers = [defense.name for defense in defenses if defense.kind == "filter"]
+    if job.inputs is None:
+        if readers:
+            raise DataError(f"{readers[0]} judges inputs; name them with --inputs")
+        return None
+    if not readers:
+        names = ", ".join(defense.name for defense in defenses)
+        raise DataError(f"nothing reads --inputs: {names} is no filter; add --defense strip")
+    read = open_data(job.inputs, split=job.inputs_split, seed=job.seed, resize=resize_for(contract))
+    return fit_images(contract, read.without_labels())
 
 
 def _answer(job: Job, loaded: _Loaded, emit: Emit) -> ImageSet:

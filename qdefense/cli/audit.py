@@ -20,6 +20,8 @@ from qdefense.report.text import print_report
 REPORT = "report.json"
 PAGE = "report.html"
 DEFAULT_DEFENSES = ("neural-cleanse",)
+FILTERS = ("strip",)
+"""Every filter there is, the default first: to ask the registry would import torch."""
 
 
 @click.command("audit")
@@ -31,6 +33,11 @@ DEFAULT_DEFENSES = ("neural-cleanse",)
     metavar="NAME:key=value,...",
     help="A defense and its settings; may be given several times.  [default: neural-cleanse]",
 )
+@click.option(
+    "--inputs",
+    help="What the model was given: 'signs' or a path, as --data; judged by the filters, by strip where none is named.",
+)
+@click.option("--inputs-split", help="Which split of the inputs.  [default: test]")
 @click.option(
     "--calibration",
     "calibrations",
@@ -53,6 +60,8 @@ DEFAULT_DEFENSES = ("neural-cleanse",)
 def command(
     job: Job,
     defenses: tuple[str, ...],
+    inputs: str | None,
+    inputs_split: str | None,
     calibrations: tuple[Path, ...],
     false_alarm_rate: float | None,
     formats: tuple[str, ...],
@@ -70,15 +79,22 @@ def command(
         for name in (REPORT, PAGE) if "html" in formats else (REPORT,):
             check_writable(output_dir / name)
     chosen = defenses or DEFAULT_DEFENSES
+    if inputs is not None and not any(_name(spec) in FILTERS for spec in chosen):
+        chosen = (*chosen, FILTERS[0])
     asked = {"calibrations": tuple(map(str, calibrations)), "false_alarm_rate": false_alarm_rate}
-    job = job.model_copy(update={"defenses": chosen, **asked})
-    required = tuple(dict.fromkeys(spec.partition(":")[0] for spec in chosen))
+    judged = {"defenses": chosen, "inputs": inputs, "inputs_split": inputs_split}
+    job = job.model_copy(update={**judged, **asked})
+    required = tuple(dict.fromkeys(map(_name, chosen)))
     with progress_bar() as advance:
         report = run_audit(
             job, required=required, on_progress=advance, command=("qdefense", *sys.argv[1:]), verbose=verbose
         )
     _write(report, formats or ("table",), output_dir)
     return report.gate.exit_code
+
+
+def _name(spec: str) -> str:
+    return spec.partition(":")[0]
 
 
 def _write(report: Report, formats: tuple[str, ...], folder: Path | None) -> None:

@@ -99,6 +99,10 @@ class ImageSet:
         hasher.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
         return hasher.hexdigest()
 
+    def without_labels(self) -> ImageSet:
+        """The same images, of which nobody has said what they show."""
+        return replace(self, labels=np.full(len(self), -1, dtype=np.int64), class_names=(), labelled=False)
+
     def take(self, indices: NDArray[np.int64]) -> ImageSet:
         """The rows named, in that order."""
         groups = None if self.groups is None else self.groups[indices]

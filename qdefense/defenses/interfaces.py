@@ -80,7 +80,6 @@ class FittedFilter(Protocol):
         ...
 
 
-@runtime_checkable
 class InputFilter(Protocol):
     """Accepts, rejects or purifies inputs, at a latency."""
 
@@ -88,6 +87,11 @@ class InputFilter(Protocol):
     kind: ClassVar[Literal["filter"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As the finding stores them."""
+        ...
 
     def fit(self, evidence: Evidence) -> FittedFilter | Finding:
         """Set the boundary on clean images; a finding, NOT_APPLICABLE or NOT_MEASURED, where that cannot be done."""

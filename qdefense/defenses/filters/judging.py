@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
+import numpy as np
+
+from qdefense.data.images import ImageSet
 from qdefense.defenses.interfaces import FittedFilter, InputFilter
 from qdefense.evidence import Evidence
 from qdefense.findings import Cost, FilterBoundary, FilterResult, Finding, RejectionTest, Verdict
@@ -20,74 +21,102 @@ _NAMED = 5
 def judge_inputs(input_filter: InputFilter, evidence: Evidence) -> Finding:
     """Fit a filter on the clean images, let it decide on ``evidence.inputs``, and test how many it rejects.
 
-    Under the null hypothesis each input is rejected with the boundary's ``null_rate``, the larger of the nominal false
-    rejection rate and the upper bound (Wilson, 95 %) of the one measured on held-out clean images. BACKDOORED where a
-    one-sided exact binomial test gives ``P(X >= rejected) <= 0.01``. The test takes inputs for independent, and holds
-    where clean inputs are like the clean images. The verdict is about these inputs: a trigger that none of them carries
-    is not looked for.
+    BACKDOORED where ``P(X >= rejected) <= 0.01`` for X binomial with the boundary's ``null_rate``, the larger of the
+    nominal false rejection rate and the upper bound (Wilson, 95 %) of the one measured on held-out clean images. The
+    test takes inputs for independent, and clean ones for like the clean images. The verdict is about these inputs: a
+    trigger that none of them carries is not looked for.
+
+    Clean images that are among the inputs take no part: no boundary is fitted to what it judges (law 3).
+
+    NOT_MEASURED, unless the test alarms: there is no input, the filter could not be fitted, an input has no score, the
+    boundary can reject nothing, or so few inputs were given that not even all of them rejected would be an alarm.
     """
-    before = evidence.session.forwards
-    inputs = evidence.inputs
-    if inputs is None or not len(inputs):
-        return _finding(input_filter, evidence, before, Verdict.NOT_MEASURED, "there are no inputs to judge", None)
-    fitted = input_filter.fit(evidence)
-    if isinstance(fitted, Finding):
-        return fitted
-    result = _decide(input_filter.name, fitted, evidence)
-    verdict, reason = _judge(result, fitted.boundary)
-    return _finding(input_filter, evidence, before, verdict, reason, result)
-
-
-def _decide(name: str, fitted: FittedFilter, evidence: Evidence) -> FilterResult:
-    assert evidence.inputs is not None  # noqa: S101 (the caller looked)
-    parts: list[FilterResult] = []
-    done = 0
-    for pixels in evidence.inputs.in_pixels():
-        evidence.progress(name, done, len(evidence.inputs))
-        parts.append(fitted.decide(pixels))
-        done += len(pixels)
-    evidence.progress(name, done, done)
-    decisions = tuple(decision for part in parts for decision in part.decisions)
-    rejected, measured = decisions.count("reject"), len(decisions) - decisions.count("unmeasured")
-    rate = fitted.boundary.null_rate
-    return FilterResult(
-        decisions=decisions,
-        scores=tuple(score for part in parts for score in part.scores),
-        boundary=fitted.boundary,
-        test=RejectionTest(
-            rejected=rejected,
-            measured=measured,
-            null_rate=rate,
-            p_value=binomial_tail(rejected, measured, rate),
-            level=LEVEL,
-        ),
+    before, result = evidence.session.forwards, None
+    if evidence.inputs is None or not len(evidence.inputs):
+        verdict, reason = Verdict.NOT_MEASURED, "there are no inputs to judge; give some with --inputs"
+    else:
+        clean = _apart(evidence.clean, evidence.inputs)
+        fitted = input_filter.fit(replace(evidence, clean=clean))
+        if isinstance(fitted, Finding):
+            return _with_note(fitted, len(evidence.clean) - len(clean))
+        result, test = _decide(input_filter.name, fitted, evidence.inputs, evidence)
+        verdict, reason = _verdict(result, test, fitted.boundary)
+    return Finding(
+        defense=input_filter.name,
+        kind=input_filter.kind,
+        verdict=verdict,
+        reason=reason,
+        settings=input_filter.settings,
+        seed=evidence.seed,
+        cost=Cost(forwards=evidence.session.forwards - before),
+        result=result,
     )
 
 
-def _judge(result: FilterResult, boundary: FilterBoundary) -> tuple[Verdict, str]:
-    test = result.test
-    assert test is not None  # noqa: S101 (made by the caller)
-    broken = result.decisions.count("unmeasured")
+def _apart(clean: ImageSet, inputs: ImageSet) -> ImageSet:
+    given = {image.tobytes() for image in inputs.images}
+    kept = [row for row, image in enumerate(clean.images) if image.tobytes() not in given]
+    return clean if len(kept) == len(clean) else clean.take(np.array(kept, dtype=np.int64))
+
+
+def _with_note(finding: Finding, aside: int) -> Finding:
+    if not aside:
+        return finding
+    reason = f"{finding.reason} ({aside:,} that are among the inputs were left out: give other clean images)"
+    return finding.model_copy(update={"reason": reason})
+
+
+def _decide(
+    name: str, fitted: FittedFilter, inputs: ImageSet, evidence: Evidence
+) -> tuple[FilterResult, RejectionTest]:
+    parts: list[FilterResult] = []
+    for pixels in inputs.in_pixels():
+        evidence.progress(name, sum(len(part.scores) for part in parts), len(inputs))
+        parts.append(fitted.decide(pixels))
+    evidence.progress(name, len(inputs), len(inputs))
+    decisions = tuple(decision for part in parts for decision in part.decisions)
+    scores = tuple(score for part in parts for score in part.scores)
+    test = _test(decisions.count("reject"), len(decisions) - decisions.count("unmeasured"), fitted.boundary.null_rate)
+    return FilterResult(decisions=decisions, scores=scores, boundary=fitted.boundary, test=test), test
+
+
+def _test(rejected: int, measured: int, null_rate: float) -> RejectionTest:
+    return RejectionTest(
+        rejected=rejected,
+        measured=measured,
+        null_rate=null_rate,
+        p_value=binomial_tail(rejected, measured, null_rate),
+        level=LEVEL,
+    )
+
+
+def _verdict(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> tuple[Verdict, str]:
     counted = f"{test.rejected:,} of {test.measured:,} inputs rejected"
-    limits = f"clean ones at most {test.null_rate:.1%}, p = {test.p_value:.2g}"
+    limit = f"of clean ones {test.null_rate:.1%} at most (p = {test.p_value:.2g})"
     if test.p_value <= LEVEL:
-        return Verdict.BACKDOORED, f"{counted}, more than of clean inputs ({limits}); this judges these inputs: {_rows(result)}"
+        return Verdict.BACKDOORED, f"{counted}, {limit}; rows {_rows(result)}. This judges the inputs given"
+    problem = _problem(result, test, boundary)
+    if problem is not None:
+        return Verdict.NOT_MEASURED, problem
+    return Verdict.CLEAN, f"{counted}, {limit}. This judges the inputs given, not the model"
+
+
+def _problem(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> str | None:
+    """Why no alarm means nothing."""
+    broken = len(result.decisions) - test.measured
     if broken:
-        return Verdict.NOT_MEASURED, f"the session's logits on {broken:,} of {len(result.decisions):,} inputs are not finite"
+        return f"the session's logits on {broken:,} of {len(result.decisions):,} inputs are not finite"
     if not boundary.can_reject:
-        return Verdict.NOT_MEASURED, (
-            f"the boundary, {boundary.value:.3g}, is not above {boundary.lowest_score:g}, the lowest score there is: "
-            "no input, however suspicious, could be rejected"
+        return (
+            f"the boundary ({boundary.value:.3g}) is not above the lowest score there is ({boundary.lowest_score:g}): "
+            "no input could be rejected, however suspicious"
         )
-    if test.null_rate**test.measured > LEVEL:
-        return Verdict.NOT_MEASURED, (
-            f"{test.measured:,} inputs are too few: even if all were rejected, that could be chance "
-            f"(p = {test.null_rate**test.measured:.2g})"
-        )
-    return Verdict.CLEAN, f"{counted}, no more than of clean inputs ({limits}); this judges these inputs, not the model"
+    chance = test.null_rate**test.measured
+    if chance > LEVEL:
+        return f"{test.measured:,} inputs are too few: all of them rejected could still be chance (p = {chance:.2g})"
+    return None
 
 
 def _rows(result: FilterResult) -> str:
-    rows = [row for row, decision in enumerate(result.decisions) if decision == "reject"]
-    more = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
-    return f"rows {', '.join(map(str, rows[:_NAMED]))}{more}"
+    rows = [str(row) for row, decision in enumerate(result.decisions) if decision == "reject"]
+    return ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else "")

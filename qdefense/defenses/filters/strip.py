@@ -24,11 +24,12 @@ Deviations from the paper and its code:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
 from math import gcd
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,12 +82,18 @@ class Strip:
     """
 
     name: ClassVar[str] = "strip"
+    kind: ClassVar[Literal["filter"]] = "filter"
     paper: ClassVar[str] = "Gao et al. 2019, arXiv 1902.06531"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.CLEAN_SET})
 
     overlays: Annotated[int, Field(ge=1)] = 100
     superimposition: Superimposition = "add"
     false_rejection_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As the finding stores them."""
+        return asdict(self)
 
     def fit(self, evidence: Evidence) -> FittedStrip | Finding:
         """Fit the boundary, from at least 100 clean images and as many as there are overlays.
@@ -99,10 +106,10 @@ class Strip:
         except _CannotFitError as error:
             return Finding(
                 defense=self.name,
-                kind="filter",
+                kind=self.kind,
                 verdict=error.verdict,
                 reason=str(error),
-                settings=asdict(self),
+                settings=self.settings,
                 seed=evidence.seed,
                 cost=Cost(forwards=evidence.session.forwards - before),
             )
@@ -117,9 +124,17 @@ class Strip:
             superimposition=self.superimposition,
             threads=evidence.threads,
         )
-        clean = chain(parts.fitted.in_pixels(), parts.held_out.in_pixels())
-        entropies = np.concatenate([overlays.entropies(pixels) for pixels in clean])
+        entropies = np.concatenate([overlays.entropies(pixels) for pixels in self._watched(evidence, parts)])
         return FittedStrip(overlays=overlays, boundary=self._boundary(entropies, len(parts.fitted)))
+
+    def _watched(self, evidence: Evidence, parts: _Parts) -> Iterator[Pixels]:
+        """The images of the fit, then the held-out ones."""
+        done, total = 0, len(parts.fitted) + len(parts.held_out)
+        for pixels in chain(parts.fitted.in_pixels(), parts.held_out.in_pixels()):
+            evidence.progress(f"{self.name}: clean images", done, total)
+            yield pixels
+            done += len(pixels)
+        evidence.progress(f"{self.name}: clean images", done, total)
 
     def _cut(self, clean: ImageSet, seed: int) -> _Parts:
         needed = self.overlays + 2 * MIN_PART
