@@ -1,4 +1,4 @@
-"""Defenses: one file per paper, in scans/ (the model), dataset/ (its training data), filters/ (inputs), later repairs/."""
+"""Defenses: one file per paper, in scans/ (model), dataset/ (training data), filters/ (inputs), later repairs/."""
 
 from qdefense.defenses.interfaces import DatasetScan, Defense, FittedFilter, InputFilter, ModelScan, Need
 from qdefense.defenses.registered import DEFENSES

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from qdefense.fidelity import MAX_RELATIVE_RMS, MIN_ROWS, MIN_TOP1_AGREEMENT
-from qdefense.findings import Finding, ScanResult, Suspect, Verdict
+from qdefense.findings import FilterResult, Finding, ScanResult, Suspect, Verdict
 from qdefense.rates import MIN_SKILL, skill
 from qdefense.report.model import MISREAD_MARGIN, Report
 
@@ -68,6 +68,19 @@ _LIMITS = {
             "A branch that looks at the image and passes no gradient could hide a trigger. Nodes that never pass one "
             "are listed under The file, and stand in the way of CLEAN; a ReLU or Clip that is shut on clean images "
             "hides a trigger, too, and is not listed.",
+        ),
+    ),
+    "strip": (
+        Gap(
+            "Inputs that strip was not given",
+            "It judges the inputs that it was shown, and not the model: a trigger that none or a few of them carry "
+            "stays unseen.",
+        ),
+        Gap(
+            "Triggers that an overlay breaks",
+            "It looks for inputs whose prediction no overlay changes. A trigger over the whole image (blended, warped),"
+            " one that works on some classes only (source-specific), and one that was trained together with overlays "
+            "change as clean inputs do.",
         ),
     ),
 }
@@ -153,6 +166,12 @@ def _after_alarm(report: Report) -> Iterator[Step]:
             yield _look(finding.result.suspects)
             yield from _more_work(
                 finding, "Audit once more with more work and another seed. A planted trigger should be found again."
+            )
+        if isinstance(finding.result, FilterResult) and finding.verdict is Verdict.BACKDOORED:
+            yield Step(
+                f"Look at the inputs that {finding.defense} rejected, listed below: what they share may be the "
+                "trigger. Where they are only of another kind than the clean images (night, blur), give clean ones of "
+                "that kind and audit again."
             )
     yield from _calibrate(report)
     yield Step(

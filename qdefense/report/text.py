@@ -15,7 +15,7 @@ from qdefense.converters.inspection import Inspection
 from qdefense.converters.runtime_facts import LevelEffect, RuntimeFacts
 from qdefense.converters.weighted_operators import INT8_ACTIVATIONS
 from qdefense.fidelity import FidelityCertificate
-from qdefense.findings import Finding, ScanResult, Threshold
+from qdefense.findings import FilterBoundary, FilterResult, Finding, ScanResult, Threshold
 from qdefense.rates import rounded_up
 from qdefense.report.escaping import harmless
 from qdefense.report.model import Accuracy, Environment, Report, Subject
@@ -26,6 +26,7 @@ _VERDICTS = {"CLEAN": "green", "BACKDOORED": "bold red", "NOT_MEASURED": "yellow
 _CLASSES_SHOWN = 12
 _NAMES_SHOWN = 5
 _CANDIDATES_SHOWN = 1
+_ROWS_SHOWN = 20
 _INT4 = frozenset({"int4", "uint4"})
 _LEVEL_OPTION = "session.qdq_matmulnbits_accuracy_level"
 
@@ -76,6 +77,9 @@ def _facts(subject: Subject, environment: Environment) -> Table:
         rows += [("read as", data.detection)] if data.detection else []
         rows += [("note", note) for note in data.notes]
         rows.append(("clean accuracy", accuracy_text(subject.clean_accuracy)))
+    if subject.inputs is not None:
+        rows.append(("inputs", f"{subject.inputs.source}: {subject.inputs.images} images"))
+        rows += [("note", note) for note in subject.inputs.notes]
     rows += [
         (
             "other contract",
@@ -292,6 +296,8 @@ def _finding(finding: Finding) -> RenderableType:
     lines: list[RenderableType] = [title]
     if finding.threshold is not None:
         lines.append(_indented(Text(harmless(describe_threshold(finding.threshold)), style="dim")))
+    if isinstance(finding.result, FilterResult):
+        lines += [_indented(Text(harmless(line), style="dim")) for line in describe_filter(finding.result)]
     lines.append(_indented(Text(harmless(describe_cost(finding)), style="dim")))
     if isinstance(finding.result, ScanResult) and finding.result.classes:
         lines.append(_classes(finding.result))
@@ -306,6 +312,27 @@ def describe_threshold(threshold: Threshold) -> str:
     tail = "" if threshold.p_value is None else f" (p = {rounded_up(threshold.p_value)})"
     note = "" if threshold.note is None else f"; {threshold.note}"
     return f"threshold {threshold.value:g}: {threshold.source}, {known}{tail}{note}"
+
+
+def describe_filter(result: FilterResult) -> list[str]:
+    """The boundary, then the rows that were not accepted; not escaped."""
+    lines = [] if result.boundary is None else [describe_boundary(result.boundary)]
+    for decision, word in (("reject", "rejected"), ("unmeasured", "without a score")):
+        rows = [str(row) for row, made in enumerate(result.decisions) if made == decision]
+        if rows:
+            more = f" and {len(rows) - _ROWS_SHOWN:,} more" if len(rows) > _ROWS_SHOWN else ""
+            lines.append(f"{word}: rows {', '.join(rows[:_ROWS_SHOWN])}{more}")
+    return lines
+
+
+def describe_boundary(boundary: FilterBoundary) -> str:
+    """Where the line is, and how often it rejects clean inputs; not escaped."""
+    low, high = boundary.frr_interval
+    return (
+        f"boundary {boundary.value:.3g}: fitted on {boundary.fitted_on:,} clean images (mean {boundary.mean:.3g}, sd "
+        f"{boundary.sd:.3g}) to reject {boundary.nominal_frr:.1%} of clean ones; of {len(boundary.held_out_scores):,} "
+        f"held-out ones it rejects {boundary.measured_frr:.1%} (interval {low:.1%} to {high:.1%})"
+    )
 
 
 def describe_cost(finding: Finding) -> str:

@@ -92,9 +92,12 @@ def _test(rejected: int, measured: int, null_rate: float) -> RejectionTest:
 
 def _verdict(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> tuple[Verdict, str]:
     counted = f"{test.rejected:,} of {test.measured:,} inputs rejected"
-    limit = f"of clean ones {test.null_rate:.1%} at most (p = {test.p_value:.2g})"
+    limit = f"where of clean ones {test.null_rate:.1%} at most would be (p = {test.p_value:.2g})"
     if test.p_value <= LEVEL:
-        return Verdict.BACKDOORED, f"{counted}, {limit}; rows {_rows(result)}. This judges the inputs given"
+        return (
+            Verdict.BACKDOORED,
+            f"{counted}, {limit}; rows {_rows(result)}. This judges the inputs given, not the model",
+        )
     problem = _problem(result, test, boundary)
     if problem is not None:
         return Verdict.NOT_MEASURED, problem

@@ -11,10 +11,9 @@ Deviations from the paper and its code:
   part of what is measured, on clean images as on inputs: a float input takes them as they are; a uint8 input holds
   nothing above 255, so the sum is cut there, as ``addWeighted`` cuts it on uint8 images; the first quantizer of a
   static INT8 file cuts at the range that it was calibrated for.
-- The paper fits the boundary to clean images and counts false rejections on others. Here both happen in `fit`: the clean
-  set is cut into overlays, up to 500 images for the fit, and up to 500 held-out ones. Entropies are not normal, so that
-  the real false rejection rate differs from the nominal one: it is measured on the held-out part, with its interval,
-  which takes the images for independent.
+- Entropies are not normal, so that the real false rejection rate differs from the nominal one. The clean set is cut
+  into overlays, up to 500 images for the fit, and up to 500 held-out ones, on which the real rate is measured, with
+  an interval that takes images for independent.
 - The overlays are drawn once, by the seed, and are the same for every input, so that scores can be compared; the code
   draws anew for each.
 - The entropies are computed from the logits or the log-probabilities of the file's head in float64.
@@ -256,7 +255,9 @@ def _refuse(evidence: Evidence) -> None:
             Verdict.NOT_APPLICABLE,
         )
     if contract.classes < MIN_CLASSES:
-        raise _CannotFitError(f"{contract.classes} class; an entropy needs at least {MIN_CLASSES}", Verdict.NOT_APPLICABLE)
+        raise _CannotFitError(
+            f"{contract.classes} class; an entropy needs at least {MIN_CLASSES}", Verdict.NOT_APPLICABLE
+        )
     if not evidence.clean.labelled and evidence.stated_accuracy is None:
         raise _CannotFitError(
             "the images have no labels, so the clean accuracy was not measured; give labelled images, or vouch for it "
