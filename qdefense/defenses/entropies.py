@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ MIN_SPREAD = 1e-6
 """Bits; a standard deviation below it is rounding of float32 logits, not a difference between images."""
 
 
-def mean_entropies(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def mean_entropies(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Shannon entropy in bits, averaged over the perturbed copies of each image.
 
     ``H = -(1/N) sum_n sum_c p_nc log2 p_nc`` with ``p_n = softmax(logits_n)``. ``logits: (images, N, K)``, which
@@ -40,8 +41,11 @@ def normal_boundary(entropies: NDArray[np.float64], rate: float) -> tuple[float,
     Raises:
         ValueError: an entropy is not finite, there are fewer than 2, or they do not differ.
     """
-    if len(entropies) < 2 or not np.isfinite(entropies).all():
-        raise ValueError(f"no normal fit: expected 2 finite entropies or more, of {len(entropies)} not all are finite")
+    if len(entropies) < 2:
+        raise ValueError(f"no normal fit: there are {len(entropies)} entropies, at least 2 are needed")
+    broken = int((~np.isfinite(entropies)).sum())
+    if broken:
+        raise ValueError(f"no normal fit: {broken} of {len(entropies)} entropies are not finite")
     mean, sd = float(entropies.mean()), float(entropies.std())
     if sd < MIN_SPREAD:
         raise ValueError(f"the entropies of the {len(entropies)} images do not differ (all {mean:.3g} bits)")
