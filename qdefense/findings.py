@@ -142,6 +142,7 @@ class FilterBoundary(_Record):
     frr_interval: tuple[float, float] = Field(description="Wilson interval of the measured FRR, 95 %")
     held_out_scores: tuple[float, ...] = Field(description="scores of those images")
     lowest_score: float = Field(description="no score can be below it; nor is anything rejected by a boundary there")
+    note: str | None = Field(default=None, description="what weakens the filter on this file")
 
     @property
     def null_rate(self) -> float:

@@ -328,10 +328,11 @@ def describe_filter(result: FilterResult) -> list[str]:
 def describe_boundary(boundary: FilterBoundary) -> str:
     """Where the line is, and how often it rejects clean inputs; not escaped."""
     low, high = boundary.frr_interval
+    note = "" if boundary.note is None else f"; {boundary.note}"
     return (
         f"boundary {boundary.value:.3g}: fitted on {boundary.fitted_on:,} clean images (mean {boundary.mean:.3g}, sd "
         f"{boundary.sd:.3g}) to reject {boundary.nominal_frr:.1%} of clean ones; of {len(boundary.held_out_scores):,} "
-        f"held-out ones it rejects {boundary.measured_frr:.1%} (interval {low:.1%} to {high:.1%})"
+        f"held-out ones it rejects {boundary.measured_frr:.1%} (interval {low:.1%} to {high:.1%}){note}"
     )
 
 
