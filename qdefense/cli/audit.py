@@ -74,6 +74,8 @@ def command(
     """
     if output_dir is None and (len(set(formats)) > 1 or "html" in formats):
         raise click.UsageError("html and several formats need --output-dir; one text format alone goes to stdout")
+    if inputs_split is not None and inputs is None:
+        raise click.UsageError("--inputs-split names a split of --inputs; give both")
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         for name in (REPORT, PAGE) if "html" in formats else (REPORT,):

@@ -81,3 +81,8 @@ def test_audit_reads_the_split_of_the_inputs_that_is_asked_for(files: Path, tmp_
 def test_audit_tells_that_inputs_are_missing(files: Path, capfd: Capture) -> None:
     assert audit(files, "--inputs", "nowhere.npz", "--defense", "strip") == 2
     assert "'nowhere.npz': no such file or folder" in capfd.readouterr().err
+
+
+def test_audit_refuses_a_split_of_no_inputs(files: Path, capfd: Capture) -> None:
+    assert audit(files, "--inputs-split", "train") == 2
+    assert "--inputs-split names a split of --inputs; give both" in capfd.readouterr().err

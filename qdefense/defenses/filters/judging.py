@@ -122,7 +122,7 @@ def _problem(result: FilterResult, test: RejectionTest, boundary: FilterBoundary
         )
     chance = test.null_rate**test.measured
     if chance > LEVEL:
-        return f"{test.measured:,} inputs are too few: all of them rejected could still be chance (p = {chance:.2g})"
+        return f"too few inputs ({test.measured:,}): all of them rejected could still be chance (p = {chance:.2g})"
     return None
 
 

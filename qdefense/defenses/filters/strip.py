@@ -1,9 +1,9 @@
 """STRIP (Gao et al. 2019, ACSAC, arXiv 1902.06531): an input whose prediction survives any overlay carries a trigger.
 
 N clean images are laid over an input, one at a time, and the entropy of the N predictions is averaged,
-``H = -(1/N) sum_n sum_c p_nc log2 p_nc`` (section IV). A trigger that works on every image forces one class whatever
+``H = -(1/N) sum_n sum_c p_nc log2 p_nc`` (section 4). A trigger that works on every image forces one class whatever
 else is in the picture, so that H is low. The boundary is the quantile at the chosen false rejection rate of a normal
-distribution fitted to the entropies of clean images; an input below it is rejected (section V).
+distribution fitted to the entropies of clean images; an input below it is rejected (section 5).
 
 Deviations from the paper and its code:
 - Superimposing is ``x + overlay``, as the code does it (``cv2.addWeighted`` with weights 1 and 1 on images in [0, 1]):

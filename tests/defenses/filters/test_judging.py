@@ -149,7 +149,7 @@ def test_judge_inputs_needs_as_many_inputs_as_could_alarm(evidence: Evidence, co
     finding = judged(evidence, inputs(*[100] * count))
     assert finding.verdict is verdict
     if count == 1:
-        assert finding.reason == "1 inputs are too few: all of them rejected could still be chance (p = 0.05)"
+        assert finding.reason == "too few inputs (1): all of them rejected could still be chance (p = 0.05)"
 
 
 @pytest.mark.parametrize("given", [None, inputs()])
