@@ -166,7 +166,11 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     surroundings = environment(session.profile, _limited(job))
     calibrations = _calibrations(job, artifact, read.digest, surroundings)
     _check_lines(defenses, calibrations)
-    subject = _with_runtime_facts(job, artifact).model_copy(update={"data": _data_facts(read, clean)})
+    facts = {
+        "data": _data_facts(read, clean),
+        "training_data": None if training_set is None else _data_facts(training_set, training_set),
+    }
+    subject = _with_runtime_facts(job, artifact).model_copy(update=facts)
     emit(Described(subject=subject, environment=surroundings))
     return _Loaded(
         session=session, clean=clean, training_set=training_set, defenses=defenses, calibrations=calibrations

@@ -16,9 +16,10 @@ import jinja2
 from markupsafe import Markup
 
 from qdefense.fidelity import MAX_RELATIVE_RMS, MIN_GRADIENT_ROWS, MIN_TOP1_AGREEMENT
-from qdefense.findings import Finding, InvertedTrigger, ScanResult, TriggerPicture
+from qdefense.findings import DatasetClass, DatasetResult, Finding, InvertedTrigger, ScanResult, TriggerPicture
 from qdefense.report import advice
 from qdefense.report.charts import NormChart, norm_chart, suspicion_limit
+from qdefense.report.datasets import describe_flagged, describe_statistics, ranked_classes
 from qdefense.report.escaping import harmless
 from qdefense.report.model import SCHEMA_VERSION, Report
 from qdefense.report.text import (
@@ -80,6 +81,15 @@ class ScanView:
     triggers: tuple[TriggerView, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DatasetView:
+    """A dataset scan's finding: its labels by rank and what is flagged, never the scores of all images."""
+
+    finding: Finding
+    classes: tuple[DatasetClass, ...]
+    flagged: str
+
+
 def render(report: Report) -> str:
     """The page: self-contained HTML without scripts, the same for equal reports."""
     page = _environment().get_template("report.html")
@@ -91,6 +101,9 @@ def render(report: Report) -> str:
         not_checked=advice.not_checked(report),
         checks=tuple(_checks(report)),
         scans=tuple(_scan_view(finding) for finding in report.findings if isinstance(finding.result, ScanResult)),
+        datasets=tuple(
+            _dataset_view(one, one.result) for one in report.findings if isinstance(one.result, DatasetResult)
+        ),
         contract_rows=[] if report.subject.contract is None else contract_rows(report.subject.contract),
         inspection_rows=[]
         if report.subject.inspection is None
@@ -119,6 +132,7 @@ def _environment() -> jinja2.Environment:
         "label": lambda text: _cut(harmless(text), _LONGEST_LABEL),
         "quoted": lambda word: _Whole(shlex.quote(word)),
         "cost": describe_cost,
+        "statistics": describe_statistics,
         "threshold": describe_threshold,
         "gradients": describe_gradients,
         "settings": _settings,
@@ -195,6 +209,12 @@ def _scan_view(finding: Finding) -> ScanView:
         chart=norm_chart(result, finding.threshold),
         limit=suspicion_limit(result, finding.threshold),
         triggers=tuple(_trigger_view(picture, result) for picture in result.pictures),
+    )
+
+
+def _dataset_view(finding: Finding, result: DatasetResult) -> DatasetView:
+    return DatasetView(
+        finding=finding, classes=tuple(ranked_classes(result)), flagged=describe_flagged(result, finding.verdict)
     )
 
 
