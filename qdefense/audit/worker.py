@@ -173,7 +173,11 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     surroundings = environment(session.profile, _limited(job))
     calibrations = _calibrations(job, artifact, read.digest, surroundings)
     _check_lines(defenses, calibrations)
-    facts = {"data": _data_facts(read, clean), "inputs": None if inputs is None else _data_facts(inputs, inputs)}
+    facts = {
+        "data": _data_facts(read, clean),
+        "training_data": None if training_set is None else _data_facts(training_set, training_set),
+        "inputs": None if inputs is None else _data_facts(inputs, inputs),
+    }
     subject = _with_runtime_facts(job, artifact).model_copy(update=facts)
     emit(Described(subject=subject, environment=surroundings))
     return _Loaded(

@@ -16,9 +16,18 @@ import jinja2
 from markupsafe import Markup
 
 from qdefense.fidelity import MAX_RELATIVE_RMS, MIN_GRADIENT_ROWS, MIN_TOP1_AGREEMENT
-from qdefense.findings import FilterResult, Finding, InvertedTrigger, ScanResult, TriggerPicture
+from qdefense.findings import (
+    DatasetClass,
+    DatasetResult,
+    FilterResult,
+    Finding,
+    InvertedTrigger,
+    ScanResult,
+    TriggerPicture,
+)
 from qdefense.report import advice
 from qdefense.report.charts import NormChart, ScoreChart, norm_chart, score_chart, suspicion_limit
+from qdefense.report.datasets import describe_flagged, describe_statistics, ranked_classes
 from qdefense.report.escaping import harmless
 from qdefense.report.model import SCHEMA_VERSION, Report
 from qdefense.report.text import (
@@ -82,6 +91,15 @@ class ScanView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetView:
+    """A dataset scan's finding: its labels by rank and what is flagged, never the scores of all images."""
+
+    finding: Finding
+    classes: tuple[DatasetClass, ...]
+    flagged: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FilterView:
     """A filter's finding with what the page draws of it; ``listed`` are the rows that were not accepted."""
 
@@ -102,6 +120,9 @@ def render(report: Report) -> str:
         not_checked=advice.not_checked(report),
         checks=tuple(_checks(report)),
         scans=tuple(_scan_view(finding) for finding in report.findings if isinstance(finding.result, ScanResult)),
+        datasets=tuple(
+            _dataset_view(one, one.result) for one in report.findings if isinstance(one.result, DatasetResult)
+        ),
         filters=tuple(_filter_view(finding) for finding in report.findings if isinstance(finding.result, FilterResult)),
         contract_rows=[] if report.subject.contract is None else contract_rows(report.subject.contract),
         inspection_rows=[]
@@ -132,6 +153,7 @@ def _environment() -> jinja2.Environment:
         "quoted": lambda word: _Whole(shlex.quote(word)),
         "boundary": describe_boundary,
         "cost": describe_cost,
+        "statistics": describe_statistics,
         "threshold": describe_threshold,
         "gradients": describe_gradients,
         "settings": _settings,
@@ -208,6 +230,12 @@ def _scan_view(finding: Finding) -> ScanView:
         chart=norm_chart(result, finding.threshold),
         limit=suspicion_limit(result, finding.threshold),
         triggers=tuple(_trigger_view(picture, result) for picture in result.pictures),
+    )
+
+
+def _dataset_view(finding: Finding, result: DatasetResult) -> DatasetView:
+    return DatasetView(
+        finding=finding, classes=tuple(ranked_classes(result)), flagged=describe_flagged(result, finding.verdict)
     )
 
 

@@ -66,6 +66,7 @@ class Subject(_Record):
     )
     data: DataFacts | None = None
     inputs: DataFacts | None = Field(default=None, description="what the model was given, judged by the filters")
+    training_data: DataFacts | None = Field(default=None, description="judged by the dataset scans")
     clean_accuracy: Accuracy | None = None
     candidates: tuple[CandidateContract, ...] = Field(
         default=(), description="other contracts that fit the graph, largest gain first, with their accuracy"

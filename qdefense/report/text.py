@@ -15,8 +15,9 @@ from qdefense.converters.inspection import Inspection
 from qdefense.converters.runtime_facts import LevelEffect, RuntimeFacts
 from qdefense.converters.weighted_operators import INT8_ACTIVATIONS
 from qdefense.fidelity import FidelityCertificate
-from qdefense.findings import FilterBoundary, FilterResult, Finding, ScanResult, Threshold
+from qdefense.findings import DatasetResult, FilterBoundary, FilterResult, Finding, ScanResult, Threshold, Verdict
 from qdefense.rates import rounded_up
+from qdefense.report.datasets import describe_flagged, describe_statistics, ranked_classes
 from qdefense.report.escaping import harmless
 from qdefense.report.model import Accuracy, Environment, Report, Subject
 from qdefense.session import SessionProfile
@@ -77,6 +78,10 @@ def _facts(subject: Subject, environment: Environment) -> Table:
         rows += [("read as", data.detection)] if data.detection else []
         rows += [("note", note) for note in data.notes]
         rows.append(("clean accuracy", accuracy_text(subject.clean_accuracy)))
+    if subject.training_data is not None:
+        training = subject.training_data
+        rows.append(("training data", f"{training.source}: {training.images:,} images, {training.classes} classes"))
+        rows += [("note", note) for note in training.notes]
     if subject.inputs is not None:
         rows.append(("inputs", f"{subject.inputs.source}: {subject.inputs.images} images"))
         rows += [("note", note) for note in subject.inputs.notes]
@@ -301,6 +306,8 @@ def _finding(finding: Finding) -> RenderableType:
     lines.append(_indented(Text(harmless(describe_cost(finding)), style="dim")))
     if isinstance(finding.result, ScanResult) and finding.result.classes:
         lines.append(_classes(finding.result))
+    if isinstance(finding.result, DatasetResult):
+        lines += _dataset(finding.result, finding.verdict)
     return Group(*lines)
 
 
@@ -359,3 +366,20 @@ def _classes(result: ScanResult) -> RenderableType:
     hidden = len(result.classes) - _CLASSES_SHOWN
     note = [Text(f"  and {hidden} more classes; --format json lists them all", style="dim")] if hidden > 0 else []
     return Group(_indented(table), *note)
+
+
+def _dataset(result: DatasetResult, verdict: Verdict) -> list[RenderableType]:
+    table = plain_table("class", "images", "score", "flagged", "figures", left=("class", "figures"), fold="figures")
+    entries = ranked_classes(result)
+    for entry in entries[:_CLASSES_SHOWN]:
+        figures = entry.reason if entry.score is None else describe_statistics(entry.statistics)
+        table.add_row(
+            Text(f"{entry.target_class} {harmless(entry.class_name)}"),
+            f"{entry.n:,}",
+            "none" if entry.score is None else f"{entry.score:.2f}",
+            f"{entry.flagged:,}",
+            Text(f"{'SUSPICIOUS: ' if entry.suspicious else ''}{harmless(figures)}"),
+        )
+    hidden = len(entries) - _CLASSES_SHOWN
+    note = [Text(f"  and {hidden} more classes; --format json lists them all", style="dim")] if hidden > 0 else []
+    return [_indented(Text(describe_flagged(result, verdict))), _indented(table), *note]

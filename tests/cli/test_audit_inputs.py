@@ -85,4 +85,4 @@ def test_audit_tells_that_inputs_are_missing(files: Path, capfd: Capture) -> Non
 
 def test_audit_refuses_a_split_of_no_inputs(files: Path, capfd: Capture) -> None:
     assert audit(files, "--inputs-split", "train") == 2
-    assert "--inputs-split names a split of --inputs; give both" in capfd.readouterr().err
+    assert "--inputs-split is of --inputs, which is not given" in capfd.readouterr().err
