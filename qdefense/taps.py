@@ -132,7 +132,7 @@ def _why_missing(tensor: str, graph: onnx.GraphProto, kept: frozenset[str]) -> s
 
 def _why_gone(tensor: str, graph: onnx.GraphProto, kept: frozenset[str]) -> str:
     name = safe_text(tensor)
-    if tensor not in _moved_by_inputs(graph):
+    if tensor not in moved_by_inputs(graph):
         return f"'{name}' follows from constants of the file alone; read it from the file"
     survivor, node = _first_kept(tensor, graph, kept)
     if node is None:
@@ -147,7 +147,8 @@ def _is_computed(tensor: str, graph: onnx.GraphProto) -> bool:
     return any(tensor in node.output for node in graph.node)
 
 
-def _moved_by_inputs(graph: onnx.GraphProto) -> set[str]:
+def moved_by_inputs(graph: onnx.GraphProto) -> set[str]:
+    """The tensors of a graph that depend on what it is fed, and do not follow from constants alone."""
     constants = {tensor.name for tensor in graph.initializer}
     moved = {value.name for value in graph.input if value.name not in constants}
     for node in graph.node:

@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+from fractions import Fraction
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from qdefense.rates import alarm_rank, auroc, conformal_p, models_needed, rounded_up, skill, wilson_interval
+from qdefense.rates import (
+    alarm_rank,
+    auroc,
+    binomial_tail,
+    conformal_p,
+    models_needed,
+    rounded_up,
+    skill,
+    wilson_interval,
+)
 
 SCORES = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=30)
 
@@ -149,3 +161,47 @@ def test_auroc_raises_when_a_side_is_empty_or_nan(positive: list[float], negativ
 
 def test_skill_runs_from_guessing_to_perfect() -> None:
     assert [skill(accuracy, 4) for accuracy in (0.25, 0.4375, 1.0, 0.0)] == [0.0, 0.25, 1.0, -1 / 3]
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "rate", "expected"),
+    [
+        (0, 5, 0.3, 1.0),
+        (0, 0, 0.3, 1.0),
+        (1, 1, 0.3, 0.3),
+        (1, 2, 0.5, 0.75),
+        (2, 2, 0.01, 1e-4),
+        (3, 4, 0.5, 5 / 16),
+        (8, 10, 0.5, 56 / 1024),
+        (100, 100, 0.1, 1e-100),
+    ],
+)
+def test_binomial_tail_equals_the_hand_computed(hits: int, n: int, rate: float, expected: float) -> None:
+    assert binomial_tail(hits, n, rate) == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.fractions(0, 1).filter(lambda rate: 1e-6 < rate < 1 - 1e-6))
+def test_binomial_tail_equals_the_exact_sum(hits: int, n: int, rate: Fraction) -> None:
+    hits = min(hits, n)
+    exact = sum(comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(hits, n + 1))
+    assert binomial_tail(hits, n, float(rate)) == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_binomial_tail_holds_where_its_coefficients_are_larger_than_any_float() -> None:
+    assert binomial_tail(5000, 10_000, 0.5) == pytest.approx(0.5, abs=0.005)
+    assert binomial_tail(1, 10**5, 1e-9) == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "rate", "message"),
+    [
+        (-1, 3, 0.5, "-1 of 3 is no proportion"),
+        (4, 3, 0.5, "4 of 3 is no proportion"),
+        (1, 3, 0.0, "rate is 0.0: expected a number between 0 and 1"),
+        (1, 3, 1.0, "rate is 1.0: expected a number between 0 and 1"),
+        (0, 3, float("nan"), "rate is nan: expected a number between 0 and 1"),
+    ],
+)
+def test_binomial_tail_raises_when_there_is_no_such_count_or_rate(hits: int, n: int, rate: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        binomial_tail(hits, n, rate)

@@ -24,6 +24,10 @@ class Job(_Message):
     data: str | None = None
     split: str | None = None
     limit: int | None = None
+    training_data: str | None = Field(default=None, description="judged by the dataset scans, read whole")
+    training_split: str | None = None
+    inputs: str | None = Field(default=None, description="what the model was given, judged by the filters")
+    inputs_split: str | None = None
     defenses: tuple[str, ...] = ()
     seed: int = 0
     threads: int = 1

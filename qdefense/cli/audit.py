@@ -20,6 +20,12 @@ from qdefense.report.text import print_report
 REPORT = "report.json"
 PAGE = "report.html"
 DEFAULT_DEFENSES = ("neural-cleanse",)
+FILTERS = ("strip",)
+"""Every filter there is, the default first: to ask the registry would import torch."""
+DATASET_SCANS = ("activation-clustering", "spectral-signatures")
+"""Every dataset scan there is: to ask the registry would import torch."""
+RANKING = frozenset({"spectral-signatures"})
+"""Those that rank samples and give no verdict as published: where the user did not name them, none is required."""
 
 
 @click.command("audit")
@@ -31,6 +37,17 @@ DEFAULT_DEFENSES = ("neural-cleanse",)
     metavar="NAME:key=value,...",
     help="A defense and its settings; may be given several times.  [default: neural-cleanse]",
 )
+@click.option(
+    "--inputs",
+    help="What the model was given: 'signs' or a path, as --data; judged by the filters, by strip where none is named.",
+)
+@click.option("--inputs-split", help="Which split of the inputs.  [default: test]")
+@click.option(
+    "--training-data",
+    help="The training data: 'signs' or a path, as --data; read whole, judged by the dataset scans, by all of them "
+    "where none is named.",
+)
+@click.option("--training-split", help="Which split of it.  [default: train, or all of what has no splits]")
 @click.option(
     "--calibration",
     "calibrations",
@@ -53,6 +70,10 @@ DEFAULT_DEFENSES = ("neural-cleanse",)
 def command(
     job: Job,
     defenses: tuple[str, ...],
+    inputs: str | None,
+    inputs_split: str | None,
+    training_data: str | None,
+    training_split: str | None,
     calibrations: tuple[Path, ...],
     false_alarm_rate: float | None,
     formats: tuple[str, ...],
@@ -69,16 +90,42 @@ def command(
         output_dir.mkdir(parents=True, exist_ok=True)
         for name in (REPORT, PAGE) if "html" in formats else (REPORT,):
             check_writable(output_dir / name)
-    chosen = defenses or DEFAULT_DEFENSES
+    chosen = _with_dataset_scans(defenses or DEFAULT_DEFENSES, training_data, training_split)
+    chosen = _with_filter(chosen, inputs, inputs_split)
     asked = {"calibrations": tuple(map(str, calibrations)), "false_alarm_rate": false_alarm_rate}
-    job = job.model_copy(update={"defenses": chosen, **asked})
-    required = tuple(dict.fromkeys(spec.partition(":")[0] for spec in chosen))
+    training = {"training_data": training_data, "training_split": training_split}
+    judged = {"inputs": inputs, "inputs_split": inputs_split}
+    job = job.model_copy(update={"defenses": chosen, **training, **judged, **asked})
+    named = {_name(spec) for spec in defenses}
+    required = tuple(dict.fromkeys(name for name in map(_name, chosen) if name in named or name not in RANKING))
     with progress_bar() as advance:
         report = run_audit(
             job, required=required, on_progress=advance, command=("qdefense", *sys.argv[1:]), verbose=verbose
         )
     _write(report, formats or ("table",), output_dir)
     return report.gate.exit_code
+
+
+def _name(spec: str) -> str:
+    return spec.partition(":")[0]
+
+
+def _with_dataset_scans(chosen: tuple[str, ...], data: str | None, split: str | None) -> tuple[str, ...]:
+    readers = [name for name in map(_name, chosen) if name in DATASET_SCANS]
+    if data is None and readers:
+        raise click.UsageError(f"{readers[0]} judges the training data; name it with --training-data")
+    if data is None and split is not None:
+        raise click.UsageError("--training-split is of --training-data, which is not given")
+    return chosen if data is None or readers else (*chosen, *DATASET_SCANS)
+
+
+def _with_filter(chosen: tuple[str, ...], data: str | None, split: str | None) -> tuple[str, ...]:
+    readers = [name for name in map(_name, chosen) if name in FILTERS]
+    if data is None and readers:
+        raise click.UsageError(f"{readers[0]} judges inputs; name them with --inputs")
+    if data is None and split is not None:
+        raise click.UsageError("--inputs-split is of --inputs, which is not given")
+    return chosen if data is None or readers else (*chosen, FILTERS[0])
 
 
 def _write(report: Report, formats: tuple[str, ...], folder: Path | None) -> None:

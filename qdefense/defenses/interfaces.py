@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from qdefense.artifact import Artifact
 from qdefense.calibration import Calibrations, Line
 from qdefense.data.images import Pixels
 from qdefense.evidence import Evidence
-from qdefense.findings import FilterResult, Finding
+from qdefense.findings import FilterBoundary, FilterResult, Finding
 
 
 class Need(StrEnum):
@@ -27,6 +27,7 @@ class ModelScan(Protocol):
     """Judges the file from clean images."""
 
     name: ClassVar[str]
+    kind: ClassVar[Literal["scan"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
@@ -57,6 +58,7 @@ class DatasetScan(Protocol):
     """Judges the training set through the file."""
 
     name: ClassVar[str]
+    kind: ClassVar[Literal["dataset"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
@@ -65,19 +67,34 @@ class DatasetScan(Protocol):
         ...
 
 
+class FittedFilter(Protocol):
+    """An `InputFilter` with its boundary, ready to decide."""
+
+    @property
+    def boundary(self) -> FilterBoundary:
+        """Where the line is, and how often it rejects clean inputs."""
+        ...
+
+    def decide(self, x: Pixels) -> FilterResult:
+        """Decide on ``x: (N, 3, H, W) float32 in [0, 1]``; an input's score does not depend on the others."""
+        ...
+
+
 class InputFilter(Protocol):
     """Accepts, rejects or purifies inputs, at a latency."""
 
     name: ClassVar[str]
+    kind: ClassVar[Literal["filter"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
-    def fit(self, evidence: Evidence) -> Finding:
-        """Set the boundary on clean images."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As the finding stores them."""
         ...
 
-    def decide(self, x: Pixels) -> FilterResult:
-        """Decide on ``x: (N, 3, H, W) float32 in [0, 1]``."""
+    def fit(self, evidence: Evidence) -> FittedFilter | Finding:
+        """Set the boundary on clean images; a finding, NOT_APPLICABLE or NOT_MEASURED, where that cannot be done."""
         ...
 
 
@@ -85,9 +102,14 @@ class Repair(Protocol):
     """Makes a new file; judged by clean accuracy and ASR before and after, never called detection."""
 
     name: ClassVar[str]
+    kind: ClassVar[Literal["repair"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
     def repair(self, evidence: Evidence) -> Artifact:
         """Repair the file."""
         ...
+
+
+Defense = ModelScan | DatasetScan | InputFilter | Repair
+"""Any of the four; ``kind`` tells which."""

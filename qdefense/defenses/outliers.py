@@ -1,4 +1,4 @@
-"""Outlier statistics of trigger norms: plain functions of arrays."""
+"""Outlier statistics of what a scan measures per class: plain functions of arrays."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def low_side_indices(values: NDArray[np.float64]) -> NDArray[np.float64]:
     if mad == 0:
         raise ValueError("the median absolute deviation is 0: the values do not differ, so no index is defined")
     return np.maximum((median - values) / mad, 0.0)
+
+
+def high_side_indices(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Anomaly index of each value on the high side: ``(v - median) / mad``, 0 where ``v`` is below the median.
+
+    Raises:
+        ValueError: the MAD is 0, so that the index is undefined, or a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"{np.sum(~np.isfinite(values))} of {len(values)} values are not finite")
+    return low_side_indices(-values)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from qdefense.fidelity import MAX_RELATIVE_RMS, MIN_ROWS, MIN_TOP1_AGREEMENT
-from qdefense.findings import Finding, ScanResult, Suspect, Verdict
+from qdefense.findings import DatasetResult, FilterResult, Finding, ScanResult, Suspect, Verdict
 from qdefense.rates import MIN_SKILL, skill
 from qdefense.report.model import MISREAD_MARGIN, Report
 
@@ -68,6 +68,34 @@ _LIMITS = {
             "A branch that looks at the image and passes no gradient could hide a trigger. Nodes that never pass one "
             "are listed under The file, and stand in the way of CLEAN; a ReLU or Clip that is shut on clean images "
             "hides a trigger, too, and is not listed.",
+        ),
+    ),
+    "activation-clustering": (
+        Gap(
+            "Poison that activation-clustering does not tell apart",
+            "It looks for a label whose images fall in two parts. Poison that looks like its class to the network "
+            "(clean-label, blended or warping triggers, few samples), a backdoor that came by another way than this "
+            "training data, and data that was not given stay unseen.",
+        ),
+    ),
+    "spectral-signatures": (
+        Gap(
+            "Poison that spectral-signatures does not tell apart",
+            "It compares how far the images of each label spread in one direction, under a threshold of the user's. "
+            "Blended or warping triggers, and a backdoor that came by another way than this data, stay unseen.",
+        ),
+    ),
+    "strip": (
+        Gap(
+            "Inputs that strip was not given",
+            "It judges the inputs that it was shown, and not the model: a trigger that none or a few of them carry "
+            "stays unseen.",
+        ),
+        Gap(
+            "Triggers that an overlay breaks",
+            "It looks for inputs whose prediction no overlay changes. A trigger over the whole image (blended, warped),"
+            " one that works on some classes only (source-specific), and one that was trained together with overlays "
+            "change as clean inputs do.",
         ),
     ),
 }
@@ -154,6 +182,18 @@ def _after_alarm(report: Report) -> Iterator[Step]:
             yield from _more_work(
                 finding, "Audit once more with more work and another seed. A planted trigger should be found again."
             )
+        if isinstance(finding.result, DatasetResult) and finding.verdict is Verdict.BACKDOORED:
+            yield Step(
+                f"Look at the flagged training images of {finding.defense}: report.json lists their rows under "
+                "flagged. A common mark on images that belong to another class is the sign of poison. Where poison is "
+                "the larger part of a class, the flagged images are the clean ones."
+            )
+        if isinstance(finding.result, FilterResult) and finding.verdict is Verdict.BACKDOORED:
+            yield Step(
+                f"Look at the inputs that {finding.defense} rejected, listed below: what they share may be the "
+                "trigger. Where they are only of another kind than the clean images (night, blur), give clean ones of "
+                "that kind and audit again."
+            )
     yield from _calibrate(report)
     yield Step(
         "Find out where the weights and the training data come from. Train again on data that you trust, and audit the "
@@ -188,7 +228,7 @@ def _more_work(finding: Finding, text: str) -> Iterator[Step]:
 
 
 def _calibrate(report: Report) -> Iterator[Step]:
-    if any(_guessing(report)):
+    if any(finding.kind == "scan" for finding in _guessing(report)):
         yield Step(
             "Calibrate the threshold on clean models of this architecture, data and precision: until then nobody knows "
             "how often it is wrong.",
@@ -308,7 +348,8 @@ def _not_applicable(report: Report) -> Iterator[Step]:
     names = [one.defense for one in report.findings if one.verdict is Verdict.NOT_APPLICABLE]
     if names:
         yield Step(
-            f"{', '.join(names)} cannot judge a file like this one. Require a check that can.", ("qdefense", "defenses")
+            f"{', '.join(names)} cannot judge this file, or not with what was given. Require a check that can.",
+            ("qdefense", "defenses"),
         )
 
 

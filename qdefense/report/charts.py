@@ -1,4 +1,4 @@
-"""The geometry of the chart of trigger norms; ``templates/chart.svg`` draws it."""
+"""The geometry of the charts of trigger norms and of filter scores; ``templates/drawings.html`` draws them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
-from qdefense.findings import InvertedTrigger, ScanResult, Threshold
+from qdefense.findings import FilterResult, InvertedTrigger, ScanResult, Threshold
 
 SHOWN = 48
 """Classes that get a row of their own."""
@@ -20,6 +20,11 @@ _LEFT, _RIGHT = 31.0, 82.0
 _CENSORED = 88.0
 _FAR = 60.0
 _TICKS = 4
+PANEL = 64
+"""Of one histogram, from its base line to the next."""
+_BINS = 34
+_TALLEST = 54.0
+_LOWEST_BAR = 1.5
 
 Kind = Literal["suspect", "class", "censored"]
 
@@ -110,6 +115,75 @@ def suspicion_limit(result: ScanResult, threshold: Threshold | None) -> float | 
         return None
     limit = median - threshold.value * mad
     return limit if math.isfinite(limit) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One histogram; each bar is its left side in percent, its top and its height in pixels."""
+
+    name: str
+    base: int
+    bars: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreChart:
+    """Histograms of scores, one above the other, on one axis and one scale of shares."""
+
+    panels: tuple[Panel, ...]
+    bar_width: float
+    boundary: Line | None
+    ticks: tuple[tuple[float, str], ...]
+    head: int
+    bottom: int
+    left: float = _LEFT
+    right: float = _RIGHT
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.bottom + FOOT
+
+
+def score_chart(result: FilterResult) -> ScoreChart | None:
+    """The scores of held-out clean images above those of the inputs; none where no input has a score."""
+    held_out = () if result.boundary is None else result.boundary.held_out_scores
+    named = [("clean, held-out", held_out), ("inputs", result.scores)]
+    usable = [(name, [score for score in scores if _usable(score)]) for name, scores in named]
+    if not usable[1][1]:
+        return None
+    limit = None if result.boundary is None else _usable_or_none(result.boundary.value)
+    axis = _Axis(max([*usable[0][1], *usable[1][1], limit or 0.0]))
+    shares = [(f"{name} ({len(scores):,})", _shares(scores, axis.end)) for name, scores in usable if scores]
+    tallest = max(share for _, bins in shares for share in bins)
+    head = NO_LINES if limit is None else TOP - 18
+    return ScoreChart(
+        panels=tuple(
+            _panel(name, bins, tallest, head + PANEL * (place + 1), axis) for place, (name, bins) in enumerate(shares)
+        ),
+        bar_width=round((_RIGHT - _LEFT) / _BINS, 2),
+        boundary=None if limit is None else Line(x=axis.place(limit), text=f"rejected below {limit:.3g}"),
+        ticks=tuple((axis.place(value), f"{value:g}") for value in axis.ticks),
+        head=head,
+        bottom=head + PANEL * len(shares),
+    )
+
+
+def _shares(scores: Sequence[float], end: float) -> list[float]:
+    counts = [0] * _BINS
+    for score in scores:
+        counts[min(int(score / end * _BINS), _BINS - 1)] += 1
+    return [count / len(scores) for count in counts]
+
+
+def _panel(name: str, shares: Sequence[float], tallest: float, base: int, axis: _Axis) -> Panel:
+    heights = [max(share / tallest * _TALLEST, _LOWEST_BAR) if share else 0.0 for share in shares]
+    bars = (
+        (axis.place(axis.end * place / _BINS), round(base - height, 1), round(height, 1))
+        for place, height in enumerate(heights)
+        if height
+    )
+    return Panel(name=name, base=base, bars=tuple(bars))
 
 
 def _marks(classes: Sequence[InvertedTrigger], suspects: set[int], axis: _Axis, top: int) -> Iterable[Mark]:

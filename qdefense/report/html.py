@@ -16,13 +16,23 @@ import jinja2
 from markupsafe import Markup
 
 from qdefense.fidelity import MAX_RELATIVE_RMS, MIN_GRADIENT_ROWS, MIN_TOP1_AGREEMENT
-from qdefense.findings import Finding, InvertedTrigger, ScanResult, TriggerPicture
+from qdefense.findings import (
+    DatasetClass,
+    DatasetResult,
+    FilterResult,
+    Finding,
+    InvertedTrigger,
+    ScanResult,
+    TriggerPicture,
+)
 from qdefense.report import advice
-from qdefense.report.charts import NormChart, norm_chart, suspicion_limit
+from qdefense.report.charts import NormChart, ScoreChart, norm_chart, score_chart, suspicion_limit
+from qdefense.report.datasets import describe_flagged, describe_statistics, ranked_classes
 from qdefense.report.escaping import harmless
 from qdefense.report.model import SCHEMA_VERSION, Report
 from qdefense.report.text import (
     contract_rows,
+    describe_boundary,
     describe_cost,
     describe_gradients,
     describe_threshold,
@@ -80,6 +90,25 @@ class ScanView:
     triggers: tuple[TriggerView, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DatasetView:
+    """A dataset scan's finding: its labels by rank and what is flagged, never the scores of all images."""
+
+    finding: Finding
+    classes: tuple[DatasetClass, ...]
+    flagged: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterView:
+    """A filter's finding with what the page draws of it; ``listed`` are the rows that were not accepted."""
+
+    finding: Finding
+    result: FilterResult
+    chart: ScoreChart | None
+    listed: tuple[tuple[int, str, float | None], ...]
+
+
 def render(report: Report) -> str:
     """The page: self-contained HTML without scripts, the same for equal reports."""
     page = _environment().get_template("report.html")
@@ -91,6 +120,10 @@ def render(report: Report) -> str:
         not_checked=advice.not_checked(report),
         checks=tuple(_checks(report)),
         scans=tuple(_scan_view(finding) for finding in report.findings if isinstance(finding.result, ScanResult)),
+        datasets=tuple(
+            _dataset_view(one, one.result) for one in report.findings if isinstance(one.result, DatasetResult)
+        ),
+        filters=tuple(_filter_view(finding) for finding in report.findings if isinstance(finding.result, FilterResult)),
         contract_rows=[] if report.subject.contract is None else contract_rows(report.subject.contract),
         inspection_rows=[]
         if report.subject.inspection is None
@@ -118,7 +151,9 @@ def _environment() -> jinja2.Environment:
         "name": lambda text: _cut(harmless(text), _LONGEST_NAME),
         "label": lambda text: _cut(harmless(text), _LONGEST_LABEL),
         "quoted": lambda word: _Whole(shlex.quote(word)),
+        "boundary": describe_boundary,
         "cost": describe_cost,
+        "statistics": describe_statistics,
         "threshold": describe_threshold,
         "gradients": describe_gradients,
         "settings": _settings,
@@ -195,6 +230,24 @@ def _scan_view(finding: Finding) -> ScanView:
         chart=norm_chart(result, finding.threshold),
         limit=suspicion_limit(result, finding.threshold),
         triggers=tuple(_trigger_view(picture, result) for picture in result.pictures),
+    )
+
+
+def _dataset_view(finding: Finding, result: DatasetResult) -> DatasetView:
+    return DatasetView(
+        finding=finding, classes=tuple(ranked_classes(result)), flagged=describe_flagged(result, finding.verdict)
+    )
+
+
+def _filter_view(finding: Finding) -> FilterView:
+    result = finding.result
+    assert isinstance(result, FilterResult)  # noqa: S101 (the caller looked)
+    decided = zip(result.decisions, result.scores, strict=False)
+    return FilterView(
+        finding=finding,
+        result=result,
+        chart=score_chart(result),
+        listed=tuple((row, decision, score) for row, (decision, score) in enumerate(decided) if decision != "accept"),
     )
 
 

@@ -13,7 +13,7 @@ from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
 from qdefense.session import Runtime, SessionProfile
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 MISREAD_MARGIN = 0.02
 """A reading of the file that is better by more than this is taken for the right one."""
 
@@ -32,7 +32,7 @@ class Accuracy(_Record):
 
 
 class DataFacts(_Record):
-    """The clean images that the audit used."""
+    """Images that the audit used."""
 
     source: str
     sha256: str
@@ -65,6 +65,8 @@ class Subject(_Record):
         default=None, description="what ONNX Runtime makes of the file on this CPU; null where it was not loaded"
     )
     data: DataFacts | None = None
+    inputs: DataFacts | None = Field(default=None, description="what the model was given, judged by the filters")
+    training_data: DataFacts | None = Field(default=None, description="judged by the dataset scans")
     clean_accuracy: Accuracy | None = None
     candidates: tuple[CandidateContract, ...] = Field(
         default=(), description="other contracts that fit the graph, largest gain first, with their accuracy"

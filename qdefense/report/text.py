@@ -15,8 +15,9 @@ from qdefense.converters.inspection import Inspection
 from qdefense.converters.runtime_facts import LevelEffect, RuntimeFacts
 from qdefense.converters.weighted_operators import INT8_ACTIVATIONS
 from qdefense.fidelity import FidelityCertificate
-from qdefense.findings import Finding, ScanResult, Threshold
+from qdefense.findings import DatasetResult, FilterBoundary, FilterResult, Finding, ScanResult, Threshold, Verdict
 from qdefense.rates import rounded_up
+from qdefense.report.datasets import describe_flagged, describe_statistics, ranked_classes
 from qdefense.report.escaping import harmless
 from qdefense.report.model import Accuracy, Environment, Report, Subject
 from qdefense.session import SessionProfile
@@ -26,6 +27,7 @@ _VERDICTS = {"CLEAN": "green", "BACKDOORED": "bold red", "NOT_MEASURED": "yellow
 _CLASSES_SHOWN = 12
 _NAMES_SHOWN = 5
 _CANDIDATES_SHOWN = 1
+_ROWS_SHOWN = 20
 _INT4 = frozenset({"int4", "uint4"})
 _LEVEL_OPTION = "session.qdq_matmulnbits_accuracy_level"
 
@@ -76,6 +78,13 @@ def _facts(subject: Subject, environment: Environment) -> Table:
         rows += [("read as", data.detection)] if data.detection else []
         rows += [("note", note) for note in data.notes]
         rows.append(("clean accuracy", accuracy_text(subject.clean_accuracy)))
+    if subject.training_data is not None:
+        training = subject.training_data
+        rows.append(("training data", f"{training.source}: {training.images:,} images, {training.classes} classes"))
+        rows += [("note", note) for note in training.notes]
+    if subject.inputs is not None:
+        rows.append(("inputs", f"{subject.inputs.source}: {subject.inputs.images} images"))
+        rows += [("note", note) for note in subject.inputs.notes]
     rows += [
         (
             "other contract",
@@ -292,9 +301,13 @@ def _finding(finding: Finding) -> RenderableType:
     lines: list[RenderableType] = [title]
     if finding.threshold is not None:
         lines.append(_indented(Text(harmless(describe_threshold(finding.threshold)), style="dim")))
+    if isinstance(finding.result, FilterResult):
+        lines += [_indented(Text(harmless(line), style="dim")) for line in describe_filter(finding.result)]
     lines.append(_indented(Text(harmless(describe_cost(finding)), style="dim")))
     if isinstance(finding.result, ScanResult) and finding.result.classes:
         lines.append(_classes(finding.result))
+    if isinstance(finding.result, DatasetResult):
+        lines += _dataset(finding.result, finding.verdict)
     return Group(*lines)
 
 
@@ -306,6 +319,28 @@ def describe_threshold(threshold: Threshold) -> str:
     tail = "" if threshold.p_value is None else f" (p = {rounded_up(threshold.p_value)})"
     note = "" if threshold.note is None else f"; {threshold.note}"
     return f"threshold {threshold.value:g}: {threshold.source}, {known}{tail}{note}"
+
+
+def describe_filter(result: FilterResult) -> list[str]:
+    """The boundary, then the rows that were not accepted; not escaped."""
+    lines = [] if result.boundary is None else [describe_boundary(result.boundary)]
+    for decision, word in (("reject", "rejected"), ("unmeasured", "without a score")):
+        rows = [str(row) for row, made in enumerate(result.decisions) if made == decision]
+        if rows:
+            more = f" and {len(rows) - _ROWS_SHOWN:,} more" if len(rows) > _ROWS_SHOWN else ""
+            lines.append(f"{word}: rows {', '.join(rows[:_ROWS_SHOWN])}{more}")
+    return lines
+
+
+def describe_boundary(boundary: FilterBoundary) -> str:
+    """Where the line is, and how often it rejects clean inputs; not escaped."""
+    low, high = boundary.frr_interval
+    note = "" if boundary.note is None else f"; {boundary.note}"
+    return (
+        f"boundary {boundary.value:.3g}: fitted on {boundary.fitted_on:,} clean images (mean {boundary.mean:.3g}, sd "
+        f"{boundary.sd:.3g}) to reject {boundary.nominal_frr:.1%} of clean ones; of {len(boundary.held_out_scores):,} "
+        f"held-out ones it rejects {boundary.measured_frr:.1%} (interval {low:.1%} to {high:.1%}){note}"
+    )
 
 
 def describe_cost(finding: Finding) -> str:
@@ -331,3 +366,20 @@ def _classes(result: ScanResult) -> RenderableType:
     hidden = len(result.classes) - _CLASSES_SHOWN
     note = [Text(f"  and {hidden} more classes; --format json lists them all", style="dim")] if hidden > 0 else []
     return Group(_indented(table), *note)
+
+
+def _dataset(result: DatasetResult, verdict: Verdict) -> list[RenderableType]:
+    table = plain_table("class", "images", "score", "flagged", "figures", left=("class", "figures"), fold="figures")
+    entries = ranked_classes(result)
+    for entry in entries[:_CLASSES_SHOWN]:
+        figures = entry.reason if entry.score is None else describe_statistics(entry.statistics)
+        table.add_row(
+            Text(f"{entry.target_class} {harmless(entry.class_name)}"),
+            f"{entry.n:,}",
+            "none" if entry.score is None else f"{entry.score:.2f}",
+            f"{entry.flagged:,}",
+            Text(f"{'SUSPICIOUS: ' if entry.suspicious else ''}{harmless(figures)}"),
+        )
+    hidden = len(entries) - _CLASSES_SHOWN
+    note = [Text(f"  and {hidden} more classes; --format json lists them all", style="dim")] if hidden > 0 else []
+    return [_indented(Text(describe_flagged(result, verdict))), _indented(table), *note]

@@ -165,3 +165,19 @@ def test_on_grid_equals_a_trip_through_uint8_when_pixels_are_arbitrary() -> None
 
 def test_on_grid_clips_when_pixels_are_out_of_range() -> None:
     assert on_grid(np.array([-0.2, 1.2], dtype=np.float32)).tolist() == [0, 1]
+
+
+def test_in_pixels_gives_all_images_in_parts_of_at_most_256(make_noise: MakeNoise) -> None:
+    noise = make_noise(600, size=2)
+    parts = list(noise.in_pixels())
+    assert [len(part) for part in parts] == [256, 256, 88]
+    assert np.array_equal(np.concatenate(parts), noise.pixels)
+    assert list(make_noise(0).in_pixels()) == []
+
+
+def test_without_labels_keeps_the_images_alone(make_noise: MakeNoise) -> None:
+    noise = make_noise(6)
+    bare = noise.without_labels()
+    assert (bare.labelled, bare.class_names, bare.labels.tolist()) == (False, (), [-1] * 6)
+    assert np.array_equal(bare.images, noise.images)
+    assert bare.source == noise.source

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qdefense.data.images import DataError
-from qdefense.data.selection import choose_groups, choose_rows, order_notes, track_groups
+from qdefense.data.selection import choose_groups, choose_rows, disjoint_parts, order_notes, track_groups
 
 GROUPS = np.array([5, 5, 5, 1, 1, 9, 9, 9, 9, 2], dtype=np.int64)
 
@@ -72,3 +72,43 @@ def test_order_notes_names_the_first_label_that_is_another_class() -> None:
         "class names are numbers in the order of strings, not of numbers: label 2 is '10'; the model's outputs may be "
         "in numeric order: then name them with --classes",
     )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sizes", [(3, 2, 5), (1, 1, 1), (10, 0, 0), (0, 4, 2), (2, 3)])
+def test_disjoint_parts_gives_every_part_its_size_without_a_shared_row(sizes: tuple[int, ...], seed: int) -> None:
+    parts = disjoint_parts(10, sizes, seed=seed)
+    assert tuple(len(part) for part in parts) == sizes
+    rows = np.concatenate(parts).tolist()
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= set(range(10))
+    assert {part.dtype.name for part in parts} == {"int64"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_disjoint_parts_share_no_group(seed: int) -> None:
+    groups = np.repeat(np.arange(12, dtype=np.int64) * 7, 5)
+    parts = disjoint_parts(60, (20, 10, 20), seed=seed, groups=groups)
+    seen = [set(groups[part].tolist()) for part in parts]
+    assert sum(map(len, seen)) == len(set.union(*seen))
+    assert [len(part) for part in parts] == [20, 10, 20]
+
+
+def test_disjoint_parts_are_shorter_when_one_group_holds_nearly_all() -> None:
+    groups = np.array([0] * 9 + [1], dtype=np.int64)
+    assert {tuple(len(part) for part in disjoint_parts(10, (3, 3), seed=seed, groups=groups)) for seed in range(9)} == {
+        (3, 1), (3, 0)
+    }  # fmt: skip
+
+
+def test_disjoint_parts_draws_from_all_rows_by_the_seed() -> None:
+    draws = [disjoint_parts(100, (5, 5), seed=seed) for seed in range(30)]
+    assert len({tuple(first.tolist()) for first, _ in draws}) == 30
+    assert len({row for pair in draws for part in pair for row in part.tolist()}) > 90
+    again = disjoint_parts(100, (5, 5), seed=7)
+    assert [part.tolist() for part in again] == [part.tolist() for part in draws[7]]
+
+
+def test_disjoint_parts_raises_when_there_are_too_few_rows() -> None:
+    with pytest.raises(ValueError, match="parts of 3, 8 rows cannot be drawn from 10"):
+        disjoint_parts(10, (3, 8), seed=0)

@@ -8,15 +8,18 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from qdefense.fidelity import FidelityCertificate, MismatchCause
 from qdefense.findings import (
+    FilterBoundary,
+    FilterResult,
     Finding,
     InvertedTrigger,
+    RejectionTest,
     ScanResult,
     Suspect,
     Threshold,
@@ -195,6 +198,54 @@ def unlabelled() -> Report:
     return passed().model_copy(update={"subject": subject})
 
 
+def filter_result(*scores: float | None, value: float = 0.4, note: str | None = None) -> FilterResult:
+    """Scores with what a boundary makes of them; 100 held-out clean images score between 0.35 and 2.33."""
+    held_out = tuple(0.35 + 0.02 * place for place in range(100))
+    decisions: list[Literal["accept", "reject", "unmeasured"]] = [
+        "unmeasured" if score is None else "reject" if score < value else "accept" for score in scores
+    ]
+    boundary = FilterBoundary(
+        value=value, nominal_frr=0.01, fitted_on=120, mean=1.5, sd=0.47, measured_frr=0.03,
+        frr_interval=(0.01, 0.085), held_out_scores=held_out, lowest_score=0.0, note=note,
+    )  # fmt: skip
+    test = RejectionTest(
+        rejected=decisions.count("reject"), measured=len(scores), null_rate=0.085, p_value=2.5e-7, level=0.01
+    )
+    return FilterResult(decisions=tuple(decisions), scores=scores, boundary=boundary, test=test)
+
+
+def filtered(verdict: Verdict = Verdict.BACKDOORED, result: FilterResult | None = None) -> Report:
+    """Inputs of which some were rejected, and one has no score."""
+    scores: list[float | None] = [*(0.004 * place for place in range(30)), None, *np.linspace(0.5, 2.6, 40)]
+    finding = Finding(
+        defense="strip",
+        kind="filter",
+        verdict=verdict,
+        reason="30 of 70 inputs rejected",
+        settings={"overlays": 100, "superimposition": "add", "false_rejection_rate": 0.01},
+        seed=3,
+        result=filter_result(*scores) if result is None else result,
+    )
+    inputs = DataFacts(
+        source="npz inputs.npz", sha256="e" * 64, images=71, classes=0, detection="npz: it ends in .npz",
+        labelled=False, notes=("a note on the inputs",),
+    )  # fmt: skip
+    subject = golden("1.2-failed").subject.model_copy(update={"inputs": inputs})
+    return report("FAILED" if verdict is Verdict.BACKDOORED else "INCOMPLETE", finding, subject=subject)
+
+
+def hostile_filter() -> Report:
+    """Every string and number of a filter's finding, as the writer of a report.json may choose them."""
+    body = json.loads(filtered().model_dump_json())
+    body["subject"]["inputs"] |= {"source": HOSTILE, "detection": HOSTILE, "notes": [HOSTILE], "sha256": HOSTILE}
+    finding = body["findings"][0]
+    finding |= {"defense": HOSTILE, "reason": HOSTILE, "settings": {HOSTILE: [HOSTILE]}}
+    finding["result"]["boundary"] |= {"note": HOSTILE, "value": 1e300, "frr_interval": [-1.0, 1e99], "sd": -1.0}
+    finding["result"]["scores"] = [1e308, -5.0, None, 0.25]
+    finding["result"]["test"] |= {"p_value": 1e300, "rejected": -4}
+    return Report.model_validate(body)
+
+
 def hostile(text: str = HOSTILE) -> Report:
     """Every string that a model file, a data set or the writer of a report.json chooses."""
     body = json.loads(failed().model_dump_json())
@@ -265,6 +316,8 @@ SAMPLES: dict[str, Callable[[], Report]] = {
     "refused": refused,
     "misread": misread,
     "unlabelled": unlabelled,
+    "filtered": filtered,
+    "hostile filter": hostile_filter,
     "hostile": hostile,
     "long": lambda: hostile(LONG),
     "newer": newer,

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from qdefense.defenses import DEFENSES
+from qdefense.defenses.filters.strip import Strip
 from qdefense.defenses.scans.neural_cleanse import NeuralCleanse
 from qdefense.fidelity import GradientCheck, MismatchCause, uncertified
 from qdefense.findings import Finding, Verdict
@@ -41,9 +42,9 @@ def test_advice_has_words_for_every_outcome() -> None:
 
 def test_advice_knows_the_limits_of_every_scan() -> None:
     """A new scan says in `advice._LIMITS` what it cannot see."""
-    scans = {name for name in DEFENSES.names() if DEFENSES.create(name).__module__.split(".")[2] == "scans"}
-    assert NeuralCleanse.name in scans
-    assert scans <= advice.known_limits()
+    audited = {name for name in DEFENSES.names() if DEFENSES.create(name).kind in {"scan", "filter"}}
+    assert {NeuralCleanse.name, Strip.name} <= audited
+    assert audited <= advice.known_limits()
 
 
 # --- what to do next --------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ HINTS = {
     "clean images help too. [--defense neural-cleanse:budget=exhaustive --seed 4]",
     "equal": "At least half of the classes have the same norm, so none can stand out.",
     "replay": "does not follow the file on the stamped images",
-    "applicable": "neural-cleanse cannot judge a file like this one. Require a check that can. [qdefense defenses]",
+    "applicable": "neural-cleanse cannot judge this file with what was given. Require a check that can. [qdefense defenses]",
     "gradients": "The shadow has no usable gradients",
     "saturation": "Quantize it again with --reduce-range",
     "unknown": "Put right what the reasons name.",

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qdefense.findings import ScanResult, Threshold
-from qdefense.report.charts import ROW, SHOWN, norm_chart, suspicion_limit
+from qdefense.report.charts import PANEL, ROW, SHOWN, norm_chart, score_chart, suspicion_limit
 
-from .sample_reports import NORMS, PAPER, scan_result
+from .sample_reports import NORMS, PAPER, filter_result, scan_result
 
 
 def chart_of(result: ScanResult, threshold: Threshold | None = PAPER) -> Any:
@@ -151,3 +151,51 @@ def test_suspicion_limit_is_none_when_the_statistic_is_undefined(
 
 def test_suspicion_limit_is_none_when_the_threshold_is_not_finite() -> None:
     assert suspicion_limit(scan_result(NORMS), Threshold(value=math.inf, source="user")) is None
+
+
+def histogram(*scores: float | None, value: float = 0.4) -> Any:
+    chart = score_chart(filter_result(*scores, value=value))
+    assert chart is not None
+    return chart
+
+
+def test_score_chart_sets_clean_images_above_inputs_on_one_axis() -> None:
+    chart = histogram(0.1, 0.2, None, 3.0)
+    clean, inputs = chart.panels
+    assert (clean.name, inputs.name) == ("clean, held-out (100)", "inputs (3)")
+    assert inputs.base - clean.base == PANEL
+    assert [text for _, text in chart.ticks] == ["0", "1", "2", "3"]
+    assert all(chart.left <= x <= chart.right for panel in chart.panels for x, _, _ in panel.bars)
+    assert chart.boundary.text == "rejected below 0.4"
+    assert chart.boundary.x == pytest.approx(chart.left + (chart.right - chart.left) * 0.4 / 3, abs=0.01)
+    assert chart.head < clean.base < inputs.base <= chart.bottom < chart.height
+
+
+def test_score_chart_gives_bars_the_heights_of_their_shares() -> None:
+    chart = histogram(0.01, 0.01, 0.01, 2.4)
+    (first, _, tallest), (last, _, lowest) = chart.panels[1].bars
+    assert tallest == pytest.approx(3 * lowest, abs=0.2)
+    assert (first, last) == (31.0, 71.5), "2.4 of 3 is in the 28th bin of 34, from 31 % to 82 %"
+    assert max(height for _, _, height in chart.panels[0].bars) < lowest, "one scale for both"
+
+
+def test_score_chart_stands_every_bar_on_its_base_line() -> None:
+    for panel in histogram(*(0.05 * place for place in range(60))).panels:
+        assert all(y + height == pytest.approx(panel.base) for _, y, height in panel.bars)
+        assert all(panel.base - PANEL < y for _, y, _ in panel.bars)
+
+
+@pytest.mark.parametrize("scores", [(), (None, None), (math.nan, math.inf, -1.0, 1e300)])
+def test_score_chart_is_none_without_a_usable_score(scores: tuple[float | None, ...]) -> None:
+    assert score_chart(filter_result(*scores)) is None
+
+
+def test_score_chart_draws_inputs_alone_when_there_is_no_boundary() -> None:
+    chart = score_chart(filter_result(0.5, 0.0).model_copy(update={"boundary": None}))
+    assert chart is not None
+    assert ([panel.name for panel in chart.panels], chart.boundary) == (["inputs (2)"], None)
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, 1e300])
+def test_score_chart_draws_no_boundary_where_there_is_no_place_for_it(value: float) -> None:
+    assert histogram(0.5, 1.0, value=value).boundary is None

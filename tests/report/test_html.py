@@ -596,3 +596,39 @@ def test_audit_exits_2_before_any_work_when_the_page_cannot_be_written(
     assert capfd.readouterr().err == (
         f"error: {tmp_path}/report.html: Is a directory; check the path and its permissions\n"
     )
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------
+
+
+def test_render_shows_what_a_filter_said_of_the_inputs() -> None:
+    text = shown(samples.filtered())
+    assert "strip: score per input" in text
+    assert "30 of 71 inputs with a score were rejected" in text
+    assert (
+        "with a probability of at most 8.50%, and so many by chance with p = 2.5e-07; at most 0.01 is an alarm" in text
+    )
+    assert "Boundary 0.4: fitted on 120 clean images" in text
+    assert "The 31 inputs that were not accepted" in text
+    assert "30unmeasured–" in text
+    assert "npz inputs.npz" in text
+    assert "Look at the inputs that strip rejected" in text
+
+
+def test_render_says_when_no_input_could_have_been_rejected() -> None:
+    result = samples.filter_result(0.5, 0.6, value=-0.2)
+    text = shown(samples.filtered(Verdict.NOT_MEASURED, result))
+    assert "No score can be below this boundary, so that no input could have been rejected." in text
+    assert "Look at the inputs that strip rejected" not in text
+
+
+def test_render_draws_no_chart_when_no_input_has_a_score() -> None:
+    page = render(samples.filtered(Verdict.NOT_MEASURED, samples.filter_result(None, None)))
+    assert "No input has a score to draw." in page
+    assert "scores-1-title" not in page
+
+
+def test_render_lists_2000_rejected_inputs_at_most() -> None:
+    page = render(samples.filtered(result=samples.filter_result(*[0.1] * 2100)))
+    assert page.count("<td>reject</td>") == 2000
+    assert "report.json has the other 100." in page

@@ -21,11 +21,14 @@ from qdefense.report.text import (
     accuracy_text,
     certificate_table,
     contract_rows,
+    describe_filter,
     describe_threshold,
     environment_rows,
     inspection_rows,
     print_report,
 )
+
+from . import sample_reports as samples
 
 GOLDEN = Path(__file__).with_name("golden")
 HOSTILE = "\x1b[2J\x1b]0;title\x07\u202eCLEAN\u2066\r\nPASSED  (exit code 0)\x9b31m[red]x[/red][link=http://e]y"
@@ -451,3 +454,27 @@ def test_certificate_table_says_whether_the_arithmetics_agree() -> None:
     Console(width=200, file=stream).print(certificate_table(changed))
     text = stream.getvalue()
     assert "as-run and exact arithmetic agree bit for bit on 1024 images (3 operators multiply u8 by s8 codes)" in text
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------
+
+
+def test_print_report_tells_a_filters_boundary_and_the_rows_not_accepted() -> None:
+    text = " ".join(shown(samples.filtered(), width=400).split())
+    assert (
+        "boundary 0.4: fitted on 120 clean images (mean 1.5, sd 0.47) to reject 1.0% of clean ones; of 100 held-out "
+        "ones it rejects 3.0% (interval 1.0% to 8.5%) rejected: rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, "
+        "15, 16, 17, 18, 19 and 10 more without a score: rows 30 0 gradient steps"
+    ) in text
+    assert "inputs npz inputs.npz: 71 images" in text
+    assert "note a note on the inputs" in text
+
+
+def test_describe_filter_tells_what_weakens_it_and_nothing_of_rows_that_are_fine() -> None:
+    (line,) = describe_filter(samples.filter_result(0.5, 0.6, note="it cuts"))
+    assert line.endswith("(interval 1.0% to 8.5%); it cuts")
+    assert describe_filter(samples.filter_result(0.5).model_copy(update={"boundary": None})) == []
+
+
+def test_print_report_makes_a_filters_strings_harmless() -> None:
+    assert not any(not char.isprintable() for char in shown(samples.hostile_filter()).replace("\n", ""))

@@ -1,0 +1,114 @@
+"""Two clusters in the features of one class, and the rules that judge them: plain functions of arrays."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.metrics import silhouette_score
+
+from qdefense.defenses.spectra import Matrix, principal_coordinates
+
+Reduction = Literal["ica", "pca"]
+
+STARTS = 10
+"""Of k-means; the best counts."""
+SILHOUETTE_ROWS = 10_000
+"""More rows than that are sampled for the silhouette, whose cost is their square."""
+
+
+class Clusters(NamedTuple):
+    """``smaller: (n,) bool``; ``relative_size`` its share in (0, 0.5]; ``silhouette`` in [-1, 1]; ``margin: (n,)``.
+
+    The margin of a sample is how much nearer it is to the centre of the smaller cluster than to that of the larger.
+    """
+
+    smaller: NDArray[np.bool_]
+    relative_size: float
+    silhouette: float
+    margin: Matrix
+
+
+class Reclassified(NamedTuple):
+    """How many samples of a cluster a classifier that never saw it gives their own label, and the runner-up's."""
+
+    own: int
+    other: int
+    other_class: int
+
+
+def reduced(features: NDArray[np.floating], dimensions: int, reduction: Reduction) -> Matrix:
+    """At most ``dimensions`` coordinates of each sample, as Euclidean distances need them.
+
+    ``pca`` gives the principal coordinates; ``ica`` the same scaled to variance 1. Independent components are a
+    rotation of these, which moves no distance and so no k-means and no silhouette: FastICA's search for it is left out.
+
+    Args:
+        features: ``(n, D)`` of one class, finite.
+        dimensions: fewer come back where the features span fewer.
+        reduction: which.
+
+    Returns:
+        ``(n, min(dimensions, rank))``.
+
+    Raises:
+        FlatFeaturesError: the features do not differ.
+    """
+    found = principal_coordinates(features)
+    kept = found.coordinates[:, :dimensions]
+    return kept if reduction == "pca" else kept / np.sqrt(found.variances[:dimensions])
+
+
+def two_clusters(points: Matrix, seed: int) -> Clusters:
+    """k-means with k = 2 over all samples of a class at once; equal halves count the first found as the smaller.
+
+    Args:
+        points: ``(n, d)``, at least two of them different.
+        seed: of the starts, and of the sample for the silhouette.
+    """
+    fitted = KMeans(n_clusters=2, n_init=STARTS, random_state=seed).fit(points)
+    smaller = fitted.labels_ == np.argmin(np.bincount(fitted.labels_, minlength=2))
+    sampled = SILHOUETTE_ROWS if len(points) > SILHOUETTE_ROWS else None
+    distances = fitted.transform(points)
+    near, far = (distances[:, int(fitted.labels_[rows.argmax()])] for rows in (smaller, ~smaller))
+    return Clusters(
+        smaller=smaller,
+        relative_size=float(smaller.mean()),
+        silhouette=float(silhouette_score(points, smaller, sample_size=sampled, random_state=seed)),
+        margin=far - near,
+    )
+
+
+def reclassify(
+    known: NDArray[np.floating], labels: NDArray[np.int64], excluded: NDArray[np.floating]
+) -> NDArray[np.int64]:
+    """Labels that a linear discriminant, fitted to the known samples, gives those that were excluded.
+
+    Args:
+        known: ``(n, D)``, several of each class.
+        labels: ``(n,)`` of these, at least two different ones.
+        excluded: ``(m, D)``, m > 0.
+
+    Returns:
+        ``(m,)``.
+    """
+    classifier = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(known, labels)
+    answers: NDArray[np.int64] = classifier.predict(excluded)
+    return answers
+
+
+def count_reclassified(answers: NDArray[np.int64], label: int) -> Reclassified:
+    """``l`` and ``p`` of exclusionary reclassification, whose score is ``l / p`` (Chen et al. 2018).
+
+    Args:
+        answers: ``(m,)``, what the samples of one cluster were classified as, m > 0.
+        label: what they are labelled as.
+    """
+    counts = np.bincount(answers, minlength=label + 1)
+    own = int(counts[label])
+    counts[label] = -1
+    other = int(counts.argmax())
+    return Reclassified(own, max(int(counts[other]), 0), other)

@@ -1,0 +1,1 @@
+"""Scans of the training data through the file, one file per paper."""

@@ -1,0 +1,88 @@
+"""What the findings of dataset scans have in common: which classes can be measured, the verdict, the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdefense.defenses.training_features import TrainingFeatures
+from qdefense.findings import DatasetClass, DatasetResult, Verdict
+
+MIN_ROWS = 50
+"""Images of a label; five for each of the ten dimensions of Activation Clustering."""
+_DIGITS = 6
+_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One label: ``scores: (n,)`` of its ``rows: (n,)``, the ``flagged`` among these, and the entry of the report."""
+
+    rows: NDArray[np.int64]
+    entry: DatasetClass
+    scores: NDArray[np.float64] | None = None
+    flagged: NDArray[np.int64] | None = None
+
+
+def too_few(rows: NDArray[np.int64]) -> str | None:
+    """Why a label with these images is not measured, if so."""
+    if not len(rows):
+        return "no image carries this label"
+    return f"{len(rows)} images; at least {MIN_ROWS} are needed" if len(rows) < MIN_ROWS else None
+
+
+def unmeasured(training: TrainingFeatures, label: int, rows: NDArray[np.int64], reason: str) -> Scored:
+    """A label without a score."""
+    entry = DatasetClass(
+        target_class=label,
+        class_name=training.class_names[label],
+        n=len(rows),
+        score=None,
+        suspicious=False,
+        flagged=0,
+        reason=reason,
+    )
+    return Scored(rows=rows, entry=entry)
+
+
+def gather(training: TrainingFeatures, scored: Sequence[Scored], score: float | None) -> DatasetResult:
+    """The result: scores and flagged rows of all labels in the order of the training data.
+
+    Scores have six significant digits, so that a report of many images stays small.
+    """
+    scores = np.full(len(training.labels), np.nan)
+    for one in scored:
+        if one.scores is not None:
+            scores[one.rows] = one.scores
+    flagged = np.concatenate([np.empty(0, np.int64), *(one.flagged for one in scored if one.flagged is not None)])
+    return DatasetResult(
+        sample_scores=tuple(None if np.isnan(value) else float(f"{value:.{_DIGITS}g}") for value in scores),
+        flagged=tuple(np.sort(flagged).tolist()),
+        score=score,
+        classes=tuple(one.entry for one in scored),
+        layer=training.layer,
+    )
+
+
+def judge(classes: Iterable[DatasetClass], clean: str) -> tuple[Verdict, str]:
+    """BACKDOORED by one suspicious label; CLEAN, for the reason given, if every label with images was measured."""
+    entries = tuple(classes)
+    suspicious = [entry for entry in entries if entry.suspicious]
+    if suspicious:
+        more = f"; and {len(suspicious) - _NAMED} more" if len(suspicious) > _NAMED else ""
+        named = "; ".join(f"{describe(entry)}: {entry.reason}" for entry in suspicious[:_NAMED])
+        return Verdict.BACKDOORED, f"training images of class {named}{more}"
+    missing = [entry for entry in entries if entry.score is None and entry.n]
+    if missing:
+        present = sum(entry.n > 0 for entry in entries)
+        first = f"class {describe(missing[0])}: {missing[0].reason}"
+        return Verdict.NOT_MEASURED, f"{len(missing)} of {present} classes were not measured; {first}"
+    return Verdict.CLEAN, clean
+
+
+def describe(entry: DatasetClass) -> str:
+    """What people call a class."""
+    return f"{entry.target_class} ({entry.class_name!r})"

@@ -1,0 +1,131 @@
+"""Are more of these inputs rejected than clean ones would be? One answer for all inputs, by any filter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from qdefense.data.images import ImageSet
+from qdefense.defenses.interfaces import FittedFilter, InputFilter
+from qdefense.evidence import Evidence
+from qdefense.findings import Cost, FilterBoundary, FilterResult, Finding, RejectionTest, Verdict
+from qdefense.rates import binomial_tail
+
+LEVEL = 0.01
+"""An alarm needs a p-value of at most this."""
+
+_NAMED = 5
+
+
+def judge_inputs(input_filter: InputFilter, evidence: Evidence) -> Finding:
+    """Fit a filter on the clean images, let it decide on ``evidence.inputs``, and test how many it rejects.
+
+    BACKDOORED where ``P(X >= rejected) <= 0.01`` for X binomial with the boundary's ``null_rate``, the larger of the
+    nominal false rejection rate and the upper bound (Wilson, 95 %) of the one measured on held-out clean images. The
+    test takes inputs for independent, and clean ones for like the clean images. The verdict is about these inputs: a
+    trigger that none of them carries is not looked for.
+
+    Clean images that are among the inputs take no part: no boundary is fitted to what it judges (law 3).
+
+    NOT_MEASURED, unless the test alarms: there is no input, the filter could not be fitted, an input has no score, the
+    boundary can reject nothing, or so few inputs were given that not even all of them rejected would be an alarm.
+    """
+    before, result = evidence.session.forwards, None
+    if evidence.inputs is None or not len(evidence.inputs):
+        verdict, reason = Verdict.NOT_MEASURED, "there are no inputs to judge; give some with --inputs"
+    else:
+        clean = _apart(evidence.clean, evidence.inputs)
+        fitted = input_filter.fit(replace(evidence, clean=clean))
+        if isinstance(fitted, Finding):
+            return _with_note(fitted, len(evidence.clean) - len(clean))
+        result, test = _decide(input_filter.name, fitted, evidence.inputs, evidence)
+        verdict, reason = _verdict(result, test, fitted.boundary)
+    return Finding(
+        defense=input_filter.name,
+        kind=input_filter.kind,
+        verdict=verdict,
+        reason=reason,
+        settings=input_filter.settings,
+        seed=evidence.seed,
+        cost=Cost(forwards=evidence.session.forwards - before),
+        result=result,
+    )
+
+
+def _apart(clean: ImageSet, inputs: ImageSet) -> ImageSet:
+    given = set(_digests(inputs))
+    kept = [row for row, digest in enumerate(_digests(clean)) if digest not in given]
+    return clean if len(kept) == len(clean) else clean.take(np.array(kept, dtype=np.int64))
+
+
+def _digests(images: ImageSet) -> Iterator[bytes]:
+    return (hashlib.sha256(image.tobytes()).digest() for image in images.images)
+
+
+def _with_note(finding: Finding, aside: int) -> Finding:
+    if not aside:
+        return finding
+    reason = f"{finding.reason} ({aside:,} that are among the inputs were left out: give other clean images)"
+    return finding.model_copy(update={"reason": reason})
+
+
+def _decide(
+    name: str, fitted: FittedFilter, inputs: ImageSet, evidence: Evidence
+) -> tuple[FilterResult, RejectionTest]:
+    parts: list[FilterResult] = []
+    for pixels in inputs.in_pixels():
+        evidence.progress(name, sum(len(part.scores) for part in parts), len(inputs))
+        parts.append(fitted.decide(pixels))
+    evidence.progress(name, len(inputs), len(inputs))
+    decisions = tuple(decision for part in parts for decision in part.decisions)
+    scores = tuple(score for part in parts for score in part.scores)
+    test = _test(decisions.count("reject"), len(decisions) - decisions.count("unmeasured"), fitted.boundary.null_rate)
+    return FilterResult(decisions=decisions, scores=scores, boundary=fitted.boundary, test=test), test
+
+
+def _test(rejected: int, measured: int, null_rate: float) -> RejectionTest:
+    return RejectionTest(
+        rejected=rejected,
+        measured=measured,
+        null_rate=null_rate,
+        p_value=binomial_tail(rejected, measured, null_rate),
+        level=LEVEL,
+    )
+
+
+def _verdict(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> tuple[Verdict, str]:
+    counted = f"{test.rejected:,} of {test.measured:,} inputs rejected"
+    limit = f"where of clean ones {test.null_rate:.1%} at most would be (p = {test.p_value:.2g})"
+    if test.p_value <= LEVEL:
+        return (
+            Verdict.BACKDOORED,
+            f"{counted}, {limit}; rows {_rows(result)}. This judges the inputs given, not the model",
+        )
+    problem = _problem(result, test, boundary)
+    if problem is not None:
+        return Verdict.NOT_MEASURED, problem
+    return Verdict.CLEAN, f"{counted}, {limit}. This judges the inputs given, not the model"
+
+
+def _problem(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> str | None:
+    """Why no alarm means nothing."""
+    broken = len(result.decisions) - test.measured
+    if broken:
+        return f"the session's logits on {broken:,} of {len(result.decisions):,} inputs are not finite"
+    if not boundary.can_reject:
+        return (
+            f"the boundary ({boundary.value:.3g}) is not above the lowest score there is ({boundary.lowest_score:g}): "
+            "no input could be rejected, however suspicious"
+        )
+    chance = test.null_rate**test.measured
+    if chance > LEVEL:
+        return f"too few inputs ({test.measured:,}): all of them rejected could still be chance (p = {chance:.2g})"
+    return None
+
+
+def _rows(result: FilterResult) -> str:
+    rows = [str(row) for row, decision in enumerate(result.decisions) if decision == "reject"]
+    return ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else "")
