@@ -17,6 +17,10 @@ class Verdict(StrEnum):
     NOT_MEASURED = "NOT_MEASURED"
 
 
+Kind = Literal["scan", "dataset", "filter", "repair"]
+"""What a defense judges: the model, its training set, its inputs; or, a repair, nothing."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -132,7 +136,7 @@ class Finding(_Record):
     """One defense's answer about one file."""
 
     defense: str
-    kind: Literal["scan", "dataset", "filter", "repair"]
+    kind: Kind
     verdict: Verdict
     reason: str
     settings: dict[str, Any] = Field(default_factory=dict)

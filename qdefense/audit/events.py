@@ -24,6 +24,8 @@ class Job(_Message):
     data: str | None = None
     split: str | None = None
     limit: int | None = None
+    training_data: str | None = None
+    training_split: str | None = None
     defenses: tuple[str, ...] = ()
     seed: int = 0
     threads: int = 1

@@ -30,16 +30,16 @@ from qdefense.calibration import (
     read_calibration,
     shipped_calibrations,
 )
-from qdefense.converters.contract import ContractError
+from qdefense.converters.contract import ContractError, InputContract
 from qdefense.converters.door import check_head
 from qdefense.converters.exact_products import UnsupportedArithmeticError
 from qdefense.converters.reading import FileRefusedError, read_file
 from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.data.images import DataError, ImageSet
-from qdefense.data.opening import open_data
-from qdefense.evidence import gather_evidence
+from qdefense.data.opening import open_data, training_split
+from qdefense.evidence import Evidence, gather_evidence
 from qdefense.files import reason_of
-from qdefense.findings import Finding, Verdict
+from qdefense.findings import Finding, Kind, Verdict
 from qdefense.rates import MIN_SKILL, skill
 from qdefense.registry import SpecError
 from qdefense.report.escaping import harmless_lines, internal_error, shortened
@@ -47,10 +47,13 @@ from qdefense.report.model import MISREAD_MARGIN, Accuracy, DataFacts, Environme
 from qdefense.session import DeployedSession, Logits, SessionError, profile_for
 
 if TYPE_CHECKING:
-    from qdefense.defenses import ModelScan
+    from qdefense.defenses import DatasetScan, ModelScan
+
+    Audited = ModelScan | DatasetScan
 
 Emit = Callable[[Event], None]
 _PROGRESS_INTERVAL = 0.1
+_AUDITED_KINDS: frozenset[Kind] = frozenset({"scan", "dataset"})
 _CAN_LIMIT = sys.platform == "linux"
 
 
@@ -118,16 +121,28 @@ def run(job: Job, emit: Emit) -> None:
         loaded = _load(job, job.data, artifact, emit)
         clean = _answer(job, loaded, emit)
     if artifact.contract.head == "sigmoid":
-        _pass_over(job, loaded.scans, emit)
+        _pass_over(job, loaded.defenses, emit)
         return
     with stages.measure("certificate"):
         evidence = gather_evidence(loaded.session, clean, seed=job.seed, threads=job.threads, progress=_throttled(emit))
         emit(Certified(certificate=evidence.certificate))
-    evidence = replace(evidence, stated_accuracy=job.expected_accuracy, calibrations=loaded.calibrations)
-    for scan in loaded.scans:
-        with stages.measure(scan.name):
-            emit(Found(finding=scan.scan(evidence)))
+    evidence = replace(
+        evidence,
+        stated_accuracy=job.expected_accuracy,
+        calibrations=loaded.calibrations,
+        training_set=loaded.training_set,
+    )
+    for defense in loaded.defenses:
+        with stages.measure(defense.name):
+            emit(Found(finding=_ask(defense, evidence)))
     emit(Finished(seconds_per_stage=stages.seconds, peak_memory_bytes=_peak_memory()))
+
+
+def _ask(defense: Audited, evidence: Evidence) -> Finding:
+    """The answer of a defense, each kind by its own protocol."""
+    match defense.kind:
+        case "scan" | "dataset":
+            return defense.scan(evidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +151,8 @@ class _Loaded:
 
     session: DeployedSession
     clean: ImageSet
-    scans: list[ModelScan]
+    training_set: ImageSet | None
+    defenses: list[Audited]
     calibrations: Calibrations
 
 
@@ -144,14 +160,38 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     """Everything that a user can get wrong, up to the point where the file is let in."""
     read = open_data(data, split=job.split, limit=job.limit, seed=job.seed, resize=resize_for(artifact.contract))
     clean = fit_images(artifact.contract, read)
-    scans = _create_scans(job.defenses)
+    defenses = _create_defenses(job.defenses)
+    training_set = _training_set(job, artifact.contract, defenses)
     session = DeployedSession(artifact, profile_for(artifact, arithmetic=job.arithmetic))
     surroundings = environment(session.profile, _limited(job))
     calibrations = _calibrations(job, artifact, read.digest, surroundings)
-    _check_lines(scans, calibrations)
+    _check_lines(defenses, calibrations)
     subject = _with_runtime_facts(job, artifact).model_copy(update={"data": _data_facts(read, clean)})
     emit(Described(subject=subject, environment=surroundings))
-    return _Loaded(session=session, clean=clean, scans=scans, calibrations=calibrations)
+    return _Loaded(
+        session=session, clean=clean, training_set=training_set, defenses=defenses, calibrations=calibrations
+    )
+
+
+def _training_set(job: Job, contract: InputContract, defenses: list[Audited]) -> ImageSet | None:
+    """The training set, where a defense reads one.
+
+    Raises:
+        DataError: it is missing, nothing reads it, or it does not fit the file.
+    """
+    readers = [defense.name for defense in defenses if defense.kind == "dataset"]
+    if job.training_data is None:
+        if readers:
+            raise DataError(f"{readers[0]} judges the training data; name it with --training-data")
+        return None
+    if not readers:
+        names = ", ".join(defense.name for defense in defenses)
+        raise DataError(
+            f"nothing reads --training-data: {names} judges the model alone; add --defense activation-clustering"
+        )
+    split = job.training_split or training_split(job.training_data)
+    read = open_data(job.training_data, split=split, seed=job.seed, resize=resize_for(contract))
+    return fit_images(contract, read)
 
 
 def _answer(job: Job, loaded: _Loaded, emit: Emit) -> ImageSet:
@@ -207,16 +247,12 @@ def _check_reading(job: Job, answered: Answered, classes: int) -> None:
         )
 
 
-def _pass_over(job: Job, scans: list[ModelScan], emit: Emit) -> None:
+def _pass_over(job: Job, defenses: list[Audited], emit: Emit) -> None:
     reason = "the file answers with a sigmoid per class: a multi-label model has no single target class to look for"
-    for scan in scans:
-        emit(
-            Found(
-                finding=Finding(
-                    defense=scan.name, kind="scan", verdict=Verdict.NOT_APPLICABLE, reason=reason, seed=job.seed
-                )
-            )
-        )
+    for defense in defenses:
+        passed_over = Verdict.NOT_APPLICABLE
+        finding = Finding(defense=defense.name, kind=defense.kind, verdict=passed_over, reason=reason, seed=job.seed)
+        emit(Found(finding=finding))
     emit(Finished(seconds_per_stage={}))
 
 
@@ -228,13 +264,17 @@ def _peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _create_scans(specs: tuple[str, ...]) -> list[ModelScan]:
+def _create_defenses(specs: tuple[str, ...]) -> list[Audited]:
     import torch  # noqa: PLC0415 (seconds; what is wrong with file or data is told before)
 
     from qdefense.defenses import DEFENSES  # noqa: PLC0415
 
     torch.set_num_threads(1)  # work is spread over classes: sums, and so reports, do not depend on the thread count
-    return [DEFENSES.create(spec) for spec in specs]
+    defenses = [DEFENSES.create(spec) for spec in specs]
+    for defense in defenses:
+        if defense.kind not in _AUDITED_KINDS:
+            raise SpecError(f"{defense.name} is a {defense.kind}, which no audit runs; see `qdefense defenses`")
+    return defenses
 
 
 def _calibrations(job: Job, artifact: Artifact, digest: str, surroundings: Environment) -> Calibrations:
@@ -247,13 +287,13 @@ def _calibrations(job: Job, artifact: Artifact, digest: str, surroundings: Envir
     )
 
 
-def _check_lines(scans: list[ModelScan], calibrations: Calibrations) -> None:
+def _check_lines(defenses: list[Audited], calibrations: Calibrations) -> None:
     """A rate that no calibration can promise is told before anything is measured."""
     from qdefense.defenses.interfaces import Calibratable  # noqa: PLC0415 (imports torch)
 
-    for scan in scans:
-        if isinstance(scan, Calibratable):
-            scan.line(calibrations)
+    for defense in defenses:
+        if isinstance(defense, Calibratable):
+            defense.line(calibrations)
 
 
 def _open(job: Job, emit: Emit) -> Artifact:

@@ -1,4 +1,4 @@
-"""What `qdefense attacks` and `qdefense defenses` show: name, paper, needs, and settings with their defaults."""
+"""What `qdefense attacks` and `qdefense defenses` show: name, kind, paper, needs, settings with their defaults."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def _entry(example: Any, needs: Needs) -> dict[str, Any]:
     cls = type(example)
     return {
         "name": cls.name,
+        **({"kind": cls.kind} if hasattr(cls, "kind") else {}),
         "paper": cls.paper,
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
         "needs": list(needs(cls)),
@@ -51,9 +52,16 @@ def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
     table.add_column("settings and defaults", overflow="fold")
     for entry in entries:
         settings = [_shown(key, value["default"]) for key, value in entry["settings"].items()]
-        parts = (entry["name"], entry["paper"], "\n".join(entry["needs"]), "\n".join(settings))
-        table.add_row(*(Text(part) for part in parts))
+        parts = (entry["paper"], "\n".join(entry["needs"]), "\n".join(settings))
+        table.add_row(_heading(entry), *(Text(part) for part in parts))
     return table
+
+
+def _heading(entry: dict[str, Any]) -> Text:
+    heading = Text(entry["name"])
+    if "kind" in entry:
+        heading.append(f"\n{entry['kind']}", style="dim")
+    return heading
 
 
 def _shown(key: str, default: object) -> str:

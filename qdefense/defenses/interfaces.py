@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from qdefense.artifact import Artifact
 from qdefense.calibration import Calibrations, Line
@@ -27,6 +27,7 @@ class ModelScan(Protocol):
     """Judges the file from clean images."""
 
     name: ClassVar[str]
+    kind: ClassVar[Literal["scan"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
@@ -57,6 +58,7 @@ class DatasetScan(Protocol):
     """Judges the training set through the file."""
 
     name: ClassVar[str]
+    kind: ClassVar[Literal["dataset"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
@@ -69,6 +71,7 @@ class InputFilter(Protocol):
     """Accepts, rejects or purifies inputs, at a latency."""
 
     name: ClassVar[str]
+    kind: ClassVar[Literal["filter"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
@@ -85,9 +88,14 @@ class Repair(Protocol):
     """Makes a new file; judged by clean accuracy and ASR before and after, never called detection."""
 
     name: ClassVar[str]
+    kind: ClassVar[Literal["repair"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
     def repair(self, evidence: Evidence) -> Artifact:
         """Repair the file."""
         ...
+
+
+Defense = ModelScan | DatasetScan | InputFilter | Repair
+"""Any of the four; ``kind`` tells which."""

@@ -86,6 +86,7 @@ class NeuralCleanse:
     """Trigger inversion per class and the MAD anomaly index; defaults are the paper's but for the budget."""
 
     name: ClassVar[str] = "neural-cleanse"
+    kind: ClassVar[Literal["scan"]] = "scan"
     paper: ClassVar[str] = "Wang et al. 2019, IEEE S&P"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.GRADIENTS, Need.CLEAN_SET})
 
