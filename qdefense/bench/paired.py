@@ -6,7 +6,7 @@ differences themselves; Student's t says how little three are.
 
 from __future__ import annotations
 
-from math import atan, cos, pi, sin, sqrt, tan
+from math import cos, pi, sin, sqrt, tan
 
 import numpy as np
 from numpy.typing import ArrayLike
