@@ -6,6 +6,7 @@ from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 from math import ceil, floor, sqrt
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -84,8 +85,12 @@ def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
     Raises:
         ValueError: a score is NaN, or one side is empty.
     """
-    upper, lower = _checked(positive, "positive")[:, np.newaxis], _checked(negative, "negative")
-    return float(np.mean(upper > lower) + np.mean(upper == lower) / 2)
+    upper, lower = _checked(positive, "positive"), np.sort(_checked(negative, "negative"))
+    below, up_to = (int(np.searchsorted(lower, upper, side=side).sum()) for side in _SIDES)
+    return (below + up_to) / (2 * len(upper) * len(lower))
+
+
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
 def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:

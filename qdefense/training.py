@@ -52,7 +52,7 @@ def train(
         raise DataError(
             f"{dataset.source}: {len(dataset)} images are fewer than one batch of {recipe.batch_size}; give more"
         )
-    poisoned = _poison(dataset, attack, seed)
+    poisoned = poisoned_set(dataset, attack, seed)
     with _deterministic(seed, threads):
         module = build_model(architecture, classes=len(dataset.class_names), width=width)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -62,7 +62,12 @@ def train(
     return TrainingResult(module=module, poison_indices=poisoned.poison_indices)
 
 
-def _poison(dataset: ImageSet, attack: DataAttack | None, seed: int) -> PoisonedSet:
+def poisoned_set(dataset: ImageSet, attack: DataAttack | None, seed: int) -> PoisonedSet:
+    """What `train` trains on with this seed: poisoned and shuffled, or as it is without an attack.
+
+    Raises:
+        DataError: the attack does not fit the data.
+    """
     if attack is None:
         return PoisonedSet(images=dataset, poison_indices=np.empty(0, dtype=np.int64))
     return attack.poison(dataset, np.random.default_rng([seed, _POISON_STREAM]))

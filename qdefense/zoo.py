@@ -18,7 +18,7 @@ from qdefense.models import Recipe, architectures, default_width, recipe_for
 from qdefense.training import Progress, train
 from qdefense.trial import Truth, truth_path
 
-__all__ = ["Recipe", "architectures", "recipe_for", "train_artifact", "trigger_of"]
+__all__ = ["Recipe", "architectures", "default_width", "recipe_for", "train_artifact", "trigger_of"]
 
 
 def train_artifact(

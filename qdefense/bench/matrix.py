@@ -164,6 +164,11 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _known(place: tuple[int | str, ...]) -> str:
-    table = {"bench": BenchFacts, "data": DataTable, "calibrations": CalibrationTable, "grid": Grid}
-    model = table.get(str(place[0]), Matrix) if place else Matrix
+    table: dict[str, type[BaseModel]] = {
+        "bench": BenchFacts,
+        "data": DataTable,
+        "calibrations": CalibrationTable,
+        "grid": Grid,
+    }
+    model: type[BaseModel] = table.get(str(place[0]), Matrix) if place else Matrix
     return f"known there: {', '.join(name for name in model.model_fields if name != 'folder')}"

@@ -208,12 +208,17 @@ class FilterMetrics(_Record):
     auroc: float | None = None
     tpr: Rate | None = None
     fpr: Rate
+    unmeasured: int = Field(default=0, description="inputs without a score, which no rate counts")
+    boundary: dict[str, Any] | None = Field(default=None, description="where the filter drew its line")
     asr_after: Rate | None = None
     curve: Curve | None = None
 
 
 class RepairMetrics(_Record):
-    """Of a `Repair`: the file before and after, never called detection; rates in [0, 1], on the whole test split."""
+    """Of a `Repair`: the file before and after, never called detection; rates in [0, 1].
+
+    Both files are measured on the test images that the defense did not see.
+    """
 
     kind: Literal["repair"] = "repair"
     new_sha256: str | None = None
@@ -241,7 +246,7 @@ class DefenseRecord(_Trial):
     access: Access = "session"
     seed: int
     kind: Literal["scan", "dataset", "filter", "repair"] | None = None
-    verdict: Verdict
+    verdict: Verdict | None = Field(description="null of a filter or a repair that was measured: it judges no model")
     finding: Finding | None = None
     scores_sha256: str | None = None
     metrics: Metrics | None = None
@@ -267,6 +272,7 @@ class Replica(_Record):
 
     artifact_sha256: str
     size_bytes: int
+    batch: int = Field(description="rows per run that its session profile has")
     versions: dict[str, str] = Field(default_factory=dict, description="the libraries that made it")
 
 
@@ -282,6 +288,7 @@ class DataFacts(_Record):
     """A set of images as it was first read; other images under the same name are refused."""
 
     name: str
+    role: Literal["train", "test"] = Field(description="decides the split where none is named")
     split: str | None
     limit: int | None
     seed: int

@@ -19,6 +19,7 @@ _COMPLETION = "_QDEFENSE_COMPLETE"
 _COMMANDS = {
     "attacks": "The attacks of `train`, with their settings.",
     "audit": "Judge one ONNX file; the exit code is the answer.",
+    "bench": "Measure a matrix of attacks, precisions and defenses; resumes where it stopped.",
     "calibrate": "Thresholds with a known false-alarm rate, from clean models.",
     "completion": "Print the completion script of a shell.",
     "data": "Fetch public data sets; say what a path is read as.",

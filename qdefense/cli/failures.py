@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
 from qdefense.audit.supervisor import UsageProblemError
+from qdefense.bench.matrix import MatrixError
+from qdefense.bench.store import StoreError
 from qdefense.calibration import CalibrationError
 from qdefense.converters.contract import ContractError
 from qdefense.converters.quantize import QuantizationError
@@ -15,7 +17,16 @@ from qdefense.registry import SpecError
 from qdefense.report.escaping import harmless, internal_error, shortened
 from qdefense.session import SessionError
 
-_USAGE = (UsageProblemError, DataError, SpecError, ContractError, CalibrationError, QuantizationError)
+_USAGE = (
+    UsageProblemError,
+    DataError,
+    SpecError,
+    ContractError,
+    CalibrationError,
+    QuantizationError,
+    MatrixError,
+    StoreError,
+)
 _REFUSED = (FileRefusedError, RuntimeGraphError, SessionError)
 
 

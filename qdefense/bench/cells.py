@@ -1,0 +1,293 @@
+"""The cells of a matrix: names looked up, defaults filled in, the axes multiplied, duplicates merged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any, Literal
+
+from qdefense.bench.datasets import PinnedData
+from qdefense.bench.matrix import DataTable, Grid, Matrix, MatrixError
+from qdefense.bench.records import FP32, Access, Calibration, Network, digest_of
+from qdefense.converters.quantize import Settings, settings_of
+from qdefense.converters.runtime_graph import Arithmetic
+
+Kind = Literal["scan", "dataset", "filter", "repair"]
+_EIGHT_BIT_PRODUCTS = frozenset({"int8-static", "int8-dynamic", "int4-a8"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseSpec:
+    """A defense with its settings; ``text`` is how the matrix writes it."""
+
+    text: str
+    name: str
+    kind: Kind
+    settings: dict[str, Any]
+    needs_gradients: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One trial of one file: what it does (no defense), or what a defense says of it."""
+
+    title: str
+    arithmetic: Arithmetic
+    defense: DefenseSpec | None
+    access: Access
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilePlan:
+    """A network at one precision, and the cells that need the file."""
+
+    network: Network
+    quantization: Settings | None
+    calibration: Calibration | None
+    calibration_data: PinnedData | None
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """The full name of the quantization."""
+        return FP32 if self.quantization is None else self.quantization.name
+
+    @property
+    def scheme(self) -> str:
+        """Its scheme."""
+        return FP32 if self.quantization is None else self.quantization.scheme
+
+    def recipe(self, network_sha256: str) -> dict[str, Any]:
+        """What decides the bytes of the quantized file."""
+        return {
+            "network_sha256": network_sha256,
+            "quantization": None if self.quantization is None else dataclasses.asdict(self.quantization),
+            "calibration": None
+            if self.calibration is None
+            else self.calibration.model_dump(mode="json", exclude={"name"}),
+            "calibration_sha256": None if self.calibration_data is None else self.calibration_data.facts.sha256,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPlan:
+    """A network and its files."""
+
+    network: Network
+    attack: str | None
+    train: PinnedData
+    test: PinnedData
+    files: dict[str, FilePlan] = field(default_factory=dict)
+
+    @cached_property
+    def recipe_sha256(self) -> str:
+        """Its identity."""
+        return digest_of(network=self.network.model_dump(mode="json"))
+
+    @property
+    def cells(self) -> Iterator[tuple[FilePlan, Cell]]:
+        """Every cell with its file."""
+        return ((file, cell) for file in self.files.values() for cell in file.cells.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where `plan_cells` gets the digests of images from: the manifest, or the images themselves."""
+
+    train: Callable[[str], PinnedData]
+    test: Callable[[str], PinnedData]
+    calibration: Callable[[str, str], PinnedData]
+
+
+def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
+    """Every cell of the matrix once, by network and file, in the order of the matrix.
+
+    Raises:
+        MatrixError: an architecture or precision is unknown, or calibrations are missing.
+        SpecError: an attack or a defense is unknown or has no such setting.
+        DataError: the images cannot be read.
+    """
+    networks: dict[str, NetworkPlan] = {}
+    for grid in matrix.grid:
+        for data, architecture, attack, seed in product(grid.data, grid.architectures, grid.attacks, grid.seeds):
+            made = _network_plan(matrix, sources, data, architecture, attack, seed)
+            known = networks.setdefault(made.recipe_sha256, made)
+            _add_files(matrix, sources, grid, known, f"{data}/{architecture}/{attack}/seed {seed}")
+    return tuple(networks.values())
+
+
+def chosen(plan: Sequence[NetworkPlan], *, only: str | None, limit: int | None) -> tuple[NetworkPlan, ...]:
+    """The part of the plan whose titles contain ``only``, and of it the first ``limit`` cells."""
+    left = limit
+    networks = []
+    for network in plan:
+        files: dict[str, FilePlan] = {}
+        for name, file in network.files.items():
+            wanted = {key: cell for key, cell in file.cells.items() if only is None or only in cell.title}
+            if left is not None:
+                wanted = dict(list(wanted.items())[:left])
+                left -= len(wanted)
+            if wanted:
+                files[name] = dataclasses.replace(file, cells=wanted)
+        if files:
+            networks.append(dataclasses.replace(network, files=files))
+    return tuple(networks)
+
+
+def _network_plan(
+    matrix: Matrix, sources: Sources, data: str, architecture: str, attack: str, seed: int
+) -> NetworkPlan:
+    from qdefense.attacks import ATTACKS  # noqa: PLC0415 (torch stays off the way to --help)
+    from qdefense.zoo import default_width, recipe_for  # noqa: PLC0415
+
+    table = matrix.data[data]
+    name, width = _architecture(architecture)
+    recipe = recipe_for(name)
+    recipe = dataclasses.replace(recipe, epochs=table.epochs or recipe.epochs, flip=table.flip)
+    spec = None if attack == "none" else _with_target(attack, table)
+    attacker = None if spec is None else ATTACKS.create(spec)
+    train = sources.train(data)
+    network = Network(
+        data=data,
+        train_sha256=train.facts.sha256,
+        architecture=name,
+        width=default_width(name) if width is None else width,
+        attack=None if attacker is None else attacker.name,
+        attack_settings={} if attacker is None else dataclasses.asdict(attacker),
+        seed=seed,
+        recipe=dataclasses.asdict(recipe),
+    )
+    return NetworkPlan(network=network, attack=spec, train=train, test=sources.test(data))
+
+
+def _architecture(text: str) -> tuple[str, int | None]:
+    from qdefense.zoo import architectures  # noqa: PLC0415 (imports torch)
+
+    name, _, tail = text.partition(":")
+    if name not in architectures():
+        raise MatrixError(f"architectures: there is no {name!r}; known: {', '.join(architectures())}")
+    if not tail:
+        return name, None
+    key, _, value = tail.partition("=")
+    if key.strip() != "width" or not value.strip().isdecimal() or int(value) < 1:
+        raise MatrixError(f"architectures: {text!r} has no such setting; an architecture takes width=CHANNELS")
+    return name, int(value)
+
+
+def _with_target(attack: str, table: DataTable) -> str:
+    """The attack with the data set's target class, where it names none itself."""
+    name, _, tail = attack.partition(":")
+    target = table.target_class.get(name) if isinstance(table.target_class, dict) else table.target_class
+    if target is None or any(part.partition("=")[0].strip() in _TARGET for part in tail.split(",")):
+        return attack
+    return f"{attack}{',' if tail else ':'}target_class={target}"
+
+
+_TARGET = frozenset({"target-class", "target_class"})
+
+
+def _add_files(matrix: Matrix, sources: Sources, grid: Grid, plan: NetworkPlan, title: str) -> None:
+    defenses = [defense_spec(text) for text in grid.defenses]
+    for text in grid.precisions:
+        quantization = _precision(text)
+        for calibration in _calibrations(matrix, grid, quantization, plan, text):
+            file = _file_plan(matrix, sources, plan, quantization, calibration)
+            file = plan.files.setdefault(digest_of(**file.recipe("")), file)
+            place = f"{title}/{text}" + ("" if calibration is None else f"/{calibration}")
+            for arithmetic in grid.arithmetics if file.scheme in _EIGHT_BIT_PRODUCTS else ("as-run",):
+                _add_cells(file, f"{place}/{arithmetic}", arithmetic, defenses, grid.accesses)
+
+
+def _precision(text: str) -> Settings | None:
+    """``SCHEME:key=value,...`` in the words of `qdefense quantize`; ``None`` for FP32.
+
+    Raises:
+        MatrixError: it is not of that form.
+        QuantizationError: no such scheme or setting.
+    """
+    if text == FP32:
+        return None
+    scheme, _, tail = text.partition(":")
+    asked: dict[str, Any] = {}
+    for item in filter(None, tail.split(",")):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or not value:
+            raise MatrixError(f"precisions: {text!r}: {item!r} is not key=value")
+        asked[key.replace("-", "_")] = _value(value)
+    return settings_of(scheme, **asked)
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _calibrations(
+    matrix: Matrix, grid: Grid, quantization: Settings | None, plan: NetworkPlan, text: str
+) -> tuple[str | None, ...]:
+    """The calibrations of a precision: none where it reads no ranges; a clean network has no trigger to put on."""
+    if quantization is None or not quantization.calibrated:
+        return (None,)
+    if not grid.calibrations:
+        raise MatrixError(f"precisions: {text!r} needs calibration images; name some in calibrations = [...]")
+    clean = plan.network.attack is None
+    return tuple(name for name in grid.calibrations if not (clean and matrix.calibrations[name].triggered))
+
+
+def _file_plan(
+    matrix: Matrix, sources: Sources, plan: NetworkPlan, quantization: Settings | None, name: str | None
+) -> FilePlan:
+    if name is None:
+        return FilePlan(network=plan.network, quantization=quantization, calibration=None, calibration_data=None)
+    table = matrix.calibrations[name]
+    calibration = Calibration(
+        name=name, images=table.images, split=table.split, triggered=table.triggered, seed=matrix.bench.seed
+    )
+    data = sources.calibration(plan.network.data, name)
+    return FilePlan(network=plan.network, quantization=quantization, calibration=calibration, calibration_data=data)
+
+
+def _add_cells(
+    file: FilePlan, title: str, arithmetic: Arithmetic, defenses: Sequence[DefenseSpec], accesses: Sequence[Access]
+) -> None:
+    _add(file, Cell(title=f"{title}/behaviour", arithmetic=arithmetic, defense=None, access="session"))
+    for defense, access in product(defenses, accesses):
+        # Without gradients a defense that needs none is the one with the session.
+        if access != "no-gradients" or defense.needs_gradients:
+            full = f"{title}/{defense.text}" + ("" if access == "session" else f"/{access}")
+            _add(file, Cell(title=full, arithmetic=arithmetic, defense=defense, access=access))
+
+
+def _add(file: FilePlan, cell: Cell) -> None:
+    defense = None if cell.defense is None else [cell.defense.name, cell.defense.settings]
+    file.cells.setdefault(digest_of(arithmetic=cell.arithmetic, defense=defense, access=cell.access), cell)
+
+
+def defense_spec(text: str) -> DefenseSpec:
+    """A defense by its text.
+
+    Raises:
+        SpecError: there is none, or it has no such setting.
+    """
+    from qdefense.defenses import DEFENSES, Need  # noqa: PLC0415 (imports torch)
+    from qdefense.defenses.interfaces import Calibratable  # noqa: PLC0415
+
+    defense = DEFENSES.create(text)
+    # A budget is a name; what the score depends on is the number of steps behind it.
+    derived = defense.calibrated_settings if isinstance(defense, Calibratable) else {}
+    return DefenseSpec(
+        text=text,
+        name=defense.name,
+        kind=defense.kind,
+        settings={**dataclasses.asdict(defense), **derived},
+        needs_gradients=Need.GRADIENTS in defense.needs,
+    )

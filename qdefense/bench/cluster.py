@@ -1,0 +1,86 @@
+"""Many machines: a Dask cluster that others started; its workers return records and files, and only this end writes."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+from qdefense.bench.engines import EngineError, TaskQueue
+from qdefense.bench.tasks import Clock, Outcome, Task
+from qdefense.bench.worker import run_task
+
+_SECONDS_TO_CONNECT = 30
+_AHEAD = 2
+"""Work items sent per worker thread: enough to keep them busy, few enough that files do not pile up on the way."""
+
+
+class DaskCluster:
+    """The workers of a scheduler. Start them with one thread each; a work item is done in one process at a time.
+
+    A worker that dies loses its work item to another one, by Dask's own doing; one at which worker after worker died is
+    a failed cell.
+
+    Raises:
+        EngineError: Dask is not installed, or there is no scheduler, or no worker.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            import distributed  # noqa: PLC0415 (an extra)
+        except ImportError as error:
+            raise EngineError("Dask is not installed; pip install 'qdefense[cluster]'") from error
+        self._dask: Any = distributed  # its functions are untyped
+        self._address = address
+        try:
+            self._client = self._dask.Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
+            self._client.wait_for_workers(1, timeout=_SECONDS_TO_CONNECT)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{address}: no Dask scheduler with workers answers ({_line(error)})") from error
+        self._queue = TaskQueue()
+        self._running: dict[Any, tuple[Task, Clock]] = {}
+        self._numbers = count()
+
+    def submit(self, task: Task) -> None:
+        """Queue a work item."""
+        self._queue.push(task)
+
+    def completed(self) -> Outcome:
+        """Wait for the next outcome.
+
+        Raises:
+            EngineError: the scheduler is gone, or workers cannot run this version's work.
+        """
+        self._send()
+        try:
+            done = self._dask.wait(list(self._running), return_when="FIRST_COMPLETED").done
+        except Exception as error:  # CancelledError, and what else Dask raises when its scheduler is gone
+            raise EngineError(f"{self._address}: the Dask scheduler is gone ({_line(error)})") from error
+        future = next(iter(done))
+        return self._outcome(future, *self._running.pop(future))
+
+    def close(self) -> None:
+        """Take back what is under way, and leave the cluster as it was."""
+        if self._client.status == "running":
+            self._client.cancel(list(self._running))
+        self._client.close()
+
+    def _send(self) -> None:
+        threads = sum(self._client.nthreads().values())
+        while self._queue and len(self._running) < max(1, _AHEAD * threads):
+            task = self._queue.pop()
+            future = self._client.submit(run_task, task, key=f"bench-{next(self._numbers)}-{task.id}", pure=False)
+            self._running[future] = (task, Clock())
+
+    def _outcome(self, future: Any, task: Task, clock: Clock) -> Outcome:
+        problem = future.exception() if future.status == "error" else None
+        if isinstance(problem, self._dask.KilledWorker):
+            reason = "Dask worker after worker died at this cell"
+            return Outcome(task_id=task.id, record=task.failure(reason, clock.read()))
+        if future.status != "finished":
+            raise EngineError(f"{self._address}: a worker cannot run this work ({_line(problem or future.status)})")
+        outcome: Outcome = future.result()
+        return outcome
+
+
+def _line(problem: object) -> str:
+    return f"{type(problem).__name__}: {problem}".splitlines()[0][:200]

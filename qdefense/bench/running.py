@@ -1,0 +1,230 @@
+"""Runs a plan: what is missing is made and measured, each outcome written as it comes, nothing twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+from qdefense.bench.cells import Cell, FilePlan, NetworkPlan, Sources
+from qdefense.bench.costs import CostModel
+from qdefense.bench.datasets import (
+    DataRequest,
+    PinnedData,
+    calibration_request,
+    facts_of,
+    test_request,
+    train_request,
+)
+from qdefense.bench.engines import Engine
+from qdefense.bench.matrix import Matrix
+from qdefense.bench.records import DataFacts, Replica, digest_of
+from qdefense.bench.store import Store, read_model
+from qdefense.bench.survey import current_file, estimate, survey_network, trial_key
+from qdefense.bench.tasks import Clock, Evaluation, Outcome, QuantizeTask, Task, TrainTask, TrialTask, train_task
+
+Progress = Callable[[str, int, int], None]
+Notice = Callable[[str], None]
+BAR = "matrix (estimated seconds)"
+
+
+def evaluation_of(matrix: Matrix) -> Evaluation:
+    """What holds for every trial."""
+    facts = matrix.bench
+    return Evaluation(seed=facts.seed, clean_images=facts.clean_images, held_out_images=facts.held_out_images)
+
+
+def sources_of(matrix: Matrix, store: Store, *, pin: bool) -> Sources:
+    """Digests from the manifest; images that it does not know are read, and with ``pin`` their digest is kept."""
+    read: dict[DataRequest, PinnedData] = {}
+
+    def find(request: DataRequest) -> PinnedData:
+        if request not in read:
+            read[request] = PinnedData(request=request, facts=_facts(request, store, pin=pin))
+        return read[request]
+
+    return Sources(
+        train=lambda name: find(train_request(matrix, name)),
+        test=lambda name: find(test_request(matrix, name)),
+        calibration=lambda name, calibration: find(calibration_request(matrix, name, calibration)),
+    )
+
+
+def _facts(request: DataRequest, store: Store, *, pin: bool) -> DataFacts:
+    known = store.data_facts(request)
+    if known is not None:
+        return known
+    facts = facts_of(request)
+    if pin:
+        store.add_data(facts)
+    return facts
+
+
+class Run:
+    """One run over a plan. What failed in an earlier run is left alone, or with ``retry_failed`` tried once more."""
+
+    def __init__(
+        self,
+        plan: Sequence[NetworkPlan],
+        store: Store,
+        rules: Evaluation,
+        *,
+        retry_failed: bool,
+        on_progress: Progress,
+        on_notice: Notice,
+    ) -> None:
+        self._plan, self._store, self._rules = plan, store, rules
+        self._retry_failed, self._on_progress, self._on_notice = retry_failed, on_progress, on_notice
+        self._attempted: set[str] = set()
+        self._costs = CostModel(store.records.values())
+
+    def complete(self, engine: Engine) -> None:
+        """Do all that is missing; every outcome is on the disk before the next one is waited for.
+
+        Raises:
+            EngineError: the machines are gone.
+            StoreError: a truth file that a defense's trial needs is not there.
+        """
+        owner: dict[str, NetworkPlan] = {}
+        left = {network.recipe_sha256: self._seconds_left(network) for network in self._plan}
+        total = sum(left.values())
+        self._on_progress(BAR, 0, round(total))
+        for network in self._plan:
+            self._submit(network, engine, owner)
+        while owner:
+            outcome = engine.completed()
+            network = owner.pop(outcome.task_id)
+            self._keep(outcome, network)
+            self._submit(network, engine, owner)
+            left[network.recipe_sha256] = self._seconds_left(network)
+            self._on_progress(BAR, max(0, round(total - sum(left.values()))), round(total))
+
+    def _seconds_left(self, network: NetworkPlan) -> float:
+        items = survey_network(network, self._store, self._rules, again=self._again)
+        return sum(estimate(item, self._costs)[0] for item in items if item.pending)
+
+    def _again(self, key: str) -> bool:
+        return self._retry_failed and key not in self._attempted
+
+    def _submit(self, network: NetworkPlan, engine: Engine, owner: dict[str, NetworkPlan]) -> None:
+        for task in self._tasks(network):
+            if task.id not in self._attempted:
+                self._attempted.add(task.id)
+                owner[task.id] = network
+                engine.submit(task)
+
+    def _keep(self, outcome: Outcome, network: NetworkPlan) -> None:
+        """File before manifest before record: whatever ends the process between them, the next run finds its way."""
+        record = outcome.record
+        if outcome.model is not None and outcome.replica is not None:
+            self._store.add_model(outcome.model, outcome.replica.artifact_sha256, outcome.truth)
+            self._store.add_replica(*self._recipe(outcome, network), outcome.replica)
+        old = self._store.records.get(record.key)
+        if old is None or old.failed:
+            self._store.add(record)
+        if record.failed:
+            self._on_notice(f"failed: {record.network.title}: {record.reason}")
+
+    def _recipe(self, outcome: Outcome, network: NetworkPlan) -> tuple[str, dict[str, object]]:
+        if outcome.record.stage == "train":
+            self._tell_replica(network, outcome.replica)
+            return network.recipe_sha256, network.network.model_dump(mode="json")
+        assert outcome.record.stage == "quantize"  # noqa: S101 (no other stage makes files)
+        made_of = outcome.record.network_sha256
+        wanted = (outcome.record.precision, outcome.record.calibration)
+        file = next(f for f in network.files.values() if (f.precision, f.calibration) == wanted)
+        recipe: dict[str, object] = file.recipe(made_of)
+        return digest_of(**recipe), recipe
+
+    def _tell_replica(self, network: NetworkPlan, made: Replica | None) -> None:
+        known = [old.artifact_sha256 for old in self._store.replicas(network.recipe_sha256)]
+        if known and made is not None and made.artifact_sha256 not in known:
+            self._on_notice(
+                f"{network.network.title}: trained again, it came out as {made.artifact_sha256[:16]}, not as "
+                f"{known[-1][:16]}; a new replica, measured beside the old one's records"
+            )
+
+    def _missing(self, key: str) -> bool:
+        record = self._store.records.get(key)
+        return record is None or (record.failed and self._again(key))
+
+    def _tasks(self, network: NetworkPlan) -> Iterator[Task]:
+        """What can be done next for a network."""
+        train = train_task(network)
+        if not self._store.replicas(network.recipe_sha256) and not self._adopt(network, train):
+            if self._missing(train.id):
+                yield train
+            return
+        replicas = self._store.replicas(network.recipe_sha256)
+        for file in network.files.values():
+            yield from self._file_tasks(network, file, replicas[-1], len(replicas) - 1, train)
+
+    def _file_tasks(
+        self, network: NetworkPlan, file: FilePlan, made: Replica, number: int, train: TrainTask
+    ) -> Iterator[Task]:
+        artifact = current_file(self._store, file, made)
+        if artifact is not None:
+            cells = [cell for cell in file.cells.values() if self._missing(self._key(network, file, cell, artifact))]
+            if not cells:
+                return
+            path = self._store.model_path(artifact.artifact_sha256)
+            if path is not None:
+                model = read_model(path)
+                yield from (self._trial(network, file, cell, artifact, made, number, model) for cell in cells)
+                return
+        source = self._store.model_path(made.artifact_sha256)
+        if source is None:  # too large to be committed, and this is another machine
+            yield train
+        elif file.quantization is not None:
+            recipe = digest_of(**file.recipe(made.artifact_sha256))
+            task = QuantizeTask(
+                recipe_sha256=recipe,
+                network_sha256=made.artifact_sha256,
+                plan=file,
+                attack=network.attack,
+                model=read_model(source),
+            )
+            if self._missing(task.id):
+                yield task
+
+    def _key(self, network: NetworkPlan, file: FilePlan, cell: Cell, artifact: Replica) -> str:
+        return trial_key(network, file, cell, artifact, self._rules).key
+
+    def _trial(
+        self,
+        network: NetworkPlan,
+        file: FilePlan,
+        cell: Cell,
+        artifact: Replica,
+        made: Replica,
+        number: int,
+        model: bytes,
+    ) -> TrialTask:
+        judges_rows = cell.defense is not None and cell.defense.kind == "dataset"
+        return TrialTask(
+            trial=trial_key(network, file, cell, artifact, self._rules),
+            attack=network.attack,
+            replica=number,
+            train=network.train,
+            test=network.test,
+            model=model,
+            poison_indices=self._store.truth(made.artifact_sha256).poison_indices if judges_rows else (),
+        )
+
+    def _adopt(self, network: NetworkPlan, train: TrainTask) -> bool:
+        """Take a network that lies in the folder and was made by this recipe; libraries may have been others."""
+        from qdefense.bench.making import matches, replica_of  # noqa: PLC0415 (imports torch)
+
+        for path, truth in self._store.truths():
+            model = read_model(path)
+            if hashlib.sha256(model).hexdigest() != truth.artifact_sha256 or not matches(truth, train):
+                continue
+            made_with = dict(sorted(truth.versions.items()))
+            self._store.add_model(model, truth.artifact_sha256, truth.model_dump_json(indent=1).encode() + b"\n")
+            replica = replica_of(model, made_with)
+            self._store.add_replica(network.recipe_sha256, network.network.model_dump(mode="json"), replica)
+            volatile = Clock().read().model_copy(update={"origin": "adopted"})
+            self._store.add(train.record(truth.artifact_sha256, volatile, size_bytes=len(model), versions=made_with))
+            told = ", ".join(f"{name} {version}" for name, version in made_with.items())
+            self._on_notice(f"{network.network.title}: {path.name} was made by this recipe ({told}), and is taken")
+            return True
+        return False

@@ -1,0 +1,215 @@
+"""The folder of results: ``records.jsonl``, ``manifest.json`` and ``models/``; one process writes, and may die.
+
+A record is appended as one whole line and forced to disk; a last line that was torn is dropped when the file is opened
+to write. Files and the manifest appear whole or not at all, a file before the manifest that names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qdefense.bench.datasets import DataRequest
+from qdefense.bench.records import (
+    RECORD,
+    SCHEMA_VERSION,
+    DataFacts,
+    Manifest,
+    ManifestEntry,
+    Record,
+    Replica,
+)
+from qdefense.files import write_atomically
+from qdefense.trial import Truth, truth_path
+
+RECORDS, MANIFEST, MODELS, LARGE = "records.jsonl", "manifest.json", "models", "large"
+COMMITTED_BYTES = 400_000
+"""Larger files go to a folder that git ignores; their recipe and digest are in the manifest all the same."""
+_NAME_DIGITS = 16
+
+
+class StoreError(ValueError):
+    """The folder of results cannot be used; the message says which file, which line, and what to do."""
+
+
+class Store:
+    """Records, manifest and files; ``for_writing`` alone may add to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: dict[str, Record] = {record.key: record for record in read_records(folder / RECORDS)}
+        self.manifest = read_manifest(folder / MANIFEST)
+        self._entries = {entry.recipe_sha256: entry for entry in self.manifest.entries}
+
+    @classmethod
+    @contextmanager
+    def for_writing(cls, folder: Path) -> Iterator[Store]:
+        """The store, while no other process can write to it.
+
+        Raises:
+            StoreError: another process does, or a file of the folder is broken.
+            OSError: the folder cannot be made or written to.
+        """
+        (folder / MODELS / LARGE).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / MODELS / LARGE / ".gitignore", b"*\n")
+        with _locked(folder / MODELS / LARGE / ".lock"):
+            _drop_torn_line(folder / RECORDS)
+            _drop_parts(folder)
+            yield cls(folder)
+
+    def add(self, record: Record) -> None:
+        """Append a record; it is on the disk when this returns."""
+        line = record.model_dump_json().encode() + b"\n"
+        with (self.folder / RECORDS).open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[record.key] = record
+
+    def replicas(self, recipe_sha256: str) -> tuple[Replica, ...]:
+        """The files that a recipe gave, oldest first."""
+        entry = self._entries.get(recipe_sha256)
+        return () if entry is None else entry.replicas
+
+    def add_replica(self, recipe_sha256: str, recipe: dict[str, object], replica: Replica) -> None:
+        """Name a file in the manifest; a digest that is there already changes nothing."""
+        known = self.replicas(recipe_sha256)
+        if replica.artifact_sha256 in {old.artifact_sha256 for old in known}:
+            return
+        entry = ManifestEntry(recipe_sha256=recipe_sha256, recipe=recipe, replicas=(*known, replica))
+        self._entries[recipe_sha256] = entry
+        self._write_manifest(self.manifest.data)
+
+    def data_facts(self, request: DataRequest) -> DataFacts | None:
+        """What the manifest says of the set with this name, role, split, limit and seed."""
+        return next((old for old in self.manifest.data if _same_request(old, request)), None)
+
+    def add_data(self, facts: DataFacts) -> None:
+        """Pin the digest of a set."""
+        self._write_manifest((*self.manifest.data, facts))
+
+    def _write_manifest(self, data: tuple[DataFacts, ...]) -> None:
+        entries = tuple(self._entries[name] for name in sorted(self._entries))
+        self.manifest = Manifest(schema_version=SCHEMA_VERSION, data=data, entries=entries)
+        write_atomically(self.folder / MANIFEST, f"{self.manifest.model_dump_json(indent=1)}\n".encode())
+
+    def add_model(self, model: bytes, sha256: str, truth: bytes | None = None) -> None:
+        """Keep a file under a name that tells nothing, and the truth about it first."""
+        if truth is not None:
+            write_atomically(truth_path(self._small(sha256)), truth)
+        write_atomically(self._large(sha256) if len(model) > COMMITTED_BYTES else self._small(sha256), model)
+
+    def model_path(self, sha256: str) -> Path | None:
+        """Where a file lies; ``None`` where it does not."""
+        return next((path for path in (self._small(sha256), self._large(sha256)) if path.is_file()), None)
+
+    def truth(self, sha256: str) -> Truth:
+        """The truth about an FP32 file.
+
+        Raises:
+            StoreError: it is not there, or unreadable.
+        """
+        path = truth_path(self._small(sha256))
+        try:
+            return Truth.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise StoreError(f"{path}: no readable truth beside its network; delete both to train it again") from error
+
+    def truths(self) -> Iterator[tuple[Path, Truth]]:
+        """Every readable truth with its network, by name."""
+        for path in sorted((self.folder / MODELS).glob("*.truth.json")):
+            model = path.with_name(path.name.removesuffix(".truth.json") + ".onnx")
+            try:
+                truth = Truth.model_validate_json(path.read_bytes())
+            except ValidationError:  # of no network that this version made
+                continue
+            if model.is_file():
+                yield model, truth
+
+    def _small(self, sha256: str) -> Path:
+        return self.folder / MODELS / f"{sha256[:_NAME_DIGITS]}.onnx"
+
+    def _large(self, sha256: str) -> Path:
+        return self.folder / MODELS / LARGE / f"{sha256[:_NAME_DIGITS]}.onnx"
+
+
+@lru_cache(maxsize=32)
+def read_model(path: Path) -> bytes:
+    """The bytes of a file, which are those of its name for ever."""
+    return path.read_bytes()
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The whole lines of a records file, in order; a later record of a key replaces an earlier one.
+
+    Raises:
+        StoreError: a line is no record.
+    """
+    if not path.exists():
+        return
+    whole, _, _torn = path.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
+        try:
+            yield RECORD.validate_json(line)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"])) or "it"
+            raise StoreError(
+                f"{path}, line {number}: no record ({where}: {error.errors()[0]['msg']}); delete the line to measure "
+                "its cell again"
+            ) from error
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest; an empty one where there is none.
+
+    Raises:
+        StoreError: it is unreadable.
+    """
+    if not path.exists():
+        return Manifest()
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise StoreError(f"{path}: no manifest ({error.errors()[0]['msg']}); restore it, or delete it") from error
+
+
+def _same_request(one: DataFacts, other: DataRequest) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in ("name", "role", "split", "limit", "seed"))
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+
+
+def _drop_parts(folder: Path) -> None:
+    """What a killed process had not finished writing; nobody else writes here now."""
+    for place in (folder, folder / MODELS, folder / MODELS / LARGE):
+        for part in place.glob(".*.part"):
+            part.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A lock that ends with the process, however it ends; where the system has none, there is none."""
+    try:
+        import fcntl  # noqa: PLC0415 (not on every platform)
+    except ImportError:
+        yield
+        return
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"{path.parent.parent.parent}: another `qdefense bench` writes here; wait for it"
+            ) from error
+        yield

@@ -1,0 +1,167 @@
+"""What of a plan is there and what is not, told from the store alone: nothing is read, trained or run for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qdefense.bench.cells import Cell, FilePlan, NetworkPlan
+from qdefense.bench.costs import CostModel, Source, defense_keys, file_keys
+from qdefense.bench.records import DefenseRecord, Record, Replica, digest_of
+from qdefense.bench.store import Store
+from qdefense.bench.tasks import Evaluation, TrialKey, quantization_key, training_key
+from qdefense.findings import Verdict
+
+State = Literal["measured", "not measured", "failed", "missing"]
+Stage = Literal["train", "quantize", "behaviour", "defense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One work item of the plan. ``blocked`` is why a missing one cannot be made: what it needs has failed."""
+
+    stage: Stage
+    title: str
+    state: State
+    network: NetworkPlan
+    file: FilePlan | None = None
+    cell: Cell | None = None
+    record: Record | None = None
+    blocked: str | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a run would do it, unless only failed ones stand before it."""
+        return self.state == "missing" and self.blocked is None
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether it keeps the matrix from being complete; that nothing is found without gradients is the point."""
+        expected = self.cell is not None and self.cell.access == "no-gradients" and self.state == "not measured"
+        return self.state != "measured" and not expected
+
+
+def current_file(store: Store, file: FilePlan, network: Replica) -> Replica | None:
+    """The file of a network at a precision: the last one that its recipe gave."""
+    if file.quantization is None:
+        return network
+    made = store.replicas(digest_of(**file.recipe(network.artifact_sha256)))
+    return made[-1] if made else None
+
+
+def trial_key(network: NetworkPlan, file: FilePlan, cell: Cell, artifact: Replica, rules: Evaluation) -> TrialKey:
+    """What a cell's record is called once its file is known."""
+    return TrialKey(
+        plan=file,
+        cell=cell,
+        artifact_sha256=artifact.artifact_sha256,
+        batch=artifact.batch,
+        train_sha256=network.train.facts.sha256,
+        test_sha256=network.test.facts.sha256,
+        evaluation=rules,
+    )
+
+
+def never(_key: str) -> bool:
+    """What failed stays as it is."""
+    return False
+
+
+def survey(
+    plan: Sequence[NetworkPlan], store: Store, rules: Evaluation, *, again: Callable[[str], bool] = never
+) -> list[Item]:
+    """Every work item of the plan, in its order; a failed one counts as missing where its key is tried ``again``."""
+    return [item for network in plan for item in survey_network(network, store, rules, again=again)]
+
+
+def survey_network(
+    network: NetworkPlan, store: Store, rules: Evaluation, *, again: Callable[[str], bool] = never
+) -> Iterator[Item]:
+    """The same for one network."""
+
+    def find(key: str) -> Record | None:
+        record = store.records.get(key)
+        return None if record is not None and record.failed and again(key) else record
+
+    replicas = store.replicas(network.recipe_sha256)
+    failure = find(training_key(network.recipe_sha256, None)) if not replicas else None
+    yield Item(
+        stage="train",
+        title=network.network.title,
+        network=network,
+        state="measured" if replicas else "missing" if failure is None else "failed",
+        record=failure,
+    )
+    blocked = None if failure is None else f"its network could not be trained: {failure.reason}"
+    for file in network.files.values():
+        made = replicas[-1] if replicas else None
+        artifact = None if made is None else current_file(store, file, made)
+        yield from _survey_file(network, file, rules, find, made, artifact, blocked)
+
+
+def _survey_file(
+    network: NetworkPlan,
+    file: FilePlan,
+    rules: Evaluation,
+    find: Callable[[str], Record | None],
+    made: Replica | None,
+    artifact: Replica | None,
+    blocked: str | None,
+) -> Iterator[Item]:
+    if file.quantization is not None:
+        failure = None
+        if made is not None and artifact is None:
+            failure = find(quantization_key(digest_of(**file.recipe(made.artifact_sha256)), None))
+        yield Item(
+            stage="quantize",
+            title=f"{network.network.title}/{file.precision}{_on(file)}",
+            network=network,
+            file=file,
+            state="measured" if artifact is not None else "missing" if failure is None else "failed",
+            record=failure,
+            blocked=blocked,
+        )
+        if failure is not None:
+            blocked = f"its file could not be made: {failure.reason}"
+    for cell in file.cells.values():
+        record = None
+        if artifact is not None:
+            record = find(trial_key(network, file, cell, artifact, rules).key)
+        yield Item(
+            stage="behaviour" if cell.defense is None else "defense",
+            title=cell.title,
+            network=network,
+            file=file,
+            cell=cell,
+            state=_state(record),
+            record=record,
+            blocked=blocked if record is None else None,
+        )
+
+
+def _on(file: FilePlan) -> str:
+    return "" if file.calibration is None else f"/{file.calibration.name}"
+
+
+def _state(record: Record | None) -> State:
+    if record is None:
+        return "missing"
+    if record.failed:
+        return "failed"
+    unmeasured = isinstance(record, DefenseRecord) and record.verdict is Verdict.NOT_MEASURED
+    return "not measured" if unmeasured else "measured"
+
+
+def estimate(item: Item, costs: CostModel) -> tuple[float, Source]:
+    """Seconds of one worker."""
+    made = item.network.network
+    place = (made.data, made.architecture, made.width)
+    if item.stage == "train":
+        images = item.network.train.facts.images
+        return costs.training(*place, epochs=made.recipe["epochs"], images=images)
+    assert item.file is not None  # noqa: S101 (every later stage has one)
+    if item.cell is None or item.cell.defense is None:
+        return costs.other(item.stage, file_keys(item.stage, *place, item.file.scheme))
+    asked = item.cell.defense
+    return costs.other(item.stage, defense_keys(asked.name, asked.settings, item.cell.access, *place, item.file.scheme))

@@ -1,0 +1,57 @@
+"""Where a work item is done: one at a time in a process, and whatever goes wrong becomes a record."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask
+from qdefense.files import reason_of
+from qdefense.report.escaping import harmless, internal_error, shortened
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Torch's seed and its switch for deterministic algorithms belong to the process; a Dask worker may have threads."""
+
+
+def run_task(task: Task) -> Outcome:
+    """Do the work; an exception is an outcome, too, so that it costs one cell and no more."""
+    with _ONE_AT_A_TIME:
+        clock = Clock()
+        try:
+            return _perform(task, clock)
+        except Exception as error:  # noqa: BLE001 (the process boundary: a cell that fails is a record, never a loss)
+            return Outcome(task_id=task.id, record=task.failure(_told(error), clock.read()))
+
+
+def _perform(task: Task, clock: Clock) -> Outcome:
+    import torch  # noqa: PLC0415 (seconds; the parent process never needs it)
+
+    from qdefense.bench import making, measuring  # noqa: PLC0415
+
+    torch.set_num_threads(1)  # sums depend on the number of threads
+    if isinstance(task, TrainTask):
+        return making.train_network(task, clock)
+    if isinstance(task, QuantizeTask):
+        return making.quantize_network(task, clock)
+    return measuring.measure(task, clock)
+
+
+def _told(error: Exception) -> str:
+    """One harmless line; what this project raises on purpose explains itself, all else is a bug."""
+    if isinstance(error, OSError):
+        return harmless(shortened(reason_of(error)))
+    ours = type(error).__module__.startswith("qdefense.")
+    return harmless(shortened(str(error)) if ours else internal_error(error))
+
+
+def serve(connection: Connection) -> None:
+    """Do what comes through the pipe until it closes; the life of a pool's child process."""
+    while True:
+        try:
+            task: Task = connection.recv()
+        except EOFError:
+            return
+        connection.send(run_task(task))

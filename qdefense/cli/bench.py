@@ -1,0 +1,169 @@
+"""`qdefense bench`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from qdefense.audit.gate import INCOMPLETE, PASSED
+from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
+from qdefense.bench.costs import CostModel
+from qdefense.bench.engines import Engine, EngineError, LocalPool
+from qdefense.bench.matrix import Matrix, MatrixError, read_matrix
+from qdefense.bench.records import BehaviourRecord, DefenseRecord
+from qdefense.bench.running import Run, evaluation_of, sources_of
+from qdefense.bench.store import RECORDS, Store
+from qdefense.bench.survey import Item, Stage, State, estimate, survey
+from qdefense.cli.options import progress_bar
+from qdefense.profile import runtime
+from qdefense.report.escaping import harmless
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RESULTS = "results"
+_STAGES: tuple[Stage, ...] = get_args(Stage)
+_STATES: tuple[State, ...] = get_args(State)
+_SHOWN = 10
+
+
+@click.command("bench")
+@click.argument("matrix", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Records, manifest and models.  [default: results/ beside the matrix]",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, of one thread each."
+)
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="A Dask scheduler, such as tcp://host:8786, whose workers do the work."
+)
+@click.option("--dry-run", is_flag=True, help="Show the cells, what is missing and what it would cost; do nothing.")
+@click.option("--retry-failed", is_flag=True, help="Try once more what failed in an earlier run.")
+@click.option("--only", metavar="TEXT", help="Cells whose title, as --dry-run shows it, contains this.")
+@click.option("--limit", type=click.IntRange(min=1), help="The first so many cells.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def command(
+    matrix: Path,
+    output_dir: Path | None,
+    workers: int,
+    scheduler: str | None,
+    dry_run: bool,
+    retry_failed: bool,
+    only: str | None,
+    limit: int | None,
+    verbose: bool,  # noqa: ARG001 (read at the boundary)
+) -> int:
+    """Measure every cell of MATRIX, a TOML file; what is in the results already is not done again.
+
+    0 every cell is measured, 2 usage, 3 a cell failed or could not be measured, 130 interrupted (what was finished is
+    kept).
+    """
+    table = read_matrix(matrix)
+    folder = output_dir or matrix.resolve().parent / RESULTS
+    if dry_run:
+        store = Store(folder)
+        plan = _planned(table, store, only, limit, pin=False)
+        return _show(plan, store, table, workers, again=lambda _key: retry_failed)
+    with Store.for_writing(folder) as store:
+        plan = _planned(table, store, only, limit, pin=True)
+        with progress_bar() as advance:
+            run = Run(
+                plan,
+                store,
+                evaluation_of(table),
+                retry_failed=retry_failed,
+                on_progress=advance,
+                on_notice=lambda text: click.echo(harmless(text), err=True),
+            )
+            problem = _complete(run, scheduler, workers)
+        items = survey(plan, store, evaluation_of(table))
+    _summarise(items, folder)
+    if problem is not None:
+        click.echo(f"error: {harmless(problem)}", err=True)
+    return INCOMPLETE if problem is not None or any(item.incomplete for item in items) else PASSED
+
+
+def _planned(table: Matrix, store: Store, only: str | None, limit: int | None, *, pin: bool) -> tuple[NetworkPlan, ...]:
+    whole = plan_cells(table, sources_of(table, store, pin=pin))
+    plan = chosen(whole, only=only, limit=limit)
+    if not plan:
+        title = next(cell.title for network in whole for _, cell in network.cells)
+        raise MatrixError(f"no cell has {only!r} in its title; the first one is {title!r}")
+    return plan
+
+
+def _complete(run: Run, scheduler: str | None, workers: int) -> str | None:
+    """Do the work; the reason where the machines would not."""
+    engine: Engine | None = None
+    try:
+        engine = LocalPool(workers) if scheduler is None else _cluster(scheduler)
+        run.complete(engine)
+    except EngineError as error:
+        return str(error)
+    finally:
+        if engine is not None:
+            engine.close()
+    return None
+
+
+def _cluster(address: str) -> Engine:
+    from qdefense.bench.cluster import DaskCluster  # noqa: PLC0415 (an extra)
+
+    return DaskCluster(address)
+
+
+def _show(
+    plan: Sequence[NetworkPlan], store: Store, table: Matrix, workers: int, *, again: Callable[[str], bool]
+) -> int:
+    items = survey(plan, store, evaluation_of(table), again=again)
+    costs, seconds, ruled = CostModel(store.records.values()), 0.0, 0
+    for item in items:
+        state = "blocked" if item.blocked else item.state
+        click.echo(harmless(f"{state:12}  {item.stage:9}  {item.title}"))
+        if item.pending:
+            price, source = estimate(item, costs)
+            seconds, ruled = seconds + price, ruled + (source == "rule of thumb")
+    pending = sum(item.pending for item in items)
+    click.echo(f"{len(items)} work items, {pending} to do: about {_duration(seconds)} of one worker", nl=False)
+    click.echo(f", {_duration(seconds / workers)} of {workers}" if workers > 1 else "")
+    if ruled:
+        click.echo(f"  {ruled} of them by rule of thumb: no like work is in the records")
+    return PASSED
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min" if minutes else "1 min"
+
+
+def _summarise(items: Sequence[Item], folder: Path) -> None:
+    click.echo(f"{'':9}" + "".join(f"  {state:>12}" for state in _STATES))
+    for stage in _STAGES:
+        found = Counter(item.state for item in items if item.stage == stage)
+        click.echo(f"{stage:9}" + "".join(f"  {found[state]:12}" for state in _STATES))
+    told = [f"{item.state}: {item.title}: {_why(item)}" for item in items if item.incomplete]
+    for line in told[:_SHOWN]:
+        click.echo(harmless(line))
+    if len(told) > _SHOWN:
+        click.echo(f"and {len(told) - _SHOWN} more; see {RECORDS}")
+    click.echo(harmless(f"records: {folder / RECORDS}"))
+    here = runtime()
+    foreign = sum(
+        isinstance(item.record, (BehaviourRecord, DefenseRecord)) and item.record.runtime not in (None, here)
+        for item in items
+    )
+    if foreign:
+        click.echo(f"{foreign} of the records come from another runtime or CPU, which may give other logits", err=True)
+
+
+def _why(item: Item) -> str:
+    if item.blocked is not None:
+        return item.blocked
+    return "not done yet" if item.record is None else item.record.reason
