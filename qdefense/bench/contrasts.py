@@ -87,8 +87,12 @@ _FIGURES: dict[str, tuple[str, Callable[[DefenseRecord], float | None]]] = {
 }
 
 
+_JUDGED = frozenset({Activity.ACTIVE, Activity.CLEAN})
+"""A defense that misses a file whose backdoor quantization broke has lost nothing."""
+
+
 def contrast_rows(cohort: Cohort) -> tuple[ContrastRow, ...]:
-    """Behaviour, then every scan and filter; networks without either file are in neither mean."""
+    """Behaviour, then every scan and filter; a network counts where both its files are there, and active or clean."""
     rows = []
     for setting in sorted(cohort.behaviours, key=rank_of):
         pairs = _pairs(cohort.behaviours.get(cohort.baseline(setting), ()), cohort.behaviours[setting])
@@ -113,7 +117,7 @@ def _defense_contrast(
     pairs = [
         (before, after)
         for before, after in _pairs(cohort.defenses.get(base, ()), cohort.defenses[subject])
-        if status_of(before) == status_of(after) == "measured"
+        if status_of(before) == status_of(after) == "measured" and {*map(cohort.activity, (before, after))} <= _JUDGED
     ]
     figures = [(of(before), of(after)) for before, after in pairs]
     flips = [(before.verdict is Verdict.BACKDOORED, after.verdict is Verdict.BACKDOORED) for before, after in pairs]
@@ -181,14 +185,15 @@ def _gap_row(cohort: Cohort, subject: Subject, kind: str) -> GapRow:
 
 
 def _active_networks(cohort: Cohort, places: Sequence[Subject]) -> frozenset[str]:
-    """Those whose quantized file is active, or clean where there is no attack; their FP32 file may be anything."""
-    wanted = {Activity.ACTIVE, Activity.CLEAN}
+    """Those whose quantized file is active, or clean where there is no attack."""
     files = (record for place in places[1:] for record in cohort.defenses.get(place, ()))
-    return frozenset(network_id(record.network) for record in files if cohort.activity(record) in wanted)
+    return frozenset(network_id(record.network) for record in files if cohort.activity(record) in _JUDGED)
 
 
 def _of_networks(cohort: Cohort, place: Subject, networks: frozenset[str]) -> list[DefenseRecord]:
-    return [record for record in cohort.defenses.get(place, ()) if network_id(record.network) in networks]
+    """Of these networks the files that are active themselves, as an FP32 file need not be."""
+    there = (record for record in cohort.defenses.get(place, ()) if network_id(record.network) in networks)
+    return [record for record in there if cohort.activity(record) in _JUDGED]
 
 
 def _step(cohort: Cohort, place: Subject, records: Sequence[DefenseRecord], kind: str) -> Step | None:

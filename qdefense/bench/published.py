@@ -48,6 +48,8 @@ class PublishedRow(Row):
     access: Access
     files: int
     answers: Answers
+    judges: bool
+    """Whether it judges files: a filter and a repair raise no alarm."""
     alarms: int
     detected: int | None
     """By the published rule; null where the records don't hold what it looks at."""
@@ -128,6 +130,7 @@ def _row(subject: Subject, records: Sequence[DefenseRecord]) -> PublishedRow:
         access=subject.access,
         files=len(records),
         answers=count_answers(records),
+        judges=records[0].kind in ("scan", "dataset"),
         alarms=sum(record.verdict is Verdict.BACKDOORED for record in records),
         detected=detected,
         counted_as_missed=lacking,
