@@ -1,4 +1,4 @@
-"""What work will cost: the median of like work in the records, else a rule of thumb."""
+"""What work will cost on one thread of an idle machine: the median of like work's CPU seconds, else a rule of thumb."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CostModel:
                 continue
             share = record.epochs if isinstance(record, TrainingRecord) else 1
             for key in _keys_of(record):
-                self._seconds[key].append(record.volatile.seconds / share)
+                self._seconds[key].append(record.volatile.cpu_seconds / share)
 
     def training(self, data: str, architecture: str, width: int, *, epochs: int, images: int) -> tuple[float, Source]:
         """Of a network."""

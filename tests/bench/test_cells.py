@@ -1,0 +1,159 @@
+"""From axes to cells: duplicates merge, and no axis multiplies what it does not touch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
+from qdefense.bench.matrix import MatrixError, read_matrix
+from qdefense.bench.running import evaluation_of, sources_of
+from qdefense.bench.store import Store
+from qdefense.bench.tasks import Evaluation, TrialKey
+from qdefense.converters.quantize import QuantizationError
+from qdefense.registry import SpecError
+
+from .conftest import CELLS, TINY, Desk
+
+NewDesk = Callable[..., Desk]
+
+
+def plan_of(desk: Desk) -> tuple[NetworkPlan, ...]:
+    table = read_matrix(desk.matrix)
+    return plan_cells(table, sources_of(table, Store(desk.results), pin=False))
+
+
+def titles(plan: Sequence[NetworkPlan]) -> list[str]:
+    return [cell.title for network in plan for _, cell in network.cells]
+
+
+def test_a_grid_is_the_product_of_its_axes(new_desk: NewDesk) -> None:
+    found = titles(plan_of(new_desk()))
+    assert len(found) == len(set(found)) == CELLS
+    assert found[0] == "signs/resnet8:width=4/none/seed 0/fp32/as-run/behaviour"
+    assert found[-1] == "signs/resnet8:width=4/badnets/seed 0/int8-dynamic/as-run/neural-cleanse:budget=quick"
+
+
+def test_cells_of_two_grids_merge_however_they_are_written(new_desk: NewDesk) -> None:
+    grid = TINY[TINY.index("[[grid]]") :]
+    again = (
+        grid.replace('"badnets"', '"badnets:target-class=7,size=3"')
+        .replace('"int8-dynamic"', '"int8-dynamic:types=u8u8"')
+        .replace("neural-cleanse:budget=quick", "neural-cleanse:budget=quick,patience=5")
+    )
+    assert again != grid
+    assert len(titles(plan_of(new_desk(TINY + again)))) == CELLS
+
+
+def test_only_calibrated_precisions_have_calibrations_and_only_8_bit_ones_arithmetics(new_desk: NewDesk) -> None:
+    text = TINY.replace('"int8-dynamic"]', '"int8-static", "int4", "int8-dynamic"]').replace("neural-cleanse", "")
+    text = text.replace("images = 16\n", "images = 16\n[calibrations.hot]\ntriggered = 0.125\n")
+    text += 'calibrations = ["few", "hot"]\narithmetics = ["as-run", "exact"]\n'
+    text = text.replace('defenses = [":budget=quick"]', "")
+    found = [title.split("seed 0/")[1] for title in titles(plan_of(new_desk(text))) if "badnets" in title]
+    both = ("as-run", "exact")
+    static = [f"int8-static/{images}/{sums}/behaviour" for images in ("few", "hot") for sums in both]
+    assert found == [
+        "fp32/as-run/behaviour",
+        *static,
+        "int4/as-run/behaviour",
+        *(f"int8-dynamic/{sums}/behaviour" for sums in both),
+    ]
+    clean = [title for title in titles(plan_of(new_desk(text))) if "none" in title]
+    assert not any("hot" in title for title in clean)  # there is no trigger to put on
+    assert any("few" in title for title in clean)
+
+
+def test_the_target_class_is_the_attacks_own_then_the_tables(new_desk: NewDesk) -> None:
+    text = TINY.replace("target_class = 7", "target_class = {badnets = 5}")
+    text = text.replace('"badnets"', '"badnets", "blended", "badnets:target-class=3"')
+    settings = [network.network.attack_settings for network in plan_of(new_desk(text))]
+    assert [found.get("target_class") for found in settings] == [None, 5, 0, 3]
+
+
+def test_without_gradients_is_a_column_of_those_that_need_them(new_desk: NewDesk) -> None:
+    text = TINY + 'accesses = ["session", "shadow", "no-gradients"]\n'
+    found = [title for title in titles(plan_of(new_desk(text))) if "none/seed 0/fp32" in title]
+    assert [title.rsplit("/", 1)[1] for title in found] == [
+        "behaviour",
+        "neural-cleanse:budget=quick",
+        "shadow",
+        "no-gradients",
+    ]
+
+
+def test_only_and_limit_drop_what_no_cell_needs(new_desk: NewDesk) -> None:
+    plan = chosen(plan_of(new_desk()), only="badnets", limit=None)
+    assert [network.network.attack for network in plan] == ["badnets"]
+    (network,) = chosen(plan_of(new_desk()), only=None, limit=1)
+    assert titles([network]) == ["signs/resnet8:width=4/none/seed 0/fp32/as-run/behaviour"]
+    assert chosen(plan_of(new_desk()), only="no such cell", limit=None) == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "told"),
+    [
+        ("resnet8:width=4", "resnet9", MatrixError, "architectures: there is no 'resnet9'; known: convnext"),
+        ("resnet8:width=4", "resnet8:depth=4", MatrixError, "an architecture takes width=CHANNELS"),
+        ("resnet8:width=4", "resnet8:width=0", MatrixError, "an architecture takes width=CHANNELS"),
+        ('"badnets"', '"badnet"', SpecError, "there is no attack 'badnet'; did you mean 'badnets'?"),
+        ("neural-cleanse", "neural", SpecError, "there is no defense 'neural'"),
+        ('"int8-dynamic"', '"int8"', QuantizationError, "unknown scheme 'int8'"),
+        ('"int8-dynamic"', '"int8-dynamic:u8u8"', MatrixError, "'u8u8' is not key=value"),
+        ('"int8-dynamic"', '"int4:per-channel=false"', QuantizationError, "has no scale per tensor"),
+        ('"int8-dynamic"', '"int8-static"', MatrixError, "'int8-static' needs calibration images"),
+    ],
+)
+def test_unknown_names(new_desk: NewDesk, old: str, new: str, error: type[Exception], told: str) -> None:
+    assert old in TINY
+    with pytest.raises(error) as caught:
+        plan_of(new_desk(TINY.replace(old, new)))
+    assert told in str(caught.value)
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def keys(desk: Desk, rules: Evaluation | None = None, artifact: str = "a" * 64, batch: int = 64) -> list[str]:
+    return [
+        TrialKey(
+            plan=file,
+            cell=cell,
+            artifact_sha256=artifact,
+            batch=batch,
+            train_sha256=network.train.facts.sha256,
+            test_sha256=network.test.facts.sha256,
+            evaluation=rules or evaluation_of(read_matrix(desk.matrix)),
+        ).key
+        for network in plan_of(desk)
+        for file, cell in network.cells
+        if file.scheme == "fp32"
+    ]
+
+
+def test_keys_are_the_same_wherever_the_matrix_lies_and_however_it_is_written(new_desk: NewDesk) -> None:
+    written = TINY.replace("epochs = 1\n", "").replace('path = "signs"\n', 'epochs = 1\npath = "signs"\n')
+    written = written.replace("neural-cleanse:budget=quick", "neural-cleanse:patience=5,budget=quick")
+    assert keys(new_desk(written, name="elsewhere")) == keys(new_desk())
+
+
+def test_keys_differ_by_artifact_settings_data_profile_and_seed(new_desk: NewDesk) -> None:
+    """Each change must give the scan of the poisoned network another key."""
+    rules = evaluation_of(read_matrix(new_desk().matrix))
+    changed = {
+        "as it is": keys(new_desk()),
+        "artifact": keys(new_desk(), artifact="b" * 64),
+        "profile": keys(new_desk(), batch=1),
+        "settings": keys(new_desk(TINY.replace("budget=quick", "budget=gate"), name="settings")),
+        "attack": keys(new_desk(TINY.replace('"badnets"', '"blended"'), name="attack")),
+        "data": keys(new_desk(TINY.replace("test_limit = 60", "test_limit = 61"), name="data")),
+        "images": keys(new_desk(), Evaluation(seed=0, clean_images=41, held_out_images=10)),
+        "seed": keys(new_desk(), Evaluation(seed=1, clean_images=40, held_out_images=10)),
+    }
+    scans = {name: found[-1] for name, found in changed.items()}
+    assert len(set(scans.values())) == len(scans)
+    # What only filters look at leaves a scan's key alone, and a seed of the evaluation what a file does.
+    assert keys(new_desk(), Evaluation(seed=0, clean_images=40, held_out_images=11)) == changed["as it is"]
+    assert changed["seed"][0] == changed["as it is"][0]
+    assert rules.seed == 0
