@@ -176,6 +176,20 @@ PUBLISHED = Form(
         *("detected by the published rule", "counted as missed without an answer", "decided by"),
     ),
 )
+LATENCY = Form(
+    id="latency",
+    title="Latency",
+    notes=(
+        "Single-stream: one image a call, wall clock in milliseconds. Added: the difference of medians to the file "
+        "alone, measured in turns, with its 95 % bootstrap interval. Throughput: images per second with many images a "
+        "call. Peak memory: the largest resident size of a process that did nothing else.",
+    ),
+    empty="No latency was measured: the folder has no latency.jsonl.",
+    columns=(
+        *("variant", "attack", "file", "seed", "p50", "p90", "p99", "added"),
+        *("images per second", "images a call", "peak memory"),
+    ),
+)
 UNANSWERED = Form(
     id="unanswered",
     title="What has no answer, and why",

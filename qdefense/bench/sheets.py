@@ -15,6 +15,7 @@ from qdefense.bench.forms import HEAT_MARKS, Form
 from qdefense.bench.published import PublishedRow
 from qdefense.bench.summary import BenchReport
 from qdefense.bench.tables import Answers, BehaviourRow, DatasetRow, FilterRow, RepairRow, ScanRow, Spread
+from qdefense.bench.timings import Interval, LatencyRow
 from qdefense.trial import Activity
 
 _ACCESSES = {"session": "", "shadow": ", on the shadow alone", "no-gradients": ", without gradients"}
@@ -63,11 +64,14 @@ def sheets_of(report: BenchReport) -> tuple[Sheet, ...]:
         _sheet(forms.GAPS, report.gaps, _gap_cells),
         _criteria_sheet(report),
         _sheet(forms.PUBLISHED, report.published, _published_cells),
+        _sheet(forms.LATENCY, report.latency, _latency_cells),
         _unanswered_sheet(report),
     )
 
 
-_Any = TypeVar("_Any", BehaviourRow, ScanRow, DatasetRow, FilterRow, RepairRow, ContrastRow, GapRow, PublishedRow)
+_Any = TypeVar(
+    "_Any", BehaviourRow, ScanRow, DatasetRow, FilterRow, RepairRow, ContrastRow, GapRow, PublishedRow, LatencyRow
+)
 
 
 def _sheet(form: Form, rows: Iterable[_Any], cells: Callable[[_Any], list[Cell]]) -> Sheet:
@@ -293,6 +297,22 @@ def _published_cells(row: PublishedRow) -> list[Cell]:
         *_text(row.answers.not_measured, row.answers.not_applicable, row.answers.failed),
         *_text(told, row.counted_as_missed, row.decided_by),
     ]
+
+
+def _latency_cells(row: LatencyRow) -> list[Cell]:
+    peak = NOTHING if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB"
+    return [
+        *_text(row.variant, row.setting.attack),
+        Cell(lines=(row.setting.file,), group=(row.setting, "", "session")),
+        *_text(row.seed, f"{row.p50_ms:.3g}", f"{row.p90_ms:.3g}", f"{row.p99_ms:.3g}", _interval(row.added_ms, "+")),
+        *_text(_interval(row.rows_per_second), row.offline_rows, peak),
+    ]
+
+
+def _interval(figure: Interval | None, sign: str = "") -> str:
+    if figure is None:
+        return NOTHING
+    return f"{figure.value:{sign},.4g} [{figure.low:{sign},.4g}, {figure.high:{sign},.4g}]"
 
 
 def _unanswered_sheet(report: BenchReport) -> Sheet:

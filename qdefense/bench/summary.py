@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qdefense.bench.cohort import Cohort, Status, architecture_of, network_id, status_of
 from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows
+from qdefense.bench.matrix import read_matrix
 from qdefense.bench.published import CRITERIA, Criterion, PublishedRow, published_rows
 from qdefense.bench.records import (
     BehaviourRecord,
@@ -19,7 +20,7 @@ from qdefense.bench.records import (
     Record,
     TrainingRecord,
 )
-from qdefense.bench.store import MANIFEST, RECORDS, StoreError, read_manifest, read_records
+from qdefense.bench.store import MANIFEST, RECORDS, Store, StoreError, read_manifest, read_records
 from qdefense.bench.tables import (
     BehaviourRow,
     DatasetRow,
@@ -33,13 +34,15 @@ from qdefense.bench.tables import (
     repair_rows,
     scan_rows,
 )
+from qdefense.bench.timings import LATENCY, FileLatency, LatencyRow, latency_rows, read_latencies
 
 SCHEMA_VERSION = "1.0"
 
 
 class Missing(Row):
-    """A cell of the matrix without a record."""
+    """A work item of the matrix without a record."""
 
+    stage: str
     title: str
     why: str
 
@@ -52,6 +55,7 @@ class Results:
     records: tuple[Record, ...]
     data: tuple[DataFacts, ...]
     digests: dict[str, str]
+    latencies: tuple[FileLatency, ...] = ()
     missing: tuple[Missing, ...] | None = None
     matrix: str | None = None
 
@@ -120,14 +124,19 @@ class BenchReport(Row):
     gaps: tuple[GapRow, ...]
     criteria: tuple[Criterion, ...]
     published: tuple[PublishedRow, ...]
+    latency: tuple[LatencyRow, ...]
     volatile: Effort
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path, matrix: Path | None = None) -> Results:
     """Read a folder that `bench` wrote; of several records of a key the last one.
+
+    With a matrix, also what is missing of it.
 
     Raises:
         StoreError: there are no records, or a file is broken.
+        MatrixError, SpecError: the matrix cannot be used.
+        DataError: images of the matrix that the folder has never seen cannot be read.
         OSError: a file cannot be read.
     """
     records = {record.key: record for record in read_records(folder / RECORDS)}
@@ -135,12 +144,29 @@ def read_results(folder: Path) -> Results:
         raise StoreError(
             f"{folder / RECORDS}: no records; `qdefense bench MATRIX.toml` writes them to results/ beside the matrix"
         )
-    there = [path for path in (folder / RECORDS, folder / MANIFEST) if path.exists()]
+    there = [path for path in (folder / RECORDS, folder / MANIFEST, folder / LATENCY) if path.exists()]
     return Results(
         name=folder.resolve().name,
         records=tuple(records.values()),
         data=read_manifest(folder / MANIFEST).data,
+        latencies=read_latencies(folder / LATENCY),
+        missing=None if matrix is None else _missing(folder, matrix),
+        matrix=None if matrix is None else matrix.name,
         digests={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there},
+    )
+
+
+def _missing(folder: Path, matrix: Path) -> tuple[Missing, ...]:
+    from qdefense.bench.cells import plan_cells  # noqa: PLC0415 (plans look up attacks and defenses, which need torch)
+    from qdefense.bench.running import evaluation_of, sources_of  # noqa: PLC0415
+    from qdefense.bench.survey import survey  # noqa: PLC0415
+
+    table, store = read_matrix(matrix), Store(folder)
+    items = survey(plan_cells(table, sources_of(table, store, pin=False)), store, evaluation_of(table))
+    return tuple(
+        Missing(stage=item.stage, title=item.title, why=item.blocked or "not done yet")
+        for item in items
+        if item.state == "missing"
     )
 
 
@@ -166,6 +192,7 @@ def summarise(results: Results, cohort: Cohort) -> BenchReport:
         gaps=gap_rows(cohort),
         criteria=CRITERIA,
         published=published_rows(cohort),
+        latency=latency_rows(results.latencies, cohort),
         volatile=_effort(results.records),
     )
 
