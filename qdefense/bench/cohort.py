@@ -191,7 +191,12 @@ def rank_of(setting: Setting) -> tuple[Any, ...]:
 def row_rank(subject: Subject) -> tuple[Any, ...]:
     """The order of rows of defenses: the precisions of one defense stand together."""
     data, architecture, attack, file = rank_of(subject.setting)
-    return data, architecture, subject.defense, attack, file, _ACCESSES.index(subject.access)
+    return data, architecture, subject.defense, attack, file, access_rank(subject.access)
+
+
+def access_rank(access: Access) -> int:
+    """The deployed file before its shadow, and that before no gradients."""
+    return _ACCESSES.index(access)
 
 
 def _networks(cohort: Cohort, records: Sequence[Record]) -> dict[tuple[str, str, str], frozenset[str]]:

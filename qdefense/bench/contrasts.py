@@ -54,7 +54,7 @@ class Step(Row):
     answers: Answers
     alarms: Proportion | None
     auroc: float | None
-    """Of a scan: active files against clean twins; of the others: mean over networks."""
+    """Of a scan: active files against clean twins."""
     figure: Spread | None
     """Of a scan: its score; of the others: AUROC of samples or inputs."""
 
@@ -64,6 +64,8 @@ class GapRow(Row):
 
     setting: Setting
     defense: str
+    figure: str
+    """What the losses are of."""
     fp32: Step | None
     shadow: Step | None
     session: Step | None
@@ -162,7 +164,7 @@ def gap_rows(cohort: Cohort) -> tuple[GapRow, ...]:
 
 
 def _gap_row(cohort: Cohort, subject: Subject, kind: str) -> GapRow:
-    of = _FIGURES[kind][1]
+    name, of = _FIGURES[kind]
     fp32 = subject._replace(setting=cohort.baseline(subject.setting))
     places = [fp32, *(subject._replace(access=access) for access in ("shadow", "session", "no-gradients"))]
     active = _active_networks(cohort, places)
@@ -172,6 +174,7 @@ def _gap_row(cohort: Cohort, subject: Subject, kind: str) -> GapRow:
     return GapRow(
         setting=subject.setting,
         defense=subject.defense,
+        figure=name,
         fp32=steps[0],
         shadow=steps[1],
         session=steps[2],
@@ -204,7 +207,7 @@ def _step(cohort: Cohort, place: Subject, records: Sequence[DefenseRecord], kind
     return Step(
         answers=count_answers(records),
         alarms=None if kind == "filter" else alarms(there),
-        auroc=_scan_auroc(cohort, place, there) if kind == "scan" else None if figure is None else figure.mean,
+        auroc=_scan_auroc(cohort, place, there) if kind == "scan" else None,
         figure=figure,
     )
 

@@ -68,7 +68,7 @@ def network_rows(report: BenchReport) -> list[tuple[str, str]]:
     for row in report.networks:
         failed = f"; {row.failed} could not be trained" if row.failed else ""
         seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
-        rows.append((row.attack, f"{row.data}, {row.architecture}: {seeds}{failed}"))
+        rows.append((row.data, f"{row.architecture}, {row.attack}: {seeds}{failed}"))
     return rows
 
 

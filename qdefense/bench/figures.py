@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import floor, isfinite, log10
+
 from qdefense.bench.tables import Difference, Proportion, Spread
 
 NOTHING = "n/a"
@@ -36,6 +38,14 @@ def _range(figure: Spread, times: float, digits: int) -> str:
 def single(value: float | None, digits: int = 3) -> str:
     """``0.985``."""
     return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def rounded(value: float, sign: str = "") -> str:
+    """Three significant digits, more where they stand before the point: ``0.513``, ``64.9``, ``11,430``."""
+    if not isfinite(value):
+        return NOTHING
+    before = floor(log10(abs(value))) + 1 if value else 1
+    return f"{value:{sign},.{min(max(3 - before, 0), 9)}f}"
 
 
 def kilobytes(figure: Spread | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qdefense.bench.cohort import Cohort, Subject, rank_of, row_rank, status_of
+from qdefense.bench.cohort import NO_ATTACK, Cohort, Subject, rank_of, row_rank, status_of
 from qdefense.bench.facts import environment_rows, network_rows, omissions
 from qdefense.bench.forms import HEAT_MARKS
 from qdefense.bench.plots import PLOT_HEIGHT, SIDE, RocPanel, cost_charts, roc_panels, series_of
@@ -71,7 +71,7 @@ def render_bench(report: BenchReport, cohort: Cohort) -> str:
             looks=looks,
             rocs=_by_place(roc_panels(cohort)),
             side=SIDE,
-            charts=cost_charts(report, report.latency, looks),
+            charts=cost_charts(report, looks),
             plot_height=PLOT_HEIGHT,
             triggers=triggers[:MOST_TRIGGERS],
             more_triggers=len(triggers) - MOST_TRIGGERS,
@@ -137,12 +137,13 @@ def _without_drawn(record: Record) -> dict[str, Any]:
 
 
 def _triggers(cohort: Cohort) -> Iterator[TriggerView]:
-    subjects = (subject for subject in sorted(cohort.defenses, key=row_rank) if subject.access == "session")
-    for subject in subjects:
-        for record in cohort.defenses[subject]:
-            result = None if record.finding is None else record.finding.result
-            if isinstance(result, ScanResult):
-                yield from (_trigger(subject, record, result, picture) for picture in result.pictures)
+    """Of the first network of each kind of file, attacked ones first."""
+    subjects = [subject for subject in sorted(cohort.defenses, key=row_rank) if subject.access == "session"]
+    for subject in sorted(subjects, key=lambda subject: subject.setting.attack == NO_ATTACK):
+        record = cohort.defenses[subject][0]
+        result = None if record.finding is None else record.finding.result
+        if isinstance(result, ScanResult):
+            yield from (_trigger(subject, record, result, picture) for picture in result.pictures)
 
 
 def _trigger(subject: Subject, record: DefenseRecord, result: ScanResult, picture: TriggerPicture) -> TriggerView:

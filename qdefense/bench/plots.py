@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qdefense.bench.cohort import NO_ATTACK, Cohort, Setting, Subject, rank_of, row_rank, status_of
 from qdefense.bench.records import Curve, DatasetMetrics, DefenseRecord, FilterMetrics
 from qdefense.bench.scoring import roc_curve
 from qdefense.bench.summary import BenchReport
-from qdefense.bench.tables import is_known, score_of
+from qdefense.bench.tables import FilterRow, is_known, score_of
 from qdefense.bench.timings import LatencyRow
 from qdefense.trial import Activity
 
@@ -26,6 +26,7 @@ PLOT_HEIGHT = 220
 LEFT, RIGHT = 12.0, 96.0
 _ROOM = 1.06
 _TICKS = 4
+_HIGHEST_FLOOR = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,9 @@ class Dot:
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter:
-    """Cost to the right, efficacy upwards from 0 to 1."""
+    """Cost to the right from 0, efficacy upwards to 1 from what is lowest."""
 
+    place: str
     title: str
     across: str
     up: str
@@ -72,6 +74,7 @@ class Scatter:
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
+    place: str
     file: str
     name: str
     x: tuple[float, float, float]
@@ -132,17 +135,19 @@ def _path(curve: Curve) -> str:
 # --- cost against efficacy --------------------------------------------------------------------------------------------
 
 
-def cost_charts(report: BenchReport, latencies: Sequence[LatencyRow], looks: dict[str, int]) -> tuple[Scatter, ...]:
+def cost_charts(report: BenchReport, looks: dict[str, int]) -> tuple[Scatter, ...]:
     """File size and latency against clean accuracy and ASR; added latency of filters against AUROC and TPR."""
     sizes = {row.setting: row.size_bytes.mean / 1000 for row in report.behaviour if row.size_bytes is not None}
-    speeds = _means(latencies, lambda row: None if row.defense else row.p50_ms)
-    charts = []
-    for across, costs in (("file size in kB", sizes), ("latency at batch 1, p50 in ms", speeds)):
-        for up, points in _behaviour_points(report, costs).items():
-            charts.append(_scatter(f"{up} against {across}", across, up, points, looks))
-    for up, points in _filter_points(report, latencies).items():
-        across = "added latency at batch 1, median in ms"
-        charts.append(_scatter(f"{up} of filters against added latency", across, up, points, looks))
+    kinds = {
+        "file size in kB": _behaviour_points(report, sizes),
+        "latency at batch 1, p50 in ms": _behaviour_points(report, _latency_of_files(report.latency)),
+        "added latency at batch 1, median in ms": _filter_points(report),
+    }
+    charts: list[Scatter | None] = []
+    for across, figures in kinds.items():
+        for up, points in figures.items():
+            places = sorted({point.place for point in points})
+            charts += [_scatter(across, up, [one for one in points if one.place == place], looks) for place in places]
     return tuple(chart for chart in charts if chart is not None)
 
 
@@ -152,76 +157,87 @@ def _behaviour_points(report: BenchReport, costs: dict[Setting, float]) -> dict[
         cost = costs.get(row.setting)
         for up, figure in (("clean accuracy", row.clean_accuracy), ("ASR", row.asr)):
             if cost is not None and figure is not None:
-                name = f"{row.setting.place}, {row.setting.attack}, {row.setting.file}"
                 y = (figure.mean, figure.low, figure.high)
-                points[up].append(_Point(file=row.setting.file, name=name, x=(cost, cost, cost), y=y))
+                points[up].append(_point(row.setting, row.setting.attack, (cost, cost, cost), y))
     return points
 
 
-def _filter_points(report: BenchReport, latencies: Sequence[LatencyRow]) -> dict[str, list[_Point]]:
+def _filter_points(report: BenchReport) -> dict[str, list[_Point]]:
     """The latency of a filter does not depend on the attack: that of any network of the setting counts."""
     points: dict[str, list[_Point]] = {"AUROC": [], "TPR": []}
     for row in report.filters:
-        added = [
-            one.added_ms
-            for one in latencies
-            if one.added_ms is not None
-            and one.defense == row.defense.partition(" (")[0]
-            and (one.setting.place, one.setting.file) == (row.setting.place, row.setting.file)
-        ]
-        if not added:
-            continue
-        x = tuple(sum(getattr(one, part) for one in added) / len(added) for part in ("value", "low", "high"))
-        name = f"{row.setting.place}, {row.defense} against {row.setting.attack}, {row.setting.file}"
-        if row.auroc is not None:
+        added = _added_latency(report.latency, row)
+        name = f"{row.defense} against {row.setting.attack}"
+        if added is not None and row.access == "session" and row.auroc is not None:
             y = (row.auroc.mean, row.auroc.low, row.auroc.high)
-            points["AUROC"].append(_Point(file=row.setting.file, name=name, x=(x[0], x[1], x[2]), y=y))
-        if row.tpr is not None:
-            y = (row.tpr.value, row.tpr.low, row.tpr.high)
-            points["TPR"].append(_Point(file=row.setting.file, name=name, x=(x[0], x[1], x[2]), y=y))
+            points["AUROC"].append(_point(row.setting, name, added, y))
+        if added is not None and row.access == "session" and row.tpr is not None:
+            points["TPR"].append(_point(row.setting, name, added, (row.tpr.value, row.tpr.low, row.tpr.high)))
     return points
 
 
-def _means(latencies: Iterable[LatencyRow], of: Callable[[LatencyRow], float | None]) -> dict[Setting, float]:
+def _point(setting: Setting, name: str, x: tuple[float, float, float], y: tuple[float, float, float]) -> _Point:
+    return _Point(place=setting.place, file=setting.file, name=f"{name}, {setting.file}", x=x, y=y)
+
+
+def _added_latency(latencies: Sequence[LatencyRow], row: FilterRow) -> tuple[float, float, float] | None:
+    """Mean over the files that were timed, of value and interval."""
+    mine = [
+        one.added_ms
+        for one in latencies
+        if one.added_ms is not None
+        and one.defense == row.defense.partition(" (")[0]
+        and (one.setting.place, one.setting.file) == (row.setting.place, row.setting.file)
+    ]
+    if not mine:
+        return None
+    value, low, high = (sum(getattr(one, part) for one in mine) / len(mine) for part in ("value", "low", "high"))
+    return value, low, high
+
+
+def _latency_of_files(latencies: Iterable[LatencyRow]) -> dict[Setting, float]:
     found: defaultdict[Setting, list[float]] = defaultdict(list)
     for row in latencies:
-        value = of(row)
-        if is_known(value):
-            found[row.setting].append(value)
+        if row.defense is None and is_known(row.p50_ms):
+            found[row.setting].append(row.p50_ms)
     return {setting: sum(values) / len(values) for setting, values in found.items()}
 
 
-def _scatter(title: str, across: str, up: str, points: Sequence[_Point], looks: dict[str, int]) -> Scatter | None:
+def _scatter(across: str, up: str, points: Sequence[_Point], looks: dict[str, int]) -> Scatter | None:
     usable = [point for point in points if all(math.isfinite(value) for value in (*point.x, *point.y))]
     if not usable:
         return None
     end, ticks = _axis(max(point.x[2] for point in usable))
-
-    def right(value: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * min(max(value / end, 0.0), 1.0), 2)
-
-    def down(value: float) -> float:
-        return round(PLOT_HEIGHT * (1 - min(max(value, 0.0), 1.0)), 1)
-
-    dots = (
-        Dot(
-            series=looks[point.file],
-            name=f"{point.name}: {point.x[0]:.3g}, {point.y[0]:.3f}",
-            x=right(point.x[0]),
-            x_range=(right(point.x[1]), right(point.x[2])),
-            y=down(point.y[0]),
-            y_range=(down(point.y[2]), down(point.y[1])),
-        )
-        for point in usable
-    )
+    lowest = min(max(math.floor(min(point.y[1] for point in usable) * 10) / 10, 0.0), _HIGHEST_FLOOR)
+    shares = [lowest + (1 - lowest) * step / _TICKS for step in range(_TICKS + 1)]
     return Scatter(
-        title=title,
+        place=points[0].place,
+        title=f"{up} against {across}",
         across=across,
         up=up,
-        dots=tuple(dots),
-        x_ticks=tuple((right(value), f"{value:g}") for value in ticks),
-        y_ticks=tuple((down(value / _TICKS), f"{value / _TICKS:g}") for value in range(_TICKS + 1)),
+        dots=tuple(_dot(point, end, lowest, looks[point.file]) for point in usable),
+        x_ticks=tuple((_right(value, end), f"{value:g}") for value in ticks),
+        y_ticks=tuple((_down(share, lowest), f"{share:.3g}") for share in shares),
     )
+
+
+def _dot(point: _Point, end: float, lowest: float, look: int) -> Dot:
+    return Dot(
+        series=look,
+        name=f"{point.name}: {point.x[0]:.3g}, {point.y[0]:.3f}",
+        x=_right(point.x[0], end),
+        x_range=(_right(point.x[1], end), _right(point.x[2], end)),
+        y=_down(point.y[0], lowest),
+        y_range=(_down(point.y[2], lowest), _down(point.y[1], lowest)),
+    )
+
+
+def _right(value: float, end: float) -> float:
+    return round(LEFT + (RIGHT - LEFT) * min(max(value / end, 0.0), 1.0), 2)
+
+
+def _down(value: float, lowest: float) -> float:
+    return round(PLOT_HEIGHT * (1 - min(max((value - lowest) / (1 - lowest), 0.0), 1.0)), 1)
 
 
 def _axis(largest: float) -> tuple[float, tuple[float, ...]]:

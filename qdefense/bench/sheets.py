@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from qdefense.bench import forms
-from qdefense.bench.cohort import NO_ATTACK, Setting, rank_of
+from qdefense.bench.cohort import NO_ATTACK, Setting, access_rank, rank_of
 from qdefense.bench.contrasts import ContrastRow, GapRow, Step
-from qdefense.bench.figures import NOTHING, changed, counted, decimals, kilobytes, percents, single
+from qdefense.bench.figures import NOTHING, changed, counted, decimals, kilobytes, percents, rounded, single
 from qdefense.bench.forms import HEAT_MARKS, Form
 from qdefense.bench.published import PublishedRow
 from qdefense.bench.summary import BenchReport
@@ -123,7 +123,7 @@ def matrix_sheet(report: BenchReport) -> Sheet:
 def _matrix_block(place: str, rows: Sequence[DefenseRow]) -> Block:
     files = list(dict.fromkeys(row.setting.file for row in sorted(rows, key=lambda row: rank_of(row.setting)[-1])))
     lines: dict[tuple[str, str], dict[str, Cell]] = {}
-    for row in rows:
+    for row in sorted(rows, key=_matrix_rank):
         name = f"{row.defense}{access_of(row.access)}"
         lines.setdefault((name, row.setting.attack), {})[row.setting.file] = _matrix_cell(row)
     empty = Cell(lines=(NO_RECORD,))
@@ -131,6 +131,12 @@ def _matrix_block(place: str, rows: Sequence[DefenseRow]) -> Block:
         (*_text(name, attack), *(cells.get(file, empty) for file in files)) for (name, attack), cells in lines.items()
     )
     return Block(heading=place, columns=(*forms.MATRIX.columns, *files), rows=tuple(made))
+
+
+def _matrix_rank(row: DefenseRow) -> tuple[object, ...]:
+    """The kinds of defenses as the page has them; the deployed file before its shadow."""
+    kind = (ScanRow, DatasetRow, FilterRow, RepairRow).index(type(row))
+    return kind, row.defense, access_rank(row.access), rank_of(row.setting)
 
 
 def _matrix_cell(row: DefenseRow) -> Cell:
@@ -264,13 +270,13 @@ def _gap_cells(row: GapRow) -> list[Cell]:
     return [
         *_text(row.defense, row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, row.defense, "session")),
-        *map(_step, (row.fp32, row.shadow, row.session, row.no_gradients)),
+        *(_step(step, row.figure) for step in (row.fp32, row.shadow, row.session, row.no_gradients)),
         *_text(changed(row.numeric_loss), changed(row.runtime_loss), changed(row.signal_loss)),
         Cell(lines=(lost,) if row.api_loss is None else (lost, changed(row.api_loss))),
     ]
 
 
-def _step(step: Step | None) -> Cell:
+def _step(step: Step | None, name: str) -> Cell:
     if step is None:
         return Cell(lines=(NO_RECORD,))
     lines = [_summed(step.answers)]
@@ -279,7 +285,7 @@ def _step(step: Step | None) -> Cell:
     if step.auroc is not None:
         lines.append(f"AUROC {single(step.auroc, 2)}")
     if step.figure is not None:
-        lines.append(f"figure {decimals(step.figure, 2)}")
+        lines.append(f"{name} {decimals(step.figure, 2)}")
     return Cell(lines=tuple(lines))
 
 
@@ -304,7 +310,7 @@ def _latency_cells(row: LatencyRow) -> list[Cell]:
     return [
         *_text(row.variant, row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, "", "session")),
-        *_text(row.seed, f"{row.p50_ms:.3g}", f"{row.p90_ms:.3g}", f"{row.p99_ms:.3g}", _interval(row.added_ms, "+")),
+        *_text(row.seed, *map(rounded, (row.p50_ms, row.p90_ms, row.p99_ms)), _interval(row.added_ms, "+")),
         *_text(_interval(row.rows_per_second), row.offline_rows, peak),
     ]
 
@@ -312,7 +318,8 @@ def _latency_cells(row: LatencyRow) -> list[Cell]:
 def _interval(figure: Interval | None, sign: str = "") -> str:
     if figure is None:
         return NOTHING
-    return f"{figure.value:{sign},.4g} [{figure.low:{sign},.4g}, {figure.high:{sign},.4g}]"
+    value, low, high = (rounded(one, sign) for one in (figure.value, figure.low, figure.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _unanswered_sheet(report: BenchReport) -> Sheet:

@@ -258,8 +258,8 @@ def _environment(records: Sequence[Record], cohort: Cohort) -> Environment:
             if one.runtime is not None
         ),
         sessions=_distinct(
-            f"optimization {one.profile.optimization}, {one.profile.threads} threads, batch {one.profile.batch}, "
-            f"{one.profile.arithmetic} arithmetic"
+            f"optimization {one.profile.optimization}, {one.profile.arithmetic} arithmetic, "
+            f"threads {one.profile.threads}, batch {one.profile.batch}"
             for one in trials
             if one.profile is not None
         ),

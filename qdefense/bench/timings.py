@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qdefense.bench.cohort import Cohort, Setting
+from qdefense.bench.cohort import Cohort, Setting, rank_of
 from qdefense.bench.store import StoreError
 from qdefense.bench.tables import Row
 from qdefense.converters.runtime_graph import Arithmetic
@@ -125,7 +125,7 @@ def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[Late
         record = files.get((latency.artifact_sha256, latency.profile.arithmetic))
         if record is not None:
             rows += _rows_of(latency, cohort.setting(record), record.network.seed)
-    return tuple(sorted(rows, key=lambda row: (row.setting.place, row.setting.file, row.setting.attack, row.seed)))
+    return tuple(sorted(rows, key=lambda row: (rank_of(row.setting), row.seed)))
 
 
 def _rows_of(latency: FileLatency, setting: Setting, seed: int) -> Sequence[LatencyRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from qdefense.bench.records import (
     Volatile,
 )
 from qdefense.bench.store import MANIFEST, RECORDS
+from qdefense.bench.timings import LATENCY
 from qdefense.findings import Finding, Verdict
 from qdefense.profile import Runtime, SessionProfile
 from qdefense.trial import Activity
@@ -310,9 +312,55 @@ def manifest() -> Manifest:
     return Manifest(data=(facts, facts.model_copy(update={"role": "train", "split": "train", "images": 9000})))
 
 
-def write(folder: Path, records: Iterable[Record], *, with_manifest: bool = True) -> Path:
+def latency(record: BehaviourRecord, milliseconds: float) -> dict[str, Any]:
+    """A line of `latency.jsonl` as `qdefense.bench.latency` writes it: a file alone and behind STRIP."""
+
+    def interval(value: float) -> dict[str, float]:
+        return {"value": value, "low": 0.9 * value, "high": 1.2 * value}
+
+    def scenario(rows: int) -> dict[str, Any]:
+        times = {"session": milliseconds * rows**0.5, "session + strip": 60 * milliseconds * rows**0.5}
+        variants = [
+            {
+                "name": name,
+                "median_ms": interval(value),
+                "p50_ms": value,
+                "p90_ms": 1.3 * value,
+                "p99_ms": 2 * value,
+                "cpu_ms": value,
+                "rows_per_second": interval(1000 * rows / value),
+            }
+            for name, value in times.items()
+        ]
+        added = {"name": "session + strip", "over": "session", "difference_ms": interval(59 * milliseconds)}
+        return {"rows": rows, "rounds": 9, "warm_up": 3, "variants": variants, "added": [added]}
+
+    return {
+        "artifact_sha256": record.artifact_sha256,
+        "profile": SessionProfile().model_dump(mode="json"),
+        "threads": 1,
+        "seed": 0,
+        "single_stream": scenario(1),
+        "offline": scenario(64),
+        "memory": [{"name": "session", "peak_bytes": 150 * 2**20, "before_bytes": 90 * 2**20}],
+    }
+
+
+def latencies(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Of the first network of each kind of file."""
+    speeds = {"fp32": 0.9, "int8-static": 0.5, "int8-dynamic": 0.7, "int4": 1.1}
+    files = (one for one in records if isinstance(one, BehaviourRecord) and one.network.seed == 0)
+    return [latency(one, speeds[one.scheme]) for one in files]
+
+
+def write(
+    folder: Path, records: Iterable[Record], *, with_manifest: bool = True, timed: Iterable[dict[str, Any]] = ()
+) -> Path:
     """A folder of results."""
     folder.mkdir(parents=True, exist_ok=True)
+    times = [json.dumps(line) for line in timed]
+    if times:
+        (folder / LATENCY).write_text("\n".join(times) + "\n")
     lines = b"".join(record.model_dump_json().encode() + b"\n" for record in records)
     (folder / RECORDS).write_bytes(lines)
     if with_manifest:
@@ -345,3 +393,9 @@ SAMPLES: dict[str, Callable[[], list[Record]]] = {
     "hostile": hostile,
 }
 """What the page must be able to show."""
+
+
+def write_sample(folder: Path, name: str) -> Path:
+    """The folder of a sample; the whole matrix was timed, too."""
+    records = SAMPLES[name]()
+    return write(folder, records, timed=latencies(records) if name == "whole" else ())
