@@ -84,7 +84,8 @@ class Cohort:
     """The records of a bench, by setting; of a network that was trained again only the last one.
 
     The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed;
-    ``superseded`` counts the trials that a later network or file replaced; ``precisions`` are the labels by full name.
+    ``superseded`` counts the trials that a later network or file replaced; ``precisions`` are the labels by full name;
+    ``makings`` are the records of networks trained and files quantized.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -102,8 +103,8 @@ class Cohort:
         self._activities = {
             (one.artifact_sha256, one.arithmetic): one.activity for group in self.behaviours.values() for one in group
         }
-        self.trainings = tuple(one for one in records if isinstance(one, TrainingRecord))
-        self.quantizations = tuple(one for one in records if isinstance(one, QuantizationRecord))
+        makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
+        self.makings = tuple(sorted(makings, key=_making_rank))
         self.networks = _networks(self, records)
 
     def setting(self, record: BehaviourRecord | DefenseRecord | QuantizationRecord) -> Setting:
@@ -197,6 +198,10 @@ def row_rank(subject: Subject) -> tuple[Any, ...]:
 def access_rank(access: Access) -> int:
     """The deployed file before its shadow, and that before no gradients."""
     return _ACCESSES.index(access)
+
+
+def _making_rank(record: TrainingRecord | QuantizationRecord) -> tuple[str, ...]:
+    return record.network.title, record.stage, record.key
 
 
 def _networks(cohort: Cohort, records: Sequence[Record]) -> dict[tuple[str, str, str], frozenset[str]]:

@@ -95,7 +95,7 @@ _JUDGED = frozenset({Activity.ACTIVE, Activity.CLEAN})
 
 def contrast_rows(cohort: Cohort) -> tuple[ContrastRow, ...]:
     """Behaviour, then every scan and filter; a network counts where both its files are there, and active or clean."""
-    rows = []
+    rows: list[ContrastRow] = []
     for setting in sorted(cohort.behaviours, key=rank_of):
         pairs = _pairs(cohort.behaviours.get(cohort.baseline(setting), ()), cohort.behaviours[setting])
         for name, figure in _BEHAVIOUR.items():

@@ -94,21 +94,20 @@ def _groups(cohort: Cohort, anchors: dict[Group, str]) -> Iterator[GroupView]:
     for setting in sorted(cohort.behaviours, key=rank_of):
         anchors[setting, "", "session"] = anchor = f"records-{len(anchors) + 1}"
         title = f"{setting.place}, {setting.attack}, {setting.file}: the files"
-        records = [one for behaviour in cohort.behaviours[setting] for one in (behaviour, *_makings(cohort, behaviour))]
-        yield _group(anchor, title, records)
+        files = cohort.behaviours[setting]
+        yield _group(anchor, title, [one for file in files for one in (file, *_makings(cohort, file))])
     for subject in sorted(cohort.defenses, key=row_rank):
         setting = subject.setting
         anchors[setting, subject.defense, subject.access] = anchor = f"records-{len(anchors) + 1}"
         title = f"{setting.place}, {setting.attack}, {setting.file}: {subject.defense}{access_of(subject.access)}"
         yield _group(anchor, title, cohort.defenses[subject])
-    failed = [one for one in (*cohort.trainings, *cohort.quantizations) if one.failed]
+    failed = [one for one in cohort.makings if one.failed]
     if failed:
         yield _group("records-failed", "networks and files that could not be made", failed)
 
 
 def _makings(cohort: Cohort, behaviour: BehaviourRecord) -> list[Record]:
-    made = (*cohort.trainings, *cohort.quantizations)
-    return [one for one in made if one.artifact_sha256 == behaviour.artifact_sha256]
+    return [one for one in cohort.makings if one.artifact_sha256 == behaviour.artifact_sha256]
 
 
 def _group(anchor: str, title: str, records: Sequence[Record]) -> GroupView:

@@ -153,8 +153,14 @@ def _matrix_cell(row: DefenseRow) -> Cell:
         area, told = _area(row)
         lines = [f"AUROC {told}", f"TPR {counted(row.tpr)}", f"FPR {counted(row.fpr)}"]
     if not row.answers.measured:
-        lines = ["no answer"] if any(row.answers.model_dump().values()) else ["no active file"]
+        lines = [_why_empty(row)]
     return Cell(lines=(*lines, *_lacking(row.answers)), group=group, heat=None if area is None else heat_of(area))
+
+
+def _why_empty(row: DefenseRow) -> str:
+    if any(row.answers.model_dump().values()):
+        return "no answer"
+    return "activity unknown" if row.unknown_activity else "no active file"
 
 
 def _harm(row: DefenseRow) -> list[str]:

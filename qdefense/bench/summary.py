@@ -52,6 +52,7 @@ class Results:
     """What lies in a folder of results; ``missing`` is None where no matrix says what should be there."""
 
     name: str
+    folder: str
     records: tuple[Record, ...]
     data: tuple[DataFacts, ...]
     digests: dict[str, str]
@@ -106,6 +107,7 @@ class BenchReport(Row):
 
     schema_version: str = SCHEMA_VERSION
     name: str
+    folder: str
     matrix: str | None
     records: int
     digests: dict[str, str]
@@ -146,7 +148,8 @@ def read_results(folder: Path, matrix: Path | None = None) -> Results:
         )
     there = [path for path in (folder / RECORDS, folder / MANIFEST, folder / LATENCY) if path.exists()]
     return Results(
-        name=folder.resolve().name,
+        name=_name_of(folder.resolve()),
+        folder=folder.resolve().name,
         records=tuple(records.values()),
         data=read_manifest(folder / MANIFEST).data,
         latencies=read_latencies(folder / LATENCY),
@@ -154,6 +157,11 @@ def read_results(folder: Path, matrix: Path | None = None) -> Results:
         matrix=None if matrix is None else matrix.name,
         digests={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there},
     )
+
+
+def _name_of(folder: Path) -> str:
+    """`bench` puts ``results`` beside the matrix, whose folder says more."""
+    return folder.parent.name if folder.name == "results" else folder.name
 
 
 def _missing(folder: Path, matrix: Path) -> tuple[Missing, ...]:
@@ -174,6 +182,7 @@ def summarise(results: Results, cohort: Cohort) -> BenchReport:
     """Every table; ``cohort`` holds the records of ``results``."""
     return BenchReport(
         name=results.name,
+        folder=results.folder,
         matrix=results.matrix,
         records=len(results.records),
         digests=results.digests,

@@ -20,6 +20,7 @@ from qdefense.bench.records import (
     DatasetMetrics,
     DefenseRecord,
     FilterMetrics,
+    QuantizationRecord,
     Rate,
     RepairMetrics,
     ScanMetrics,
@@ -214,8 +215,10 @@ def count_answers(records: Iterable[DefenseRecord]) -> Answers:
 
 def behaviour_rows(cohort: Cohort) -> tuple[BehaviourRow, ...]:
     """One row per setting."""
-    sizes = {one.artifact_sha256: one.size_bytes for one in (*cohort.trainings, *cohort.quantizations)}
-    shares = {one.artifact_sha256: one.integer_mac_share for one in cohort.quantizations}
+    sizes = {one.artifact_sha256: one.size_bytes for one in cohort.makings}
+    shares = {
+        one.artifact_sha256: one.integer_mac_share for one in cohort.makings if isinstance(one, QuantizationRecord)
+    }
     rows = []
     for setting in sorted(cohort.behaviours, key=rank_of):
         records = cohort.behaviours[setting]

@@ -120,7 +120,7 @@ def read_latencies(path: Path) -> tuple[FileLatency, ...]:
 def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[LatencyRow, ...]:
     """One row per file and variant, of the files that have a record of what they do."""
     files = {(one.artifact_sha256, one.arithmetic): one for group in cohort.behaviours.values() for one in group}
-    rows = []
+    rows: list[LatencyRow] = []
     for latency in latencies:
         record = files.get((latency.artifact_sha256, latency.profile.arithmetic))
         if record is not None:
