@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -50,18 +52,20 @@ class DaskCluster:
         Raises:
             EngineError: the scheduler is gone, or workers cannot run this version's work.
         """
-        self._send()
         try:
-            done = self._dask.wait(list(self._running), return_when="FIRST_COMPLETED").done
-        except Exception as error:  # CancelledError, and what else Dask raises when its scheduler is gone
+            self._send()
+            with self._client.as_current():  # the function looks for a client by itself
+                done = self._dask.wait(list(self._running), return_when="FIRST_COMPLETED").done
+        except (OSError, CancelledError) as error:
             raise EngineError(f"{self._address}: the Dask scheduler is gone ({_line(error)})") from error
         future = next(iter(done))
         return self._outcome(future, *self._running.pop(future))
 
     def close(self) -> None:
         """Take back what is under way, and leave the cluster as it was."""
-        if self._client.status == "running":
-            self._client.cancel(list(self._running))
+        with suppress(OSError, CancelledError):  # a scheduler that is gone has nothing to take back
+            if self._client.status == "running":
+                self._client.cancel(list(self._running))
         self._client.close()
 
     def _send(self) -> None:

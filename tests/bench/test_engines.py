@@ -1,0 +1,102 @@
+"""Child processes: one that dies costs its cell, and none outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from qdefense.bench.cells import plan_cells
+from qdefense.bench.engines import ONE_THREAD, LocalPool, TaskQueue
+from qdefense.bench.matrix import read_matrix
+from qdefense.bench.records import TrainingRecord
+from qdefense.bench.running import sources_of
+from qdefense.bench.store import Store
+from qdefense.bench.tasks import TrainTask, train_task
+
+from .conftest import Desk
+
+NewDesk = Callable[..., Desk]
+
+
+@pytest.fixture
+def failing_task(new_desk: NewDesk) -> TrainTask:
+    """A training that ends at once: its recipe does not fit its images."""
+    table = read_matrix(new_desk().matrix)
+    plan = plan_cells(table, sources_of(table, Store(new_desk().results), pin=False))
+    task = train_task(plan[0])
+    recipe = task.network.recipe | {"batch_size": 1000}
+    return replace(task, network=task.network.model_copy(update={"recipe": recipe}))
+
+
+@pytest.fixture
+def pool() -> Iterator[LocalPool]:
+    made = LocalPool(1)
+    yield made
+    made.close()
+
+
+def test_a_child_that_dies_costs_its_cell_and_is_replaced(pool: LocalPool, failing_task: TrainTask) -> None:
+    second = replace(failing_task, recipe_sha256="another")
+    pool.submit(failing_task)
+    pool.submit(second)
+    pool._dispatch()
+    (first_child,) = pool._children
+    first_child.process.kill()
+    lost = pool.completed()
+    assert lost.task_id == failing_task.id
+    assert lost.record.failed
+    assert lost.record.reason == "the worker process ended with SIGKILL at this cell"
+    assert isinstance(lost.record, TrainingRecord)
+    assert lost.record.key == failing_task.id
+    done = pool.completed()
+    assert done.task_id == second.id
+    assert "128 images are fewer than one batch of 1000" in done.record.reason
+    assert pool._children[0].process.pid != first_child.process.pid
+
+
+def test_a_child_that_died_idle_costs_the_next_cell_and_no_more(pool: LocalPool, failing_task: TrainTask) -> None:
+    pool.submit(failing_task)
+    assert "fewer than one batch" in pool.completed().record.reason
+    pool._children[0].process.kill()
+    pool._children[0].process.join()
+    pool.submit(failing_task)
+    assert "SIGKILL" in pool.completed().record.reason
+
+
+def test_the_environment_of_children_is_pinned_and_ours_left_alone(
+    pool: LocalPool, failing_task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    pool.submit(failing_task)
+    pool._dispatch()
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    pid = pool._children[0].process.pid
+    child = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert {f"{name}={value}".encode() for name, value in ONE_THREAD.items()} <= set(child)
+
+
+def test_closing_kills_the_children(pool: LocalPool, failing_task: TrainTask) -> None:
+    pool.submit(failing_task)
+    pool._dispatch()
+    process = pool._children[0].process
+    pool.close()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@dataclass
+class _Task:
+    name: str
+    urgency: int
+
+
+def test_work_near_the_end_of_a_cell_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdefense.bench.engines._urgency", lambda task: task.urgency)
+    queue = TaskQueue()
+    for name, urgency in (("train", 3), ("scan a", 2), ("scan b", 2), ("quantize", 0)):
+        queue.push(_Task(name, urgency))  # type: ignore[arg-type]
+    assert [queue.pop().name for _ in range(len(queue))] == ["quantize", "scan a", "scan b", "train"]  # type: ignore[union-attr]
