@@ -28,6 +28,7 @@ _COMMANDS = {
     "doctor": "What this installation and machine can do.",
     "inspect": "What is in an ONNX file, and what ONNX Runtime makes of it.",
     "quantize": "FP32 ONNX to an INT8 or INT4 file.",
+    "report": "One page, or tables, of what `bench` measured.",
     "schema": "Print the JSON schema of the report.",
     "shadow": "The fidelity certificate of a file's differentiable twin.",
     "train": "Train a zoo model, clean or poisoned.",

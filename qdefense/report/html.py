@@ -111,7 +111,7 @@ class FilterView:
 
 def render(report: Report) -> str:
     """The page: self-contained HTML without scripts, the same for equal reports."""
-    page = _environment().get_template("report.html")
+    page = page_environment().get_template("report.html")
     return page.render(
         report=report,
         newer=_is_newer(report.schema_version),
@@ -136,9 +136,10 @@ def render(report: Report) -> str:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def page_environment(*packages: str) -> jinja2.Environment:
+    """What pages are made with: every ``{{ }}`` is cut, made harmless and escaped; templates of ``packages``, too."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("qdefense.report"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in ("qdefense.report", *packages)]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_shown,
@@ -158,6 +159,7 @@ def _environment() -> jinja2.Environment:
         "gradients": describe_gradients,
         "settings": _settings,
         "sentence": lambda text: text[:1].upper() + text[1:],
+        "whole": _Whole,
     }
     return environment
 

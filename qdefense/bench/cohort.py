@@ -1,0 +1,273 @@
+"""Records put in order: one of each cell and network, named in few words, joined to what the file does."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from qdefense.bench.records import (
+    FP32,
+    Access,
+    BehaviourRecord,
+    Calibration,
+    DefenseRecord,
+    Network,
+    QuantizationRecord,
+    Record,
+    RepairMetrics,
+    TrainingRecord,
+    digest_of,
+)
+from qdefense.findings import Verdict
+from qdefense.trial import Activity
+
+NO_ATTACK = "none"
+Kind = Literal["scan", "dataset", "filter", "repair"]
+Status = Literal["measured", "not measured", "not applicable", "failed"]
+_SCHEMES = (FP32, "int8-static", "int8-dynamic", "int4", "int4-a8")
+_ACCESSES: tuple[Access, ...] = ("session", "shadow", "no-gradients")
+_UNANSWERED: dict[Verdict, Status] = {
+    Verdict.NOT_MEASURED: "not measured",
+    Verdict.NOT_APPLICABLE: "not applicable",
+}
+_Trial = TypeVar("_Trial", BehaviourRecord, DefenseRecord)
+
+
+class Setting(BaseModel):
+    """Where figures were taken; networks that differ in nothing but the seed share it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    architecture: str
+    attack: str
+    precision: str
+    calibration: str = ""
+    arithmetic: str = "as-run"
+
+    @property
+    def place(self) -> str:
+        """Data and architecture: the heading that rows stand under."""
+        return f"{self.data}, {self.architecture}"
+
+    @property
+    def file(self) -> str:
+        """How the file was made and is run."""
+        arithmetic = "" if self.arithmetic == "as-run" else f"{self.arithmetic} arithmetic"
+        return ", ".join(filter(None, (self.precision, self.calibration, arithmetic)))
+
+
+class Subject(NamedTuple):
+    """A defense in a setting."""
+
+    setting: Setting
+    defense: str
+    access: Access
+
+
+def status_of(record: DefenseRecord) -> Status:
+    """Whether there is an answer; one that is missing is never a negative one."""
+    if record.failed:
+        return "failed"
+    if record.verdict in _UNANSWERED:
+        return _UNANSWERED[record.verdict]
+    judged = record.verdict is not None or record.kind in ("filter", "repair")
+    unrepaired = isinstance(record.metrics, RepairMetrics) and record.metrics.accuracy_after is None
+    return "not measured" if record.metrics is None or not judged or unrepaired else "measured"
+
+
+class Cohort:
+    """The records of a bench, by setting; of a network that was trained again only the last one.
+
+    The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed;
+    ``superseded`` counts the trials that a later network or file replaced; ``precisions`` are the labels by full name;
+    ``makings`` are the records of networks trained and files quantized.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._attacks = _labels((one.network.data, one.network.attack, one.network.attack_settings) for one in records)
+        trials = [one for one in records if isinstance(one, DefenseRecord)]
+        self._defenses = _labels(("", one.defense, one.settings) for one in trials)
+        self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
+        self.precisions = _precision_labels(records)
+        self._calibrations: dict[str, Calibration] = {}
+        seen = [one for one in records if isinstance(one, BehaviourRecord)]
+        self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest((self.setting(one), one) for one in seen)
+        self.defenses: dict[Subject, tuple[DefenseRecord, ...]] = _latest((self.subject(one), one) for one in trials)
+        kept = sum(map(len, self.behaviours.values())) + sum(map(len, self.defenses.values()))
+        self.superseded = len(seen) + len(trials) - kept
+        self._activities = {
+            (one.artifact_sha256, one.arithmetic): one.activity for group in self.behaviours.values() for one in group
+        }
+        makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
+        self.makings = tuple(sorted(makings, key=_making_rank))
+        self.networks = _networks(self, records)
+
+    def setting(self, record: BehaviourRecord | DefenseRecord | QuantizationRecord) -> Setting:
+        """Where a record belongs."""
+        label = _calibration_label(record.calibration)
+        if record.calibration is not None:
+            self._calibrations[label] = record.calibration
+        return Setting(
+            data=record.network.data,
+            architecture=architecture_of(record.network),
+            attack=self.attack(record.network),
+            precision=self.precisions[record.precision],
+            calibration=label,
+            arithmetic="as-run" if isinstance(record, QuantizationRecord) else record.arithmetic,
+        )
+
+    def attack(self, network: Network) -> str:
+        """The attack, with the settings in which it differs from others of the name on the same data."""
+        label: str = self._attacks[network.data, network.attack, _text(network.attack_settings)]
+        return label
+
+    def subject(self, record: DefenseRecord) -> Subject:
+        """Which row a record belongs to."""
+        label = self._defenses["", record.defense, _text(record.settings)]
+        return Subject(self.setting(record), label, record.access)
+
+    def kind(self, record: DefenseRecord) -> Kind | None:
+        """The kind of a defense, which a failed trial may not name."""
+        return record.kind or self._kinds.get(record.defense)
+
+    def activity(self, record: DefenseRecord) -> Activity | None:
+        """What the backdoor does in the file of a record; ``None`` where nobody measured it."""
+        if record.network.attack is None:
+            return Activity.CLEAN
+        return self._activities.get((record.artifact_sha256, record.arithmetic))
+
+    def twins(self, subject: Subject) -> tuple[DefenseRecord, ...]:
+        """The same defense on clean networks, at the same precision.
+
+        They have no trigger to calibrate with: those of a file with triggered calibration images were calibrated on
+        as many clean ones.
+        """
+        setting = subject.setting
+        calibration = self._clean_calibration(setting.calibration)
+        clean = setting.model_copy(update={"attack": NO_ATTACK, "calibration": calibration})
+        return self.defenses.get(subject._replace(setting=clean), ())
+
+    def baseline(self, setting: Setting) -> Setting:
+        """The FP32 files of the same networks."""
+        return setting.model_copy(update={"precision": FP32, "calibration": "", "arithmetic": "as-run"})
+
+    def unrecorded(self, setting: Setting, records: Sequence[BehaviourRecord | DefenseRecord]) -> int:
+        """How many networks of this data, architecture and attack have no record here, whether asked for or not."""
+        known = self.networks[setting.data, setting.architecture, setting.attack]
+        return len(known) - len(records)
+
+    def _clean_calibration(self, label: str) -> str:
+        asked = self._calibrations.get(label)
+        if asked is None or not asked.triggered:
+            return label
+        clean = asked.model_copy(update={"triggered": 0.0, "name": ""})
+        others = (name for name, one in self._calibrations.items() if one.model_copy(update={"name": ""}) == clean)
+        return min(others, default=label)
+
+
+def network_id(network: Network) -> str:
+    """The digest of how a network is made."""
+    return digest_of(network=network.model_dump(mode="json"))
+
+
+def architecture_of(network: Network) -> str:
+    """``resnet8, width 16``."""
+    return f"{network.architecture}, width {network.width}"
+
+
+def rank_of(setting: Setting) -> tuple[Any, ...]:
+    """The order of rows: no attack first, FP32 first, then as the tables of the field."""
+    named = [place for place, name in enumerate(_SCHEMES) if f"{setting.precision}-".startswith(f"{name}-")]
+    scheme = max(named, default=len(_SCHEMES))
+    attack = (setting.attack != NO_ATTACK, setting.attack)
+    file = (scheme, setting.precision, setting.calibration, setting.arithmetic)
+    return setting.data, setting.architecture, attack, file
+
+
+def row_rank(subject: Subject) -> tuple[Any, ...]:
+    """The order of rows of defenses: the precisions of one defense stand together."""
+    data, architecture, attack, file = rank_of(subject.setting)
+    return data, architecture, subject.defense, attack, file, access_rank(subject.access)
+
+
+def access_rank(access: Access) -> int:
+    """The deployed file before its shadow, and that before no gradients."""
+    return _ACCESSES.index(access)
+
+
+def _making_rank(record: TrainingRecord | QuantizationRecord) -> tuple[str, ...]:
+    return record.network.title, record.stage, record.key
+
+
+def _networks(cohort: Cohort, records: Sequence[Record]) -> dict[tuple[str, str, str], frozenset[str]]:
+    known: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for record in records:
+        network = record.network
+        known[network.data, architecture_of(network), cohort.attack(network)].add(network_id(network))
+    return {place: frozenset(found) for place, found in known.items()}
+
+
+def _precision_labels(records: Sequence[Record]) -> dict[str, str]:
+    """The scheme alone says it where only one quantization of the scheme was used."""
+    schemes: defaultdict[str, set[str]] = defaultdict(set)
+    for record in records:
+        if not isinstance(record, TrainingRecord):
+            schemes[record.scheme].add(record.precision)
+    return {name: name if len(names) > 1 else scheme for scheme, names in schemes.items() for name in sorted(names)}
+
+
+_Place = TypeVar("_Place", Setting, Subject)
+
+
+def _latest(trials: Iterable[tuple[_Place, _Trial]]) -> dict[_Place, tuple[_Trial, ...]]:
+    """One record per place and network: of the last replica, and of those the last."""
+    kept: defaultdict[_Place, dict[str, _Trial]] = defaultdict(dict)
+    for place, trial in trials:
+        mine = kept[place]
+        name = network_id(trial.network)
+        if name not in mine or trial.replica >= mine[name].replica:
+            mine[name] = trial
+    return {place: tuple(found[name] for name in sorted(found, key=_by_seed(found))) for place, found in kept.items()}
+
+
+def _by_seed(found: Mapping[str, BehaviourRecord | DefenseRecord]) -> Any:
+    return lambda name: (found[name].network.seed, name)
+
+
+def _calibration_label(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return ""
+    split = "" if calibration.split is None else f" of {calibration.split}"
+    triggered = f", {calibration.triggered:.4g} triggered" if calibration.triggered else ""
+    seed = f", seed {calibration.seed}" if calibration.seed else ""
+    return f"{calibration.name} ({calibration.images} images{split}{triggered}{seed})"
+
+
+def _labels(
+    named: Iterable[tuple[str, str | None, Mapping[str, Any]]],
+) -> dict[tuple[str, str | None, str], str]:
+    """Names, each with those settings in which it differs from others of the name in the same group."""
+    groups: defaultdict[tuple[str, str | None], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for group, name, settings in named:
+        groups[group, name][_text(settings)] = settings
+    return {
+        (group, name, text): _label(name or NO_ATTACK, settings, tuple(variants.values()))
+        for (group, name), variants in groups.items()
+        for text, settings in variants.items()
+    }
+
+
+def _label(name: str, settings: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> str:
+    keys = sorted({key for one in variants for key in one})
+    varying = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in variants}) > 1]
+    told = [f"{key}={settings.get(key)}" for key in varying]
+    return f"{name} ({', '.join(told)})" if told else name
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)

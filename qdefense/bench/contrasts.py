@@ -1,0 +1,243 @@
+"""What quantization costs and what missing gradients cost: the same networks, told apart in columns.
+
+``FP32 session -> shadow -> session -> no gradients``: the first two arrows are *signal loss* (the shadow of the
+quantized file against the FP32 file, then the file against its shadow), the last is *API loss*: the same file, the same
+signal, and no gradients to find it with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from qdefense.bench.cohort import Cohort, Setting, Subject, network_id, rank_of, row_rank, status_of
+from qdefense.bench.records import FP32, Access, BehaviourRecord, DefenseRecord
+from qdefense.bench.tables import (
+    Answers,
+    Difference,
+    Proportion,
+    Row,
+    Spread,
+    alarms,
+    auroc_of,
+    count_answers,
+    difference,
+    is_known,
+    score_of,
+    share,
+    spread,
+    subjects_of,
+)
+from qdefense.findings import Verdict
+from qdefense.rates import auroc
+from qdefense.trial import Activity
+
+
+class ContrastRow(Row):
+    """One figure of the quantized files minus that of the FP32 files of the same networks."""
+
+    setting: Setting
+    defense: str | None
+    access: Access
+    figure: str
+    fp32: Spread
+    value: Spread
+    difference: Difference
+    alarms_lost: int | None
+    """Networks whose FP32 file raised the alarm and whose quantized file was called clean; null where none is asked."""
+    alarms_gained: int | None
+
+
+class Step(Row):
+    """One column of the decomposition."""
+
+    answers: Answers
+    alarms: Proportion | None
+    auroc: float | None
+    """Of a scan: active files against clean twins."""
+    figure: Spread | None
+    """Of a scan: its score; of the others: AUROC of samples or inputs."""
+
+
+class GapRow(Row):
+    """One defense on the active files of a setting, and where its signal goes."""
+
+    setting: Setting
+    defense: str
+    figure: str
+    """What the losses are of."""
+    fp32: Step | None
+    shadow: Step | None
+    session: Step | None
+    no_gradients: Step | None
+    numeric_loss: Difference | None
+    """FP32 session minus shadow of the quantized file."""
+    runtime_loss: Difference | None
+    """Shadow minus session."""
+    signal_loss: Difference | None
+    """FP32 session minus session: both together."""
+    api_lost: Proportion | None
+    """Files measured on the session and no longer measured without gradients; null where that was not tried."""
+    api_loss: Difference | None
+    """Session minus no gradients, where both have a figure."""
+
+
+_FIGURES: dict[str, tuple[str, Callable[[DefenseRecord], float | None]]] = {
+    "scan": ("score", score_of),
+    "dataset": ("AUROC of rows", auroc_of),
+    "filter": ("AUROC of inputs", auroc_of),
+}
+
+
+_JUDGED = frozenset({Activity.ACTIVE, Activity.CLEAN})
+"""A defense that misses a file whose backdoor quantization broke has lost nothing."""
+
+
+def contrast_rows(cohort: Cohort) -> tuple[ContrastRow, ...]:
+    """Behaviour, then every scan and filter; a network counts where both its files are there, and active or clean."""
+    rows: list[ContrastRow] = []
+    for setting in sorted(cohort.behaviours, key=rank_of):
+        pairs = _pairs(cohort.behaviours.get(cohort.baseline(setting), ()), cohort.behaviours[setting])
+        for name, figure in _BEHAVIOUR.items():
+            rows += _contrast(setting, None, "session", name, [(figure(one), figure(other)) for one, other in pairs])
+    for kind, (name, of) in _FIGURES.items():
+        for subject in subjects_of(cohort, kind):
+            rows += _defense_contrast(cohort, subject, name, of)
+    return tuple(rows)
+
+
+_BEHAVIOUR: dict[str, Callable[[BehaviourRecord], float | None]] = {
+    "clean accuracy": lambda record: record.clean_accuracy,
+    "ASR": lambda record: record.asr,
+}
+
+
+def _defense_contrast(
+    cohort: Cohort, subject: Subject, name: str, of: Callable[[DefenseRecord], float | None]
+) -> Iterable[ContrastRow]:
+    base = subject._replace(setting=cohort.baseline(subject.setting))
+    pairs = [
+        (before, after)
+        for before, after in _pairs(cohort.defenses.get(base, ()), cohort.defenses[subject])
+        if status_of(before) == status_of(after) == "measured" and {*map(cohort.activity, (before, after))} <= _JUDGED
+    ]
+    figures = [(of(before), of(after)) for before, after in pairs]
+    flips = [(before.verdict is Verdict.BACKDOORED, after.verdict is Verdict.BACKDOORED) for before, after in pairs]
+    judged = cohort.kind(cohort.defenses[subject][0]) != "filter"
+    return _contrast(subject.setting, subject.defense, subject.access, name, figures, flips if judged else None)
+
+
+def _contrast(
+    setting: Setting,
+    defense: str | None,
+    access: Access,
+    name: str,
+    figures: Sequence[tuple[float | None, float | None]],
+    flips: Sequence[tuple[bool, bool]] | None = None,
+) -> Iterable[ContrastRow]:
+    whole = [pair for pair in figures if is_known(pair[0]) and is_known(pair[1])]
+    change = difference(whole)
+    before, after = spread(one for one, _ in whole), spread(other for _, other in whole)
+    if setting.precision == FP32 or change is None or before is None or after is None:
+        return
+    yield ContrastRow(
+        setting=setting,
+        defense=defense,
+        access=access,
+        figure=name,
+        fp32=before,
+        value=after,
+        difference=change,
+        alarms_lost=None if flips is None else sum(before and not after for before, after in flips),
+        alarms_gained=None if flips is None else sum(after and not before for before, after in flips),
+    )
+
+
+def gap_rows(cohort: Cohort) -> tuple[GapRow, ...]:
+    """One row per quantized setting and defense that was tried with more than one access."""
+    rows: dict[Subject, str] = {}
+    for kind in _FIGURES:
+        for subject in subjects_of(cohort, kind):
+            if subject.setting.precision != FP32 and subject.access != "session":
+                rows[subject._replace(access="session")] = kind
+    return tuple(_gap_row(cohort, subject, rows[subject]) for subject in sorted(rows, key=row_rank))
+
+
+def _gap_row(cohort: Cohort, subject: Subject, kind: str) -> GapRow:
+    name, of = _FIGURES[kind]
+    fp32 = subject._replace(setting=cohort.baseline(subject.setting))
+    places = [fp32, *(subject._replace(access=access) for access in ("shadow", "session", "no-gradients"))]
+    active = _active_networks(cohort, places)
+    base, shadow, session, blind = (_of_networks(cohort, place, active) for place in places)
+    records = (base, shadow, session, blind)
+    steps = [_step(cohort, place, mine, kind) for place, mine in zip(places, records, strict=True)]
+    return GapRow(
+        setting=subject.setting,
+        defense=subject.defense,
+        figure=name,
+        fp32=steps[0],
+        shadow=steps[1],
+        session=steps[2],
+        no_gradients=steps[3],
+        numeric_loss=_loss(base, shadow, of),
+        runtime_loss=_loss(shadow, session, of),
+        signal_loss=_loss(base, session, of),
+        api_lost=_unmeasured_without_gradients(session, blind),
+        api_loss=_loss(session, blind, of),
+    )
+
+
+def _active_networks(cohort: Cohort, places: Sequence[Subject]) -> frozenset[str]:
+    """Those whose quantized file is active, or clean where there is no attack."""
+    files = (record for place in places[1:] for record in cohort.defenses.get(place, ()))
+    return frozenset(network_id(record.network) for record in files if cohort.activity(record) in _JUDGED)
+
+
+def _of_networks(cohort: Cohort, place: Subject, networks: frozenset[str]) -> list[DefenseRecord]:
+    """Of these networks the files that are active themselves, as an FP32 file need not be."""
+    there = (record for record in cohort.defenses.get(place, ()) if network_id(record.network) in networks)
+    return [record for record in there if cohort.activity(record) in _JUDGED]
+
+
+def _step(cohort: Cohort, place: Subject, records: Sequence[DefenseRecord], kind: str) -> Step | None:
+    if not records:
+        return None
+    there = [record for record in records if status_of(record) == "measured"]
+    figure = spread(map(_FIGURES[kind][1], there))
+    return Step(
+        answers=count_answers(records),
+        alarms=None if kind == "filter" else alarms(there),
+        auroc=_scan_auroc(cohort, place, there) if kind == "scan" else None,
+        figure=figure,
+    )
+
+
+def _scan_auroc(cohort: Cohort, place: Subject, there: Sequence[DefenseRecord]) -> float | None:
+    twins = [record for record in cohort.twins(place) if status_of(record) == "measured"]
+    active, clean = ([score for score in map(score_of, side) if is_known(score)] for side in (there, twins))
+    attacked = bool(there) and there[0].network.attack is not None
+    return auroc(active, clean) if attacked and active and clean else None
+
+
+def _loss(
+    before: Sequence[DefenseRecord], after: Sequence[DefenseRecord], of: Callable[[DefenseRecord], float | None]
+) -> Difference | None:
+    """What is lost on the way: positive where the figure falls."""
+    both = [pair for pair in _pairs(before, after) if all(status_of(one) == "measured" for one in pair)]
+    return difference((of(later), of(earlier)) for earlier, later in both)
+
+
+def _unmeasured_without_gradients(
+    session: Sequence[DefenseRecord], blind: Sequence[DefenseRecord]
+) -> Proportion | None:
+    tried = [other for one, other in _pairs(session, blind) if status_of(one) == "measured"]
+    return share(status_of(other) != "measured" for other in tried)
+
+
+_Trial = TypeVar("_Trial", BehaviourRecord, DefenseRecord)
+
+
+def _pairs(before: Sequence[_Trial], after: Sequence[_Trial]) -> list[tuple[_Trial, _Trial]]:
+    """The records of the networks that have both."""
+    mine = {network_id(record.network): record for record in before}
+    return [(mine[network_id(record.network)], record) for record in after if network_id(record.network) in mine]

@@ -1,0 +1,84 @@
+"""What stands at the head of the tables: where the records come from, and in sentences what they do not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qdefense.bench.cohort import NO_ATTACK
+from qdefense.bench.records import SCHEMA_VERSION
+from qdefense.bench.summary import BenchReport
+from qdefense.bench.tables import DatasetRow, FilterRow, RepairRow, ScanRow
+
+
+def omissions(report: BenchReport) -> tuple[str, ...]:
+    """One sentence each; none where nothing is known to be missing."""
+    return tuple(_sentences(report))
+
+
+def _sentences(report: BenchReport) -> Iterator[str]:
+    rows = _defense_rows(report)
+    if not report.behaviour:
+        yield "No file was measured: there is no clean accuracy, no ASR, and no telling which files are active."
+    if not rows:
+        yield "No defense was run."
+    yield from (text.format(count) for count, text in _counts(report, rows) if count)
+    yield from _without_twins(report, rows)
+    majors = {version.partition(".")[0] for version in report.environment.schema_versions}
+    if majors - {SCHEMA_VERSION.partition(".")[0]}:
+        yield "Some records are of another major version of the schema, and may say other things than they seem to."
+
+
+def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
+    return (
+        (
+            len(report.missing or ()),
+            "Work items of the matrix without a record: {}; `qdefense bench` goes on where it stopped.",
+        ),
+        (sum(row.failed for row in report.networks), "Networks that could not be trained: {}."),
+        (
+            sum(len(one.keys) for one in report.unanswered),
+            "Work items without an answer: {}. They are in no rate, and listed with their reasons.",
+        ),
+        (
+            sum(row.unknown_activity for row in rows),
+            "Trials of files whose activity was not measured: {}. They are in no rate.",
+        ),
+        (report.superseded, "Trials of networks or files that a later one replaced, left out of the tables: {}."),
+    )
+
+
+_Rows = list[ScanRow | DatasetRow | FilterRow | RepairRow]
+
+
+def _defense_rows(report: BenchReport) -> _Rows:
+    return [*report.scans, *report.dataset_scans, *report.filters, *report.repairs]
+
+
+def _without_twins(report: BenchReport, rows: _Rows) -> Iterator[str]:
+    """A detection rate without its control is no result."""
+    places = {row.setting.place for row in rows}
+    clean = {f"{row.data}, {row.architecture}" for row in report.networks if row.attack == NO_ATTACK}
+    for place in sorted(places - clean):
+        yield f"{place}: there is no clean network, so that nobody knows how often its alarms are false."
+
+
+def network_rows(report: BenchReport) -> list[tuple[str, str]]:
+    """The networks, and how many of each could not be trained."""
+    rows = []
+    for row in report.networks:
+        failed = f"; {row.failed} could not be trained" if row.failed else ""
+        seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
+        rows.append((row.data, f"{row.architecture}, {row.attack}: {seeds}{failed}"))
+    return rows
+
+
+def environment_rows(report: BenchReport) -> list[tuple[str, str]]:
+    """What made the records; several values where they differ."""
+    found = report.environment
+    return [
+        *((name, " and ".join(values)) for name, values in found.versions.items()),
+        *(("runtime", one) for one in found.runtimes),
+        *(("session", one) for one in found.sessions),
+        *((label, full) for label, full in found.precisions.items()),
+        ("schema", " and ".join(found.schema_versions)),
+    ]

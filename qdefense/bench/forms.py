@@ -1,0 +1,200 @@
+"""The head of every table: its title, what its columns mean, and what is said where it has no row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdefense.bench.figures import NOTHING
+from qdefense.trial import Activity
+
+HEAT_MARKS = (0.6, 0.7, 0.8, 0.9, 0.97)
+"""AUROC at which a cell of the matrix gets the next tint."""
+_ROW = ("defense", "attack", "file")
+_STATES = ("measured", "not measured", "not applicable", "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A table without its rows; the first ``labels`` columns name the row."""
+
+    id: str
+    title: str
+    notes: tuple[str, ...]
+    empty: str
+    columns: tuple[str, ...] = ()
+    labels: int = 3
+
+
+MATRIX = Form(
+    id="matrix",
+    title="The matrix",
+    notes=(
+        "AUROC of a scan is of active files against clean networks at the same precision; of a dataset scan and a "
+        "filter it is of rows and inputs, mean over networks (lowest to highest). TPR is of active files and what "
+        "belongs to them, FPR of clean: hits/n [Wilson interval, 95 %]. A repair has no AUROC: it shows ASR and clean "
+        "accuracy before and after. Every cell links to its records.",
+        "Few networks say little: 3 of 3 have an interval of [0.44, 1.00], and 0 of 3 one of [0.00, 0.56]. Counts of "
+        "rows and inputs are pooled over networks; those of one network are not independent of each other.",
+    ),
+    empty="No defense was run.",
+    columns=("defense", "attack"),
+    labels=2,
+)
+BEHAVIOUR = Form(
+    id="behaviour",
+    title="What the files do",
+    notes=(
+        "On the test images: mean over networks (lowest to highest). ASR is of eligible images, of other classes than "
+        "the target; beside it is how many of them get the target class without the trigger. Active: ASR at least 90 "
+        "%; dormant: at most 5 points above the confusion without trigger; attenuated: between them.",
+        "No record: networks of this data, architecture and attack that have none here, asked for or not.",
+    ),
+    empty="No file was measured.",
+    columns=(
+        *("attack", "file", "networks", "clean accuracy", "ASR", "without trigger"),
+        *Activity,
+        *("size", "integer MACs", "failed", "no record"),
+    ),
+    labels=2,
+)
+SCANS = Form(
+    id="scans",
+    title="Model scans",
+    notes=(
+        "TPR: alarms on active files. FPR: alarms on clean networks at the same precision, calibrated on as many clean "
+        "images. AUROC: the score of active files against clean ones, with how many there are of each. Target first: "
+        "the true target has the smallest norm. Target named: it is among the suspects.",
+        f"A trial without an answer is in no rate. {NOTHING}: there is no active file, or no clean one, to make a rate "
+        "of. Alarms on attenuated and dormant files stand apart.",
+    ),
+    empty="No model scan was run.",
+    columns=(
+        *(*_ROW, "TPR", "FPR", "AUROC", "of active and clean", "target first", "target named", *_STATES, "clean twins"),
+        *("alarms, attenuated", "alarms, dormant", "activity unknown", "no record"),
+    ),
+)
+_POOLED = (
+    "AUROC: mean over networks (lowest to highest). TPR and FPR: counts pooled over networks. {} of one network are "
+    "not independent of each other, so that these intervals are too narrow for another network: see the range."
+)
+DATASET_SCANS = Form(
+    id="dataset-scans",
+    title="Dataset scans",
+    notes=(
+        "Rows of the training set, poisoned against clean, of networks whose file is active. " + _POOLED.format("Rows"),
+        "Within: only rows with a label that poisons have. Top: of these, the rows with the highest scores, 1.5 times "
+        "as many as there are poisons; recall is the share of all poisons among them, precision the share of them that "
+        "is poison, at most 2/3. Alarms: files whose training set was called poisoned.",
+    ),
+    empty="No dataset scan was run.",
+    columns=(
+        *(*_ROW, "AUROC", "AUROC within", "TPR", "FPR", "FPR within", "top recall", "top precision", "alarms"),
+        *("alarms, clean", "FPR, clean networks", *_STATES, "clean twins", "AUROC, attenuated", "AUROC, dormant"),
+        *("activity unknown", "no record"),
+    ),
+)
+FILTERS = Form(
+    id="filters",
+    title="Input filters",
+    notes=(
+        "Stamped against clean test images, none of which the filter was fitted on. " + _POOLED.format("Inputs"),
+        "ASR after: stamped images that were let in and did what the attacker wants. Inputs unscored are in no rate.",
+    ),
+    empty="No input filter was run.",
+    columns=(
+        *(*_ROW, "AUROC", "TPR", "FPR", "FPR, clean networks", "ASR after", "inputs unscored", *_STATES, "clean twins"),
+        *("AUROC, attenuated", "AUROC, dormant", "activity unknown", "no record"),
+    ),
+)
+REPAIRS = Form(
+    id="repairs",
+    title="Repairs",
+    notes=(
+        "Clean accuracy and ASR of active files (of clean networks: accuracy) before and after, on images that the "
+        "repair did not see; a repair detects nothing. Changes are in percentage points, with the interval of the mean "
+        "over networks by Student's t. What became of the backdoor is counted over files of every activity.",
+    ),
+    empty="No repair was run.",
+    columns=(
+        *(*_ROW, "accuracy before", "accuracy after", "change", "ASR before", "ASR after", "change of ASR", "backdoor"),
+        *(*_STATES, "activity unknown", "no record"),
+    ),
+)
+CONTRASTS = Form(
+    id="contrasts",
+    title="Quantized minus FP32",
+    notes=(
+        "Each quantized file against the FP32 file of the same network; of a defense, where both are active (or clean) "
+        "and both have an answer. The interval is of the mean over networks, by Student's t: with three networks it "
+        "reaches 4.3 standard errors to each side, and a rate of 3 of 3 has a Wilson interval of [0.44, 1] at best. A "
+        "bootstrap would look far surer than three networks are.",
+        "Alarms lost and gained: networks whose two files got different verdicts.",
+    ),
+    empty="No network has both an FP32 and a quantized file with a figure.",
+    columns=(*_ROW, "figure", "networks", "FP32", "quantized", "difference", "alarms lost", "alarms gained"),
+)
+GAPS = Form(
+    id="gaps",
+    title="Where the signal goes: gap decomposition",
+    notes=(
+        "The same networks, of an attack those whose quantized file is active: the defense on the FP32 file, on the "
+        "shadow of the quantized file, on the quantized file itself, and on it without any gradients. Each column: "
+        "trials with an answer, alarms, AUROC, and the figure that is lost: a scan's score, else AUROC per network.",
+        "Signal loss is the fall of that figure from the FP32 session to the quantized session: the numeric loss (to "
+        "the shadow) and the runtime loss (from the shadow to the session) together. API loss is what the missing "
+        "gradients alone take: files measured on the session and not measured without gradients. Losses are positive "
+        "where the figure falls, with the interval of the mean by Student's t.",
+    ),
+    empty='Only one access was tried; accesses = ["session", "shadow", "no-gradients"] in the matrix tries all.',
+    columns=(
+        *(*_ROW, "FP32 session", "shadow", "session", "no gradients"),
+        *("numeric loss", "runtime loss", "signal loss", "API loss"),
+    ),
+)
+CRITERIA = Form(
+    id="criteria",
+    title="Criteria of the published study",
+    notes=(
+        "The decision rules of the published code of Quantization Blindspots (arXiv 2512.06243), which counts every "
+        "exception as not detected. Only its rules are applied below: its networks, its quantizer and its optimisation "
+        "were not reproduced, and its final results are not in its repository.",
+    ),
+    empty="",
+    columns=("defense", "detected, says the published code, if", "on these records"),
+    labels=1,
+)
+PUBLISHED = Form(
+    id="published",
+    title="The same files under the published criteria",
+    notes=(
+        "Files of every activity, clean ones among them. Decided by the criterion alone: the rule cannot fire whatever "
+        "is measured, or there was no answer and the published code writes that down as not detected.",
+    ),
+    empty="None of the study's five defenses was run.",
+    columns=(
+        *(*_ROW, "files", "alarms here", "no alarm here", "not measured", "not applicable", "failed"),
+        *("detected by the published rule", "counted as missed without an answer", "decided by"),
+    ),
+)
+LATENCY = Form(
+    id="latency",
+    title="Latency",
+    notes=(
+        "Single-stream: one image a call, wall clock in milliseconds. Added: the difference of medians to the file "
+        "alone, measured in turns, with its 95 % bootstrap interval. Throughput: images per second with many images a "
+        "call. Peak memory: the largest resident size of a process that did nothing else.",
+    ),
+    empty="No latency was measured: the folder has no latency.jsonl.",
+    columns=(
+        *("variant", "attack", "file", "seed", "p50", "p90", "p99", "added"),
+        *("images per second", "images a call", "peak memory"),
+    ),
+)
+UNANSWERED = Form(
+    id="unanswered",
+    title="What has no answer, and why",
+    notes=("None of these is counted as a miss, or as clean.",),
+    empty="Every trial has an answer.",
+    columns=("stage", "defense", "state", "trials", "reason"),
+    labels=2,
+)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+
+from qdefense.bench.cohort import Cohort
+from qdefense.bench.contrasts import contrast_rows, gap_rows
+from qdefense.bench.records import FilterMetrics, Rate, Record
+from qdefense.bench.tables import Answers
+from qdefense.findings import Verdict
+from qdefense.trial import Activity
+
+from .sample_records import behaviour, defense, network, scan_metrics
+
+FOUND, MISSED, LOST = Verdict.BACKDOORED, Verdict.CLEAN, Verdict.NOT_MEASURED
+
+
+def pair(seed: int, before: float, after: float, activity: Activity = Activity.ACTIVE) -> list[Record]:
+    made = network("badnets", seed)
+    return [behaviour(made, accuracy=before), behaviour(made, "int4", accuracy=after, activity=activity)]
+
+
+def scanned(seed: int, scheme: str, score: float, verdict: Verdict = FOUND, access: str = "session") -> Record:
+    return defense(
+        network("badnets", seed), scheme, scan_metrics(score, target=12, found=True), verdict=verdict, access=access
+    )
+
+
+def test_contrast_is_the_paired_difference_over_networks_that_have_both_files() -> None:
+    records = [*pair(0, 0.9, 0.89), *pair(1, 0.8, 0.78), *pair(2, 0.7, 0.67), behaviour(network("badnets", 3), "int4")]
+    accuracy, asr = contrast_rows(Cohort(records))
+    assert (accuracy.figure, accuracy.difference.n, accuracy.setting.precision) == ("clean accuracy", 3, "int4")
+    # -1, -2, -3 points: mean -2, half width 4.303 * 1 / sqrt(3) = 2.484.
+    assert accuracy.difference.mean == pytest.approx(-0.02)
+    assert accuracy.difference.low == pytest.approx(-0.04484, abs=1e-5)
+    assert (accuracy.fp32.mean, accuracy.value.mean) == (pytest.approx(0.8), pytest.approx(0.78))
+    assert (asr.figure, asr.difference.mean, asr.difference.low) == ("ASR", 0, None)
+
+
+def test_contrast_of_a_scan_counts_alarms_lost_and_gained() -> None:
+    records = [
+        *(record for seed in range(3) for record in pair(seed, 0.9, 0.9)),
+        *(scanned(seed, "fp32", 3.0, FOUND if seed < 2 else MISSED) for seed in range(3)),
+        *(scanned(seed, "int4", 2.0 + seed, MISSED if seed < 1 else FOUND) for seed in range(3)),
+    ]
+    *_, row = contrast_rows(Cohort(records))
+    assert (row.figure, row.alarms_lost, row.alarms_gained) == ("score", 1, 1)
+    assert row.difference.mean == 0
+
+
+def test_contrast_of_a_defense_leaves_out_files_whose_backdoor_quantization_broke() -> None:
+    records = [
+        *pair(0, 0.9, 0.9),
+        *pair(1, 0.9, 0.9, Activity.ATTENUATED),
+        *(scanned(seed, scheme, 3.0) for seed in range(2) for scheme in ("fp32", "int4")),
+    ]
+    *_, row = contrast_rows(Cohort(records))
+    assert (row.defense, row.difference.n) == ("neural-cleanse", 1)
+
+
+def test_contrast_needs_an_answer_on_both_files() -> None:
+    records = [*pair(0, 0.9, 0.9), scanned(0, "fp32", 3.0), scanned(0, "int4", 3.0, LOST)]
+    assert all(row.defense is None for row in contrast_rows(Cohort(records)))
+
+
+def test_gap_row_tells_signal_loss_from_api_loss() -> None:
+    records: list[Record] = []
+    for seed in range(2):
+        records += [
+            *pair(seed, 0.9, 0.9),
+            scanned(seed, "fp32", 4.0),
+            scanned(seed, "int4", 3.5, access="shadow"),
+            scanned(seed, "int4", 3.0 + seed / 10),
+            scanned(seed, "int4", 0.0, LOST, access="no-gradients"),
+        ]
+    (row,) = gap_rows(Cohort(records))
+    assert row.figure == "score"
+    assert row.numeric_loss is not None
+    assert row.numeric_loss.mean == pytest.approx(0.5)
+    assert row.runtime_loss is not None
+    assert row.runtime_loss.mean == pytest.approx(0.45)
+    assert row.signal_loss is not None
+    assert row.signal_loss.mean == pytest.approx(0.95)
+    assert row.api_lost is not None
+    assert (row.api_lost.hits, row.api_lost.n) == (2, 2)
+    assert row.api_loss is None
+    assert row.no_gradients is not None
+    assert row.no_gradients.answers == Answers(not_measured=2)
+    assert row.session is not None
+    assert row.session.alarms is not None
+    assert row.session.alarms.hits == 2
+
+
+def test_gap_row_has_auroc_against_clean_twins_of_the_same_access() -> None:
+    spotless = network(None, 0)
+    records = [
+        *pair(0, 0.9, 0.9),
+        scanned(0, "int4", 3.5, access="shadow"),
+        scanned(0, "int4", 1.0),
+        behaviour(spotless, "int4"),
+        defense(spotless, "int4", scan_metrics(2.0), access="shadow"),
+        defense(spotless, "int4", scan_metrics(2.0)),
+    ]
+    row = next(row for row in gap_rows(Cohort(records)) if row.setting.attack == "badnets")
+    assert row.shadow is not None
+    assert row.session is not None
+    assert (row.shadow.auroc, row.session.auroc) == (1.0, 0.0)
+    assert row.fp32 is None
+    assert row.api_lost is None
+
+
+def test_gap_rows_are_none_where_only_the_session_was_tried() -> None:
+    assert gap_rows(Cohort([*pair(0, 0.9, 0.9), scanned(0, "fp32", 3.0), scanned(0, "int4", 3.0)])) == ()
+
+
+def test_gap_row_of_a_filter_takes_the_auroc_of_each_network() -> None:
+    made = network("badnets", 0)
+    records = [*pair(0, 0.9, 0.9)]
+    for scheme, access, area in (("fp32", "session", 0.9), ("int4", "shadow", 0.8), ("int4", "session", 0.7)):
+        metrics = FilterMetrics(auroc=area, fpr=Rate(hits=0, n=10))
+        records.append(defense(made, scheme, metrics, name="strip", kind="filter", verdict=None, access=access))
+    (row,) = gap_rows(Cohort(records))
+    assert row.signal_loss is not None
+    assert row.signal_loss.mean == pytest.approx(0.2)
+    assert row.session is not None
+    assert row.session.alarms is None

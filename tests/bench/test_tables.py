@@ -1,0 +1,285 @@
+"""Every figure of the tables, on records few enough to count by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from qdefense.bench.cohort import Cohort, Setting, status_of
+from qdefense.bench.records import DatasetMetrics, FilterMetrics, Rate, Record, RepairMetrics
+from qdefense.bench.tables import (
+    Answers,
+    behaviour_rows,
+    dataset_rows,
+    difference,
+    filter_rows,
+    proportion,
+    repair_rows,
+    scan_rows,
+    share,
+    spread,
+)
+from qdefense.findings import Verdict
+from qdefense.trial import Activity
+
+from .sample_records import CLEAN256, EIGHTH, behaviour, defense, network, quantization, scan_metrics, training
+
+FOUND, MISSED, LOST = Verdict.BACKDOORED, Verdict.CLEAN, Verdict.NOT_MEASURED
+
+
+def attacked(seed: int, score: float | None, verdict: Verdict = FOUND, **changes: object) -> list[Record]:
+    made = network("badnets", seed)
+    activity = changes.pop("activity", Activity.ACTIVE)
+    metrics = None if score is None else scan_metrics(score, target=12, found=verdict is FOUND)
+    return [behaviour(made, activity=activity), defense(made, metrics=metrics, verdict=verdict, **changes)]  # type: ignore[arg-type]
+
+
+def clean(seed: int, score: float | None, verdict: Verdict = MISSED) -> list[Record]:
+    made = network(None, seed)
+    return [behaviour(made), defense(made, metrics=None if score is None else scan_metrics(score), verdict=verdict)]
+
+
+def cohort(*groups: list[Record]) -> Cohort:
+    return Cohort([record for group in groups for record in group])
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_proportion_pools_counts_and_has_the_wilson_interval_of_three_of_three() -> None:
+    pooled = proportion([Rate(hits=1, n=1), None, Rate(hits=2, n=2)])
+    assert pooled is not None
+    assert (pooled.hits, pooled.n, pooled.value) == (3, 3, 1.0)
+    assert (pooled.low, pooled.high) == (pytest.approx(0.4385, abs=1e-4), 1.0)
+
+
+def test_rates_and_means_of_nothing_are_none() -> None:
+    assert proportion([]) is None
+    assert proportion([None, Rate(hits=0, n=0)]) is None
+    assert share([None]) is None
+    assert spread([None, float("nan"), float("inf")]) is None
+    assert difference([(0.5, None), (None, 0.5), (float("nan"), 0.1)]) is None
+
+
+def test_spread_is_the_mean_and_range_of_what_is_known() -> None:
+    found = spread([0.2, None, 0.6])
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.n) == (pytest.approx(0.4), 0.2, 0.6, 2)
+
+
+# --- scans ------------------------------------------------------------------------------------------------------------
+
+
+def test_scan_row_counts_active_files_against_clean_twins() -> None:
+    # Scores 3 and 1 against 0 and 2: of four pairs 3>0, 3>2, 1>0 are right: AUROC 3/4.
+    _, row = scan_rows(cohort(attacked(0, 3.0), attacked(1, 1.0, MISSED), clean(0, 0.0), clean(1, 2.0, FOUND)))
+    assert row.setting.attack == "badnets"
+    assert row.auroc == 0.75
+    assert row.scored == (2, 2)
+    assert row.tpr is not None
+    assert (row.tpr.hits, row.tpr.n) == (1, 2)
+    assert row.fpr is not None
+    assert (row.fpr.hits, row.fpr.n) == (1, 2)
+    assert row.target_first is not None
+    assert (row.target_first.hits, row.target_first.n) == (1, 2)
+    assert row.target_named is not None
+    assert (row.target_named.hits, row.target_named.n) == (1, 2)
+
+
+def test_scan_row_counts_what_has_no_answer_apart_and_never_as_a_miss() -> None:
+    broken = attacked(4, None, LOST, failed=True)
+    groups = [attacked(0, 3.0), attacked(1, 2.0, LOST), attacked(2, None, Verdict.NOT_APPLICABLE), broken]
+    _, row = scan_rows(cohort(*groups, clean(0, 0.0), clean(1, None, LOST)))
+    assert row.answers == Answers(measured=1, not_measured=1, not_applicable=1, failed=1)
+    assert row.clean == Answers(measured=1, not_measured=1)
+    assert row.tpr is not None
+    assert (row.tpr.hits, row.tpr.n) == (1, 1)
+    assert row.scored == (1, 1)
+
+
+def test_scan_row_without_an_active_file_has_no_rate() -> None:
+    _, row = scan_rows(cohort(attacked(0, 3.0, activity=Activity.DORMANT), clean(0, 0.0)))
+    assert row.tpr is None
+    assert row.auroc is None
+    assert row.fpr is not None
+    assert row.answers == Answers()
+    assert row.dormant is not None
+    assert (row.dormant.hits, row.dormant.n) == (1, 1)
+    assert row.attenuated is None
+
+
+def test_scan_row_keeps_attenuated_files_out_of_tpr() -> None:
+    weak = attacked(1, 0.5, MISSED, activity=Activity.ATTENUATED)
+    _, row = scan_rows(cohort(attacked(0, 3.0), weak, clean(0, 0.0)))
+    assert row.tpr is not None
+    assert (row.tpr.hits, row.tpr.n) == (1, 1)
+    assert row.attenuated is not None
+    assert (row.attenuated.hits, row.attenuated.n) == (0, 1)
+
+
+def test_scan_row_counts_files_of_unknown_activity_in_no_rate() -> None:
+    _, trial = attacked(0, 3.0)
+    _, row = scan_rows(cohort([trial], clean(0, 0.0)))
+    assert row.unknown_activity == 1
+    assert row.tpr is None
+
+
+def test_scan_row_without_clean_twins_has_no_false_alarm_rate() -> None:
+    (row,) = scan_rows(cohort(attacked(0, 3.0)))
+    assert row.fpr is None
+    assert row.auroc is None
+
+
+def test_twins_are_of_the_same_precision() -> None:
+    made = network(None, 0)
+    other = [behaviour(made, "int4"), defense(made, "int4", scan_metrics(1.0))]
+    (*_, row) = scan_rows(cohort(attacked(0, 3.0), other))
+    assert (row.setting.attack, row.setting.precision) == ("badnets", "fp32")
+    assert row.fpr is None
+
+
+def test_twins_of_a_file_with_triggered_calibration_are_calibrated_on_as_many_clean_images() -> None:
+    poisoned, spotless = network("badnets", 0), network(None, 0)
+    records = [
+        behaviour(poisoned, "int8-static", calibration=EIGHTH),
+        defense(poisoned, "int8-static", scan_metrics(3.0), verdict=FOUND, calibration=EIGHTH),
+        behaviour(spotless, "int8-static", calibration=CLEAN256),
+        defense(spotless, "int8-static", scan_metrics(1.0), calibration=CLEAN256),
+    ]
+    _, row = scan_rows(cohort(records))
+    assert row.setting.calibration == "eighth (256 images, 0.125 triggered)"
+    assert row.auroc == 1.0
+
+
+# --- dataset scans, filters, repairs ----------------------------------------------------------------------------------
+
+
+def test_dataset_row_averages_auroc_over_networks_and_pools_rows() -> None:
+    records: list[Record] = []
+    for seed, (area, hits) in enumerate([(0.8, 10), (0.6, 20)]):
+        made = network("badnets", seed)
+        metrics = DatasetMetrics(auroc=area, tpr=Rate(hits=hits, n=50), fpr=Rate(hits=1, n=100))
+        records += [behaviour(made), defense(made, metrics=metrics, name="ac", kind="dataset", verdict=FOUND)]
+    made = network(None, 0)
+    metrics = DatasetMetrics(fpr=Rate(hits=5, n=100))
+    records += [behaviour(made), defense(made, metrics=metrics, name="ac", kind="dataset")]
+    _, row = dataset_rows(cohort(records))
+    assert row.auroc is not None
+    assert (row.auroc.mean, row.auroc.low, row.auroc.high) == (pytest.approx(0.7), 0.6, 0.8)
+    assert row.tpr is not None
+    assert (row.tpr.hits, row.tpr.n) == (30, 100)
+    assert row.fpr is not None
+    assert (row.fpr.hits, row.fpr.n) == (2, 200)
+    assert row.clean_fpr is not None
+    assert (row.clean_fpr.hits, row.clean_fpr.n) == (5, 100)
+    assert row.alarms is not None
+    assert row.clean_alarms is not None
+    assert (row.alarms.hits, row.clean_alarms.hits, row.within_auroc) == (2, 0, None)
+
+
+def test_filter_row_pools_inputs_and_counts_those_without_a_score() -> None:
+    made = network("badnets", 0)
+    metrics = FilterMetrics(
+        auroc=0.9, tpr=Rate(hits=9, n=10), fpr=Rate(hits=1, n=20), asr_after=Rate(hits=1, n=10), unmeasured=3
+    )
+    trial = defense(made, metrics=metrics, name="strip", kind="filter", verdict=None)
+    (row,) = filter_rows(cohort([behaviour(made), trial]))
+    assert row.answers == Answers(measured=1)
+    assert row.asr_after is not None
+    assert row.asr_after.value == 0.1
+    assert row.unmeasured_inputs == 3
+
+
+def test_repair_row_shows_change_and_never_detection() -> None:
+    records: list[Record] = []
+    for seed, (accuracy, asr) in enumerate([(0.93, 0.1), (0.91, 0.3), (0.89, 0.02)]):
+        made = network("badnets", seed)
+        metrics = RepairMetrics(
+            accuracy_before=0.95, accuracy_after=accuracy, asr_before=1.0, asr_after=asr,
+            activity_before=Activity.ACTIVE, activity_after=Activity.DORMANT if asr < 0.06 else Activity.ATTENUATED,
+        )  # fmt: skip
+        records += [behaviour(made), defense(made, metrics=metrics, name="fp", kind="repair", verdict=None)]
+    (row,) = repair_rows(cohort(records))
+    assert row.accuracy_change is not None
+    assert row.accuracy_change.mean == pytest.approx(-0.04)
+    # sd 0.02: 4.303 * 0.02 / sqrt(3) = 0.0497
+    assert row.accuracy_change.high == pytest.approx(-0.04 + 0.0497, abs=1e-4)
+    assert row.asr_change is not None
+    assert row.asr_change.mean == pytest.approx(-0.86)
+    assert row.transitions == {"active to attenuated": 2, "active to dormant": 1}
+    assert "tpr" not in row.model_dump()
+
+
+def test_repair_without_a_new_file_is_not_measured() -> None:
+    metrics = RepairMetrics(accuracy_before=0.95, activity_before=Activity.ACTIVE)
+    trial = defense(network(), metrics=metrics, name="fp", kind="repair", verdict=None)
+    assert status_of(trial) == "not measured"
+    (row,) = repair_rows(cohort([behaviour(network()), trial]))
+    assert row.answers == Answers(not_measured=1)
+    assert row.accuracy_before is None
+
+
+# --- behaviour, and which records count -------------------------------------------------------------------------------
+
+
+def test_behaviour_row_has_activity_counts_size_and_what_is_not_there() -> None:
+    first, second, third = (network("badnets", seed) for seed in range(3))
+    records = [
+        training(first),
+        behaviour(first, "int4", accuracy=0.9, asr=0.95),
+        quantization(first, "int4"),
+        behaviour(second, "int4", accuracy=0.8, asr=0.5, activity=Activity.ATTENUATED),
+        quantization(second, "int4"),
+        training(third, artifact_sha256=None, failed=True),
+    ]
+    (row,) = behaviour_rows(cohort(records))
+    assert row.clean_accuracy is not None
+    assert row.clean_accuracy.mean == pytest.approx(0.85)
+    assert row.activity == {Activity.ACTIVE: 1, Activity.ATTENUATED: 1}
+    assert row.size_bytes is not None
+    assert (row.size_bytes.mean, row.measured, row.failed, row.unrecorded) == (70_000, 2, 0, 1)
+
+
+def test_behaviour_that_failed_is_no_measurement() -> None:
+    (row,) = behaviour_rows(cohort([behaviour(network(), accuracy=None, asr=None, failed=True)]))
+    assert (row.measured, row.failed, row.clean_accuracy) == (0, 1, None)
+
+
+def test_cohort_takes_the_network_that_was_trained_last() -> None:
+    made = network("badnets", 0)
+    again = [behaviour(made, accuracy=0.5, replica=1), defense(made, metrics=scan_metrics(2.0), replica=1)]
+    found = cohort(again, [behaviour(made, accuracy=0.9), defense(made, metrics=scan_metrics(9.0))])
+    (row,) = behaviour_rows(found)
+    assert row.clean_accuracy is not None
+    assert (row.clean_accuracy.mean, row.measured) == (0.5, 1)
+    assert found.superseded == 2
+    (scan,) = scan_rows(found)
+    assert scan.answers == Answers(measured=1)
+
+
+def test_cohort_names_the_settings_in_which_attacks_and_defenses_differ() -> None:
+    weak, strong = network("blended", 0, alpha=0.1), network("blended", 0, alpha=0.2)
+    records = [
+        defense(weak, metrics=scan_metrics(1.0), settings={"budget": "quick", "steps": 5}),
+        defense(strong, metrics=scan_metrics(1.0), settings={"budget": "gate", "steps": 5}),
+    ]
+    found = cohort(list(records))
+    assert {subject.setting.attack for subject in found.defenses} == {"blended (alpha=0.1)", "blended (alpha=0.2)"}
+    assert {subject.defense for subject in found.defenses} == {
+        "neural-cleanse (budget=gate)",
+        "neural-cleanse (budget=quick)",
+    }
+
+
+def test_cohort_says_the_scheme_alone_where_only_one_quantization_has_it() -> None:
+    made = network(None, 0)
+    one = behaviour(made, "int4")
+    other = one.model_copy(update={"key": "other", "precision": "int4-block16-symmetric"})
+    assert [setting.precision for setting in cohort([one]).behaviours] == ["int4"]
+    assert {setting.precision for setting in cohort([one, other]).behaviours} == {one.precision, other.precision}
+
+
+def test_setting_says_how_the_file_is_made_and_run() -> None:
+    plain = Setting(data="gtsrb", architecture="resnet8, width 16", attack="none", precision="fp32")
+    assert (plain.place, plain.file) == ("gtsrb, resnet8, width 16", "fp32")
+    full = plain.model_copy(update={"precision": "int8-static", "calibration": "c (16 images)", "arithmetic": "exact"})
+    assert full.file == "int8-static, c (16 images), exact arithmetic"
