@@ -112,12 +112,48 @@ class DatasetResult(_Record):
     flagged: tuple[int, ...]
 
 
+class FilterBoundary(_Record):
+    """Where an `InputFilter` draws the line, and how often it rejects clean inputs; FRR is the false rejection rate."""
+
+    value: float = Field(description="an input whose score is below it is rejected")
+    nominal_frr: float = Field(description="the FRR that the boundary was set for")
+    fitted_on: int = Field(description="clean images it was fitted on")
+    mean: float = Field(description="of their scores")
+    sd: float = Field(description="standard deviation of their scores")
+    measured_frr: float = Field(description="the FRR on further clean images, which took no part in the fit")
+    frr_interval: tuple[float, float] = Field(description="Wilson interval of the measured FRR, 95 %")
+    held_out_scores: tuple[float, ...] = Field(description="scores of those images")
+    lowest_score: float = Field(description="no score can be below it; nor is anything rejected by a boundary there")
+
+    @property
+    def null_rate(self) -> float:
+        """How often clean inputs are taken to be rejected: the nominal FRR, or the upper bound of the measured one."""
+        return max(self.nominal_frr, self.frr_interval[1])
+
+    @property
+    def can_reject(self) -> bool:
+        """Whether there is a score that it would reject."""
+        return self.value > self.lowest_score
+
+
+class RejectionTest(_Record):
+    """Whether more inputs were rejected than clean ones would be: a one-sided exact binomial test."""
+
+    rejected: int
+    measured: int = Field(description="inputs with a score")
+    null_rate: float = Field(description="how often clean inputs are taken to be rejected")
+    p_value: float
+    level: float = Field(description="a p-value of at most this is an alarm")
+
+
 class FilterResult(_Record):
-    """Of an `InputFilter`: a decision and a score per input."""
+    """Of an `InputFilter`: a decision and a score per input; an input without a score is not accepted."""
 
     kind: Literal["filter"] = "filter"
-    decisions: tuple[Literal["accept", "reject", "purify"], ...]
-    scores: tuple[float, ...]
+    decisions: tuple[Literal["accept", "reject", "purify", "unmeasured"], ...]
+    scores: tuple[float | None, ...] = Field(description="null where the model's answers are no finite numbers")
+    boundary: FilterBoundary | None = None
+    test: RejectionTest | None = Field(default=None, description="of all inputs together, where an audit judged them")
 
 
 class RepairResult(_Record):

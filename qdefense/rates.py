@@ -1,10 +1,10 @@
-"""Rates of few models and how sure they are: conformal p-values, Wilson intervals, AUROC. Plain functions of arrays."""
+"""Rates and how sure they are: conformal p-values, Wilson intervals, binomial tails, AUROC. Functions of arrays."""
 
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, Context
 from fractions import Fraction
-from math import ceil, floor, sqrt
+from math import ceil, exp, floor, fsum, lgamma, log, log1p, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -76,6 +76,26 @@ def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float,
     half = z * sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
     # Rounding may leave the exact bounds of no hit and of nothing but hits.
     return (0.0 if hits == 0 else middle - half), (1.0 if hits == n else middle + half)
+
+
+def binomial_tail(hits: int, n: int, rate: float) -> float:
+    """How often ``n`` independent trials with this rate give at least ``hits``: the exact one-sided p-value.
+
+    ``P(X >= hits) = sum_{i >= hits} C(n, i) rate^i (1 - rate)^(n - i)``.
+
+    Raises:
+        ValueError: hits are not between 0 and n, or the rate is not between 0 and 1.
+    """
+    if not 0 <= hits <= n:
+        raise ValueError(f"{hits} of {n} is no proportion")
+    if not 0 < rate < 1:
+        raise ValueError(f"rate is {rate}: expected a number between 0 and 1")
+    if hits == 0:
+        return 1.0
+    # In logarithms: the binomial coefficients of a few thousand trials are larger than any float.
+    whole, hit, miss = lgamma(n + 1), log(rate), log1p(-rate)
+    terms = (exp(whole - lgamma(i + 1) - lgamma(n - i + 1) + i * hit + (n - i) * miss) for i in range(hits, n + 1))
+    return min(fsum(terms), 1.0)
 
 
 def auroc(positive: ArrayLike, negative: ArrayLike) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 Pixels = NDArray[np.float32]
+
+_IMAGES_AT_ONCE = 256
 
 
 class DataError(ValueError):
@@ -82,6 +85,11 @@ class ImageSet:
     def pixels(self) -> Pixels:
         """The images at the model's door: ``(N, 3, H, W) float32 in [0, 1]``."""
         return to_pixels(self.images)
+
+    def in_pixels(self) -> Iterator[Pixels]:
+        """The same a part at a time, at most 256 images each: large sets do not fit in memory as floats."""
+        for start in range(0, len(self), _IMAGES_AT_ONCE):
+            yield to_pixels(self.images[start : start + _IMAGES_AT_ONCE])
 
     @property
     def digest(self) -> str:

@@ -50,6 +50,38 @@ def choose_groups(groups: NDArray[np.int64], *, limit: int | None, seed: int) ->
     return np.argsort(places[group_of_row], kind="stable").astype(np.int64)[:limit]
 
 
+def disjoint_parts(
+    total: int, sizes: Sequence[int], *, seed: int, groups: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], ...]:
+    """Rows for several parts, drawn from all rows, so that no two parts share a row or a group.
+
+    All rows are shuffled, a group staying together, and cut in proportion to the sizes, never within a group; each
+    part is drawn from its own piece.
+
+    Args:
+        total: number of rows to draw from.
+        sizes: how many rows each part wants, at most ``total`` together.
+        seed: of the draw.
+        groups: ``(total,) int64``, the group of each row; ``None`` where rows stand for themselves.
+
+    Returns:
+        For each size up to so many rows, ``int64 in [0, total)`` without repeats; fewer where groups are large.
+
+    Raises:
+        ValueError: the sizes ask for more rows than there are.
+    """
+    if sum(sizes) > total:
+        raise ValueError(f"parts of {', '.join(map(str, sizes))} rows cannot be drawn from {total}")
+    rng = np.random.default_rng(seed)
+    _, group_of_row = np.unique(np.arange(total) if groups is None else groups, return_inverse=True)
+    places = rng.permutation(int(group_of_row.max(initial=-1)) + 1)[group_of_row]
+    order, starts = np.argsort(places, kind="stable"), np.flatnonzero(np.diff(np.sort(places))) + 1
+    wanted = [total * reached // max(sum(sizes), 1) for reached in np.cumsum(sizes)[:-1]]
+    ends = np.append(starts, total)[np.searchsorted(starts, wanted)]
+    pieces = np.split(order, ends)
+    return tuple(rng.permutation(piece)[:size].astype(np.int64) for piece, size in zip(pieces, sizes, strict=True))
+
+
 def track_groups(labels: Labels, tracks: NDArray[np.int64]) -> NDArray[np.int64]:
     """Groups of GTSRB images: ``label * 100000 + track``, because tracks are counted anew in each class."""
     groups: NDArray[np.int64] = labels * _TRACKS_PER_CLASS + tracks

@@ -9,7 +9,7 @@ from qdefense.artifact import Artifact
 from qdefense.calibration import Calibrations, Line
 from qdefense.data.images import Pixels
 from qdefense.evidence import Evidence
-from qdefense.findings import FilterResult, Finding
+from qdefense.findings import FilterBoundary, FilterResult, Finding
 
 
 class Need(StrEnum):
@@ -67,6 +67,20 @@ class DatasetScan(Protocol):
         ...
 
 
+class FittedFilter(Protocol):
+    """An `InputFilter` with its boundary, ready to decide."""
+
+    @property
+    def boundary(self) -> FilterBoundary:
+        """Where the line is, and how often it rejects clean inputs."""
+        ...
+
+    def decide(self, x: Pixels) -> FilterResult:
+        """Decide on ``x: (N, 3, H, W) float32 in [0, 1]``; an input's score does not depend on the others."""
+        ...
+
+
+@runtime_checkable
 class InputFilter(Protocol):
     """Accepts, rejects or purifies inputs, at a latency."""
 
@@ -75,12 +89,8 @@ class InputFilter(Protocol):
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
-    def fit(self, evidence: Evidence) -> Finding:
-        """Set the boundary on clean images."""
-        ...
-
-    def decide(self, x: Pixels) -> FilterResult:
-        """Decide on ``x: (N, 3, H, W) float32 in [0, 1]``."""
+    def fit(self, evidence: Evidence) -> FittedFilter | Finding:
+        """Set the boundary on clean images; a finding, NOT_APPLICABLE or NOT_MEASURED, where that cannot be done."""
         ...
 
 

@@ -1,0 +1,1 @@
+"""Measurements: what a defense costs, and what it gives for it."""

@@ -1,0 +1,1 @@
+"""Filters: input by input, as they arrive at the deployed model."""
