@@ -1,6 +1,6 @@
-"""Defenses: one file per paper, in scans/ (the model), dataset/ (its training data), later filters/ and repairs/."""
+"""Defenses: one file per paper, in scans/ (the model), dataset/ (its training data), filters/ (inputs), repairs/."""
 
-from qdefense.defenses.interfaces import DatasetScan, Defense, ModelScan, Need
+from qdefense.defenses.interfaces import DatasetScan, Defense, ModelScan, Need, Repair, Repaired
 from qdefense.defenses.registered import DEFENSES
 
-__all__ = ["DEFENSES", "DatasetScan", "Defense", "ModelScan", "Need"]
+__all__ = ["DEFENSES", "DatasetScan", "Defense", "ModelScan", "Need", "Repair", "Repaired"]

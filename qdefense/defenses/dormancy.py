@@ -1,4 +1,4 @@
-"""Which channels sleep on clean images, and how many can go: plain functions of arrays (Liu et al. 2018, section 3.1)."""
+"""Which channels sleep on clean images, and how many can go (Liu et al. 2018): plain functions of arrays."""
 
 from __future__ import annotations
 

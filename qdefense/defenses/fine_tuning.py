@@ -1,4 +1,4 @@
-"""Fine-tuning of a file's weights on clean images, through its trainable shadow, with some of its channels held at zero."""
+"""Fine-tuning of a file's weights on clean images through its trainable shadow, some channels held at zero."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qdefense.session import rows_at_once
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSchedule:
-    """Stochastic gradient descent on the cross-entropy, its learning rate on a cosine from the first epoch to the last."""
+    """Stochastic gradient descent on the cross-entropy, its learning rate on a cosine over the epochs."""
 
     epochs: int
     learning_rate: float
@@ -69,7 +69,9 @@ def fine_tune(
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=schedule.epochs)
     steps, alive = 0, False
     for epoch in range(schedule.epochs):
-        for rows in np.split(rng.permutation(len(images)), range(schedule.batch_size, len(images), schedule.batch_size)):
+        for rows in np.split(
+            rng.permutation(len(images)), range(schedule.batch_size, len(images), schedule.batch_size)
+        ):
             optimizer.zero_grad()
             _add_gradients(shadow, images.take(rows))
             alive = _check_gradients(weights) or alive

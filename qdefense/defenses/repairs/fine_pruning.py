@@ -11,15 +11,15 @@ after is measured on sessions too, on images that neither step has seen. Whether
 the trigger can measure.
 
 Deviations from the paper and its code:
-- The clean images are shuffled by the seed and cut in halves, images that show the same thing (`ImageSet.groups`) staying
-  together: one half for pruning and fine-tuning, the other for the accuracies reported.
+- The clean images are shuffled by the seed and cut in halves, images that show the same thing (`ImageSet.groups`)
+  staying together: one half for pruning and fine-tuning, the other for the accuracies reported.
 - A step that costs the tolerance is taken back, so that with a tolerance of 0 nothing is pruned. The 4 points are taken
   from what others say of the paper (its code has the number of channels for one network in it); BackdoorBench allows a
   tenth of the accuracy.
 - A channel of a residual sum is silent where all its summands are: their convolutions are pruned together, with an
   identity shortcut up to the one that it starts from. Where a normalization ends the map, that is pruned.
-- Pruned channels stay pruned in fine-tuning. The paper names no schedule for it; this one is BackdoorBench's (100 epochs
-  of SGD at 0.01 on a cosine, momentum 0.9, weight decay 5e-4, batches of 256), without augmentation.
+- Pruned channels stay pruned in fine-tuning. The schedule is BackdoorBench's (100 epochs of SGD at 0.01 on a cosine,
+  momentum 0.9, weight decay 5e-4, batches of 256), without augmentation.
 - Normalizations are folded into the file or keep their statistics.
 """
 
@@ -138,7 +138,7 @@ class FinePruning:
         evidence: Evidence,
         verdict: Verdict,
         reason: str,
-        cost: Cost = Cost(),
+        cost: Cost | None = None,
         result: RepairResult | None = None,
     ) -> Finding:
         return Finding(
@@ -148,7 +148,7 @@ class FinePruning:
             reason=reason,
             settings=asdict(self),
             seed=evidence.seed,
-            cost=cost,
+            cost=cost or Cost(),
             result=result,
         )
 
