@@ -95,9 +95,9 @@ def _map_behind(graph: Graph, carrying: Set[Value], value: Value) -> Value:
     weighted = False
     while not weighted or len(_dims(graph, value)) != _MAP_RANK:
         node = graph.producer.get(value)
-        if node is None:
+        before = [] if node is None else _carriers(node, carrying)
+        if node is None or not before:
             raise ChannelError("no feature map of four axes (N, C, H, W) leads to the last layer with weights")
-        before = _carriers(node, carrying)
         if len(before) != 1:
             raise ChannelError(
                 f"the way back from the class scores forks at node '{node.name}' ({safe_text(node.operator)}) before "
