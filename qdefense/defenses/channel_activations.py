@@ -84,7 +84,7 @@ def _tap(session: DeployedSession, tensor: str) -> _Read:
 def _look(shadow: Shadow, tensor: str) -> _Read:
     @torch.no_grad()
     def read(pixels: Pixels) -> NDArray[np.generic]:
-        parts = torch.from_numpy(pixels).split(rows_at_once(*pixels.shape[2:]))
+        parts = torch.split(torch.from_numpy(pixels), rows_at_once(*pixels.shape[2:]))
         values: NDArray[np.generic] = torch.cat([shadow.activations(part, [tensor])[tensor] for part in parts]).numpy()
         return values
 

@@ -89,7 +89,7 @@ def _add_gradients(shadow: Shadow, batch: ImageSet) -> None:
     """Gradients of the batch's mean cross-entropy; large images go through a few at a time."""
     pixels, labels = torch.from_numpy(to_pixels(batch.images)), torch.from_numpy(batch.labels)
     step = rows_at_once(*pixels.shape[2:])
-    for part, wanted in zip(pixels.split(step), labels.split(step), strict=True):
+    for part, wanted in zip(torch.split(pixels, step), torch.split(labels, step), strict=True):
         loss = F.cross_entropy(shadow(part), wanted, reduction="sum") / len(pixels)
         if not loss.requires_grad:
             raise NoGradientError("the shadow's answers do not depend on its weights differentiably")

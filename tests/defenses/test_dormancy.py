@@ -56,7 +56,9 @@ def test_pruning_takes_back_the_step_that_costs_the_tolerance() -> None:
 
 def test_pruning_compares_with_the_start_and_not_with_the_step_before() -> None:
     found = prune_while_tolerated(ORDER, counting([90, 88, 86, 90], []), images=100, tolerance=0.03, step=1)
-    assert (found.pruned, found.rights) == ((2,), (90, 88, 86)), "4 points in all, 2 in each step; the first fall ends it"
+    assert (found.pruned, found.rights) == ((2,), (90, 88, 86)), (
+        "4 points in all, 2 in each step; the first fall ends it"
+    )
 
 
 def test_pruning_goes_on_where_the_accuracy_rises() -> None:

@@ -13,9 +13,9 @@ from onnx import numpy_helper
 
 from qdefense.artifact import Artifact
 from qdefense.attacks.badnets import BadNets
+from qdefense.converters.rescaling import WriteBackError
 from qdefense.converters.shadow import ShadowError
 from qdefense.converters.shadow.graph import file_weights
-from qdefense.converters.writeback import WriteBackError
 from qdefense.data.images import ImageSet
 from qdefense.data.npz import load_npz
 from qdefense.defenses import DEFENSES, Repair, Repaired
@@ -110,7 +110,11 @@ def repaired_net(small_files: dict[str, bytes], small_signs: SmallSigns) -> Call
     def repair(name: str) -> Repaired:
         if name not in made:
             evidence = Evidence(
-                session=session_of(small_files[name]), shadow=None, certificate=CERTIFIED, clean=small_signs.test, seed=0
+                session=session_of(small_files[name]),
+                shadow=None,
+                certificate=CERTIFIED,
+                clean=small_signs.test,
+                seed=0,
             )
             made[name] = NET.repair(evidence)
         return made[name]
@@ -152,7 +156,9 @@ def test_graph_contract_and_scales_stay(clean: Mapping[str, Evidence], toy_forms
     old, new = (onnx.load_from_string(data).graph for data in (toy_forms[form], made.artifact.data))
     assert [node.SerializeToString() for node in new.node] == [node.SerializeToString() for node in old.node]
     assert made.artifact.contract == Artifact.from_bytes(made.artifact.data).contract
-    scales = [{t.name: numpy_helper.to_array(t) for t in graph.initializer if "scale" in t.name} for graph in (old, new)]
+    scales = [
+        {t.name: numpy_helper.to_array(t) for t in graph.initializer if "scale" in t.name} for graph in (old, new)
+    ]
     assert all(np.array_equal(scales[0][name], scales[1][name]) for name in scales[0])
 
 
@@ -170,8 +176,14 @@ def test_the_finding_tells_what_was_done_and_measured(backdoored: Evidence, imag
     assert result.images == 160
     assert (finding.kind, finding.defense, finding.seed) == ("repair", "fine-pruning", 0)
     assert finding.settings == {
-        **{"tolerance": 0.04, "channels_per_step": 1, "epochs": 5, "learning_rate": 0.01, "momentum": 0.9},
-        **{"weight_decay": 5e-4, "batch_size": 256, "scales": "keep"},
+        "tolerance": 0.04,
+        "channels_per_step": 1,
+        "epochs": 5,
+        "learning_rate": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch_size": 256,
+        "scales": "keep",
     }
     assert finding.cost.gradient_steps == 5
     assert result.pruning is not None
@@ -180,7 +192,9 @@ def test_the_finding_tells_what_was_done_and_measured(backdoored: Evidence, imag
     assert finding.cost.forwards == 320 + 2 * 160 + tried * 160 + 2 * 160
     assert (result.pruning.measured_on, result.pruning.tensor, result.pruning.channels) == ("session", "positive", 6)
     assert result.training_agreement == 1.0
-    assert finding.reason.startswith(f"{len(result.pruning.pruned)} of 6 channels pruned, 5 epochs of fine-tuning; clean")
+    assert finding.reason.startswith(
+        f"{len(result.pruning.pruned)} of 6 channels pruned, 5 epochs of fine-tuning; clean"
+    )
     assert finding.reason.endswith("on 160 held-out images; what it did to a backdoor only the trigger can tell")
 
 
@@ -260,10 +274,16 @@ def shuffled(evidence: Evidence) -> Evidence:
 
 REFUSED: dict[str, tuple[Callable[[Evidence], Evidence], str]] = {
     "there are no labels": (unlabelled, r"^the images have no labels, and fine-tuning needs them; give labelled clean"),
-    "there are few images": (few, r"^99 images to prune and tune by and 99 to measure on, where 100 of each are needed"),
+    "there are few images": (
+        few,
+        r"^99 images to prune and tune by and 99 to measure on, where 100 of each are needed",
+    ),
     "the groups are too large": (of_two_groups, r"^(40|280|160) images to prune and tune by and (0|40) to measure on"),
     "classes do not fit": (misnamed, r"^the clean images have 9 classes, the model answers with 8$"),
-    "labels are wrong": (shuffled, r"^clean accuracy \d+\.\d% is near chance \(12\.5%\): wrong labels, order or pixels\?$"),
+    "labels are wrong": (
+        shuffled,
+        r"^clean accuracy \d+\.\d% is near chance \(12\.5%\): wrong labels, order or pixels\?$",
+    ),
     "the shadow is not certified": (
         lambda evidence: replace(evidence, certificate=uncertified("saturation")),
         r"^the shadow is not certified: saturation$",

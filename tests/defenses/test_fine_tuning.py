@@ -127,7 +127,9 @@ class Cut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         answers: Tensor = self.shadow(x)
-        return answers.detach() if self.factor is None else answers.detach() + self.factor * (answers - answers.detach())
+        return (
+            answers.detach() if self.factor is None else answers.detach() + self.factor * (answers - answers.detach())
+        )
 
 
 @pytest.mark.parametrize(

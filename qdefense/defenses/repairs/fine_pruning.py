@@ -35,8 +35,9 @@ from pydantic.dataclasses import dataclass as settings
 from qdefense.artifact import Artifact
 from qdefense.converters.channels import ChannelError, FeatureMap, last_feature_map
 from qdefense.converters.reading import safe_text
+from qdefense.converters.rescaling import WriteBackError
 from qdefense.converters.shadow import Shadow, ShadowError, build_shadow
-from qdefense.converters.writeback import Scales, WriteBackError, write_back
+from qdefense.converters.writeback import Scales, write_back
 from qdefense.data.images import ImageSet
 from qdefense.data.selection import disjoint_parts
 from qdefense.defenses.channel_activations import ActivationError, ChannelActivations, mean_activations
