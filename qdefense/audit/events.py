@@ -29,6 +29,7 @@ class Job(_Message):
     inputs: str | None = Field(default=None, description="what the model was given, judged by the filters")
     inputs_split: str | None = None
     defenses: tuple[str, ...] = ()
+    repair: str | None = Field(default=None, description="a repair; what it makes comes back as an event")
     seed: int = 0
     threads: int = 1
     memory_bytes: int | None = None
@@ -76,6 +77,15 @@ class Found(_Message):
     finding: Finding
 
 
+class Rewritten(_Message):
+    """A repair made a new file; the finding that follows is about it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
+
+    event: Literal["rewritten"] = "rewritten"
+    data: bytes
+
+
 class Advanced(_Message):
     """Progress within a stage."""
 
@@ -102,7 +112,7 @@ class Finished(_Message):
 
 
 Event = Annotated[
-    Opened | Described | Answered | Certified | Found | Advanced | Stopped | Finished,
+    Opened | Described | Answered | Certified | Found | Rewritten | Advanced | Stopped | Finished,
     Field(discriminator="event"),
 ]
 EVENTS: TypeAdapter[Event] = TypeAdapter(Event)

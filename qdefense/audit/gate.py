@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qdefense.findings import Finding, Verdict
+from qdefense.findings import Finding, RepairResult, Verdict
 from qdefense.report.model import Gate
 
 PASSED, FAILED, USAGE, INCOMPLETE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -24,6 +24,30 @@ def decide(findings: Sequence[Finding], required: Sequence[str], interruptions: 
         return Gate(outcome="INCOMPLETE", exit_code=INCOMPLETE, reasons=tuple(missing), required=tuple(required))
     reasons = tuple(f"{finding.defense}: {finding.reason}" for finding in findings)
     return Gate(outcome="PASSED", exit_code=PASSED, reasons=reasons, required=tuple(required))
+
+
+def decide_repair(findings: Sequence[Finding], repair: str, max_drop: float, interruptions: Sequence[str] = ()) -> Gate:
+    """Judge a repair by what it cost: more than ``max_drop`` percentage points of clean accuracy fail it.
+
+    Passing needs a REPAIRED answer with its accuracies, and no interruption.
+    """
+    found = next((finding for finding in findings if finding.defense == repair), None)
+    missing = list(interruptions)
+    if found is None:
+        missing.append(f"{repair}: gave no answer")
+    elif found.verdict is not Verdict.REPAIRED or not isinstance(found.result, RepairResult):
+        missing.append(f"{repair}: {found.verdict}: {found.reason}")
+    elif not found.result.images:
+        missing.append(f"{repair}: the clean accuracy was not measured")
+    elif found.result.accuracy_drop > max_drop:
+        told = (
+            f"{repair} is refused: clean accuracy falls by {found.result.accuracy_drop:.2f} points on "
+            f"{found.result.images} held-out images, at most {max_drop:g} were allowed"
+        )
+        return Gate(outcome="FAILED", exit_code=FAILED, reasons=(told, found.reason, *missing), required=(repair,))
+    if missing or found is None:
+        return Gate(outcome="INCOMPLETE", exit_code=INCOMPLETE, reasons=tuple(missing), required=(repair,))
+    return Gate(outcome="PASSED", exit_code=PASSED, reasons=(f"{repair}: {found.reason}",), required=(repair,))
 
 
 def refuse(message: str, required: Sequence[str]) -> Gate:

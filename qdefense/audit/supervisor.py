@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,14 +29,17 @@ from qdefense.audit.events import (
     Found,
     Job,
     Opened,
+    Rewritten,
     Stopped,
 )
 from qdefense.audit.provenance import environment
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
-from qdefense.report.model import Environment, Report, Subject, Volatile
+from qdefense.report.model import Environment, Gate, Report, Subject, Volatile
 
 ProgressBar = Callable[[str, int, int], None]
+Judge = Callable[[Sequence[Finding], Sequence[str]], Gate]
+"""The gate of findings, and of what interrupted the work."""
 ENDING_SECONDS = 5.0
 """How long a worker that said its last word has to say how it ended."""
 
@@ -56,6 +59,7 @@ class _Gathered:
     answered: Answered | None = None
     certificate: FidelityCertificate | None = None
     findings: list[Finding] = field(default_factory=list)
+    rewritten: Rewritten | None = None
     stopped: Stopped | None = None
     finished: Finished | None = None
     ending: str = ""
@@ -72,6 +76,8 @@ class _Gathered:
                 self.certificate = event.certificate
             case Found():
                 self.findings.append(event.finding)
+            case Rewritten():
+                self.rewritten = event
             case Stopped():
                 self.stopped = event
             case Finished():
@@ -99,6 +105,29 @@ def run_audit(
         UsageProblemError: data, options and model do not fit; there is nothing to report.
         KeyboardInterrupt: passed on after the worker was stopped.
     """
+
+    def judge(findings: Sequence[Finding], interruptions: Sequence[str]) -> Gate:
+        return gate.decide(findings, required, interruptions)
+
+    report, _ = run_job(job, judge, required=required, on_progress=on_progress, command=command, verbose=verbose)
+    return report
+
+
+def run_job(
+    job: Job,
+    judge: Judge,
+    *,
+    required: tuple[str, ...],
+    on_progress: ProgressBar,
+    command: tuple[str, ...] = (),
+    verbose: bool = False,
+) -> tuple[Report, bytes | None]:
+    """The same with another judge of findings and interruptions; also the file that a repair made.
+
+    Raises:
+        UsageProblemError: data, options and model do not fit; there is nothing to report.
+        KeyboardInterrupt: passed on after the worker was stopped.
+    """
     began, started = time.perf_counter(), datetime.now(UTC)
     gathered = _Gathered()
     with _worker(job, verbose=verbose) as process:
@@ -119,7 +148,8 @@ def run_audit(
         load=tuple(round(value, 2) for value in psutil.getloadavg()),
         command=command,
     )
-    return _report(job, gathered, required, volatile)
+    report = _report(job, gathered, judge, required, volatile)
+    return report, None if gathered.rewritten is None else gathered.rewritten.data
 
 
 def default_memory_limit() -> int:
@@ -184,7 +214,7 @@ def _ending(process: subprocess.Popen[bytes]) -> str:
     return f"the worker was killed by {name}; {_WHY_KILLED}"
 
 
-def _report(job: Job, gathered: _Gathered, required: tuple[str, ...], volatile: Volatile) -> Report:
+def _report(job: Job, gathered: _Gathered, judge: Judge, required: tuple[str, ...], volatile: Volatile) -> Report:
     interruptions = []
     if gathered.stopped is not None:
         interruptions.append(gathered.stopped.message)
@@ -193,7 +223,7 @@ def _report(job: Job, gathered: _Gathered, required: tuple[str, ...], volatile: 
     if gathered.stop_code == gate.REFUSED:
         judged = gate.refuse(interruptions[0], required)
     else:
-        judged = gate.decide(gathered.findings, required, interruptions)
+        judged = judge(gathered.findings, interruptions)
     return Report(
         subject=_subject(job, gathered),
         environment=_environment(gathered),

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,19 @@ import numpy as np
 
 from qdefense.artifact import Artifact
 from qdefense.audit.candidates import gain, score_candidates
-from qdefense.audit.events import Advanced, Answered, Certified, Described, Event, Finished, Found, Job, Opened, Stopped
+from qdefense.audit.events import (
+    Advanced,
+    Answered,
+    Certified,
+    Described,
+    Event,
+    Finished,
+    Found,
+    Job,
+    Opened,
+    Rewritten,
+    Stopped,
+)
 from qdefense.audit.fit import fit_images, labelled_by, resize_for
 from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
 from qdefense.audit.provenance import conditions_of, environment
@@ -47,7 +59,7 @@ from qdefense.report.model import MISREAD_MARGIN, Accuracy, DataFacts, Environme
 from qdefense.session import DeployedSession, Logits, SessionError, profile_for
 
 if TYPE_CHECKING:
-    from qdefense.defenses import DatasetScan, InputFilter, ModelScan
+    from qdefense.defenses import DatasetScan, Defense, InputFilter, ModelScan, Repair
 
     Audited = ModelScan | DatasetScan | InputFilter
 
@@ -121,7 +133,7 @@ def run(job: Job, emit: Emit) -> None:
         loaded = _load(job, job.data, artifact, emit)
         clean = _answer(job, loaded, emit)
     if artifact.contract.head == "sigmoid":
-        _pass_over(job, loaded.defenses, emit)
+        _pass_over(job, [*loaded.defenses, *loaded.repairs], emit)
         return
     with stages.measure("certificate"):
         evidence = gather_evidence(loaded.session, clean, seed=job.seed, threads=job.threads, progress=_throttled(emit))
@@ -136,6 +148,9 @@ def run(job: Job, emit: Emit) -> None:
     for defense in loaded.defenses:
         with stages.measure(defense.name):
             emit(Found(finding=_ask(defense, evidence)))
+    for repair in loaded.repairs:
+        with stages.measure(repair.name):
+            _repair(repair, evidence, emit)
     emit(Finished(seconds_per_stage=stages.seconds, peak_memory_bytes=_peak_memory()))
 
 
@@ -150,6 +165,13 @@ def _ask(defense: Audited, evidence: Evidence) -> Finding:
             return judge_inputs(defense, evidence)
 
 
+def _repair(repair: Repair, evidence: Evidence, emit: Emit) -> None:
+    made = repair.repair(evidence)
+    if made.artifact is not None:
+        emit(Rewritten(data=made.artifact.data))
+    emit(Found(finding=made.finding))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
     """File and images, found to fit, and what is to be done with them."""
@@ -159,6 +181,7 @@ class _Loaded:
     training_set: ImageSet | None
     inputs: ImageSet | None
     defenses: list[Audited]
+    repairs: list[Repair]
     calibrations: Calibrations
 
 
@@ -167,6 +190,7 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     read = open_data(data, split=job.split, limit=job.limit, seed=job.seed, resize=resize_for(artifact.contract))
     clean = fit_images(artifact.contract, read)
     defenses = _create_defenses(job.defenses)
+    repairs = [] if job.repair is None else [_create_repair(job.repair)]
     training_set = _training_set(job, artifact.contract, defenses)
     inputs = _inputs(job, artifact.contract, defenses)
     session = DeployedSession(artifact, profile_for(artifact, arithmetic=job.arithmetic))
@@ -186,6 +210,7 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
         training_set=training_set,
         inputs=inputs,
         defenses=defenses,
+        repairs=repairs,
         calibrations=calibrations,
     )
 
@@ -282,7 +307,7 @@ def _check_reading(job: Job, answered: Answered, classes: int) -> None:
         )
 
 
-def _pass_over(job: Job, defenses: list[Audited], emit: Emit) -> None:
+def _pass_over(job: Job, defenses: Sequence[Defense], emit: Emit) -> None:
     reason = "the file answers with a sigmoid per class: a multi-label model has no single target class to look for"
     for defense in defenses:
         passed_over = Verdict.NOT_APPLICABLE
@@ -310,6 +335,15 @@ def _create_defenses(specs: tuple[str, ...]) -> list[Audited]:
         if defense.kind not in _AUDITED_KINDS:
             raise SpecError(f"{defense.name} is a {defense.kind}, which no audit runs; see `qdefense defenses`")
     return defenses
+
+
+def _create_repair(spec: str) -> Repair:
+    from qdefense.defenses import DEFENSES, Repair  # noqa: PLC0415 (imports torch)
+
+    repair = DEFENSES.create(spec)
+    if not isinstance(repair, Repair):
+        raise SpecError(f"{repair.name} is a {repair.kind}, which makes no new file; see `qdefense defenses`")
+    return repair
 
 
 def _calibrations(job: Job, artifact: Artifact, digest: str, surroundings: Environment) -> Calibrations:

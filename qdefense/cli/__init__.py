@@ -28,14 +28,16 @@ _COMMANDS = {
     "doctor": "What this installation and machine can do.",
     "inspect": "What is in an ONNX file, and what ONNX Runtime makes of it.",
     "quantize": "FP32 ONNX to an INT8 or INT4 file.",
+    "repair": "A new file that may have lost its backdoor, from clean images.",
     "report": "One page, or tables, of what `bench` measured.",
     "schema": "Print the JSON schema of the report.",
     "shadow": "The fidelity certificate of a file's differentiable twin.",
     "train": "Train a zoo model, clean or poisoned.",
 }
 _EPILOG = (
-    "Exit codes: 0 every required check ran and passed; 1 a finding, or a refused quantization; 2 usage, or data that "
-    "do not fit the model; 3 incomplete: something required was not measured; 4 the file was refused; 130 interrupted."
+    "Exit codes: 0 every required check ran and passed; 1 a finding, or a refused quantization or repair; 2 usage, or "
+    "data that do not fit the model; 3 incomplete: something required was not measured; 4 the file was refused; 130 "
+    "interrupted."
 )
 
 

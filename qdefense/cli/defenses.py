@@ -14,7 +14,7 @@ from qdefense.defenses.registered import DEFENSES
 @click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
-    """List the defenses of `audit --defense NAME:key=value,...`, with their settings and defaults."""
+    """List the defenses of `audit --defense` and `repair --method NAME:key=value,...`, with settings and defaults."""
     show_registered(DEFENSES, _needs, format_)
 
 

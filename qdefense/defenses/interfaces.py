@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -98,6 +99,19 @@ class InputFilter(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Repaired:
+    """What a repair gives: the new file, and the finding that reports store of it.
+
+    Both, because a finding holds no bytes, and a missing file could not say why it is missing. ``artifact`` is there
+    exactly where the verdict is REPAIRED. It is a file like any other: nothing known of the old one holds for it.
+    """
+
+    artifact: Artifact | None
+    finding: Finding
+
+
+@runtime_checkable
 class Repair(Protocol):
     """Makes a new file; judged by clean accuracy and ASR before and after, never called detection."""
 
@@ -106,7 +120,7 @@ class Repair(Protocol):
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
 
-    def repair(self, evidence: Evidence) -> Artifact:
+    def repair(self, evidence: Evidence) -> Repaired:
         """Repair the file."""
         ...
 

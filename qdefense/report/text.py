@@ -15,7 +15,16 @@ from qdefense.converters.inspection import Inspection
 from qdefense.converters.runtime_facts import LevelEffect, RuntimeFacts
 from qdefense.converters.weighted_operators import INT8_ACTIVATIONS
 from qdefense.fidelity import FidelityCertificate
-from qdefense.findings import DatasetResult, FilterBoundary, FilterResult, Finding, ScanResult, Threshold, Verdict
+from qdefense.findings import (
+    DatasetResult,
+    FilterBoundary,
+    FilterResult,
+    Finding,
+    RepairResult,
+    ScanResult,
+    Threshold,
+    Verdict,
+)
 from qdefense.rates import rounded_up
 from qdefense.report.datasets import describe_flagged, describe_statistics, ranked_classes
 from qdefense.report.escaping import harmless
@@ -23,7 +32,13 @@ from qdefense.report.model import Accuracy, Environment, Report, Subject
 from qdefense.session import SessionProfile
 
 _COLOURS = {"PASSED": "bold green", "FAILED": "bold red", "INCOMPLETE": "bold yellow", "REFUSED": "bold red"}
-_VERDICTS = {"CLEAN": "green", "BACKDOORED": "bold red", "NOT_MEASURED": "yellow", "NOT_APPLICABLE": "yellow"}
+_VERDICTS = {
+    "CLEAN": "green",
+    "BACKDOORED": "bold red",
+    "NOT_MEASURED": "yellow",
+    "NOT_APPLICABLE": "yellow",
+    "REPAIRED": "bold",
+}
 _CLASSES_SHOWN = 12
 _NAMES_SHOWN = 5
 _CANDIDATES_SHOWN = 1
@@ -308,7 +323,30 @@ def _finding(finding: Finding) -> RenderableType:
         lines.append(_classes(finding.result))
     if isinstance(finding.result, DatasetResult):
         lines += _dataset(finding.result, finding.verdict)
+    if isinstance(finding.result, RepairResult):
+        lines.append(_indented(fact_grid(repair_rows(finding.result))))
     return Group(*lines)
+
+
+def repair_rows(result: RepairResult) -> list[tuple[str, str]]:
+    """What a repair did and what it cost; not escaped."""
+    rows = [
+        (
+            name.replace("_", " "),
+            f"{value:.2%} before, {result.after[name]:.2%} after" if name in result.after else f"{value:.2%} before",
+        )
+        for name, value in result.before.items()
+    ]
+    rows.append(("measured on", f"{result.images} held-out images, each file on a session of its own"))
+    if result.pruning is not None:
+        pruning = result.pruning
+        rows.append(
+            ("pruned", f"{len(pruning.pruned)} of {pruning.channels} channels, zeros in {_first(pruning.initializers)}")
+        )
+        rows.append(("ordered by", f"mean activation of {pruning.tensor}, read off the {pruning.measured_on}"))
+    if result.training_agreement is not None:
+        rows.append(("trained shadow", f"top-1 agreement {result.training_agreement:.4f} with the new file's session"))
+    return [*rows, ("new sha256", result.new_digest)]
 
 
 def describe_threshold(threshold: Threshold) -> str:

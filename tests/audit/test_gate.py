@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from qdefense.audit import gate
-from qdefense.findings import Finding, Verdict
+from qdefense.findings import Finding, RepairResult, Verdict
 
 CLEAN, BACKDOORED = Verdict.CLEAN, Verdict.BACKDOORED
 NOT_MEASURED, NOT_APPLICABLE = Verdict.NOT_MEASURED, Verdict.NOT_APPLICABLE
@@ -116,3 +116,62 @@ def test_refuse_gives_4_and_the_reason() -> None:
     judged = gate.refuse("the file is empty", ONE)
     assert (judged.outcome, judged.exit_code) == ("REFUSED", 4)
     assert (judged.reasons, judged.required) == (("the file is empty",), ONE)
+
+
+# --- repairs ----------------------------------------------------------------------------------------------------------
+
+
+def repair(
+    *, before: float = 0.96, after: float = 0.94, images: int = 100, verdict: Verdict = Verdict.REPAIRED
+) -> Finding:
+    result = RepairResult(
+        new_digest="d", before={"clean_accuracy": before}, after={"clean_accuracy": after}, images=images
+    )
+    return finding(verdict, "mender", "repair").model_copy(update={"result": result})
+
+
+REPAIRS = {
+    "it costs just what it may": ([repair()], (), 0, ["mender: because REPAIRED"]),
+    "it gains": ([repair(after=0.99)], (), 0, ["mender: because REPAIRED"]),
+    "it costs more": (
+        [repair(after=0.93)],
+        *((), 1),
+        [
+            "mender is refused: clean accuracy falls by 3.00 points on 100 held-out images, at most 2 were allowed",
+            "because REPAIRED",
+        ],
+    ),
+    "it costs more and the worker died": (
+        *([repair(after=0.5)], ("killed",), 1),
+        [
+            "mender is refused: clean accuracy falls by 46.00 points on 100 held-out images, at most 2 were allowed",
+            *("because REPAIRED", "killed"),
+        ],
+    ),
+    "the worker died after it": ([repair()], ("killed",), 3, ["killed"]),
+    "it gave no answer": ([], (), 3, ["mender: gave no answer"]),
+    "another one answered": ([finding(CLEAN)], (), 3, ["mender: gave no answer"]),
+    "nothing was measured": (
+        [finding(NOT_MEASURED, "mender", "repair")],
+        *((), 3, ["mender: NOT_MEASURED: because NOT_MEASURED"]),
+    ),
+    "it does not apply": (
+        [finding(NOT_APPLICABLE, "mender", "repair")],
+        *((), 3, ["mender: NOT_APPLICABLE: because NOT_APPLICABLE"]),
+    ),
+    "a scan answers in its name": ([finding(CLEAN, "mender")], (), 3, ["mender: CLEAN: because CLEAN"]),
+    "it has no accuracies": ([repair(images=0)], (), 3, ["mender: the clean accuracy was not measured"]),
+}
+
+
+@pytest.mark.parametrize(("findings", "stops", "code", "reasons"), REPAIRS.values(), ids=list(REPAIRS))
+def test_decide_repair_when(findings: list[Finding], stops: tuple[str, ...], code: int, reasons: list[str]) -> None:
+    judged = gate.decide_repair(findings, "mender", 2.0, stops)
+    outcomes = {0: "PASSED", 1: "FAILED", 3: "INCOMPLETE"}
+    assert (judged.exit_code, judged.outcome, list(judged.reasons)) == (code, outcomes[code], reasons)
+    assert judged.required == ("mender",)
+
+
+def test_a_repair_never_passes_an_audit() -> None:
+    judged = gate.decide([repair()], ("mender",))
+    assert judged.exit_code == 3
