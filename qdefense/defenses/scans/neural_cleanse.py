@@ -97,6 +97,7 @@ class NeuralCleanse:
     patience: Annotated[int, Field(ge=1)] = 5
     attack_success: Annotated[float, Field(gt=0, le=1)] = 0.99
     threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    restarts: Annotated[int, Field(ge=1)] | None = None
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the model from at least 200 clean images; the reason of anything but a verdict is in the finding."""
@@ -117,15 +118,18 @@ class NeuralCleanse:
         limit = self.line(evidence.calibrations).threshold.value
         verdict, reason, result = self._judge(classes, comparison, evidence.gradient_blind_nodes, limit)
         result = result.model_copy(update={"pictures": _pictures(result, outcomes, halves.held_out)})
-        steps = len(outcomes) * BUDGETS[self.budget][0] * BUDGETS[self.budget][1]
+        steps = len(outcomes) * BUDGETS[self.budget][0] * self._restarts
         return self._finding(evidence, verdict, reason, before, steps=steps, result=result)
 
     @property
     def calibrated_settings(self) -> dict[str, Any]:
         """What the score depends on."""
-        steps, restarts = BUDGETS[self.budget]
-        chosen = {name: value for name, value in asdict(self).items() if name != "threshold"}
-        return {**chosen, "gradient_steps_per_class": steps, "restarts": restarts}
+        chosen = {name: value for name, value in asdict(self).items() if name not in {"threshold", "restarts"}}
+        return {**chosen, "gradient_steps_per_class": BUDGETS[self.budget][0], "restarts": self._restarts}
+
+    @property
+    def _restarts(self) -> int:
+        return BUDGETS[self.budget][1] if self.restarts is None else self.restarts
 
     def line(self, calibrations: Calibrations | None) -> Line:
         """The anomaly index above which a class is a suspect: the user's, a fitting calibration's, or the paper's."""
@@ -171,7 +175,7 @@ class NeuralCleanse:
         failures: list[NoGradientError] = []
 
         def restarts(target: int) -> list[_Replay]:
-            return [self._invert(evidence, halves, target, restart) for restart in range(BUDGETS[self.budget][1])]
+            return [self._invert(evidence, halves, target, restart) for restart in range(self._restarts)]
 
         evidence.progress(self.name, 0, count)
         with ThreadPoolExecutor(max_workers=evidence.threads) as pool:
