@@ -39,13 +39,13 @@ EXHAUSTIVE = "neural-cleanse:budget=quick,restarts=4"
 SPECS = {"exhaustive": EXHAUSTIVE, "screened": f"{EXHAUSTIVE},scheduler=screened"}
 
 
-def make_file(name: str, scheme: str) -> Path:
+def make_file(name: str, scheme: str, data: str = "cifar10") -> Path:
     model = MODELS / f"{name}.onnx"
     if scheme == "fp32":
         return model
     target = WORK / f"{name}.{scheme}.onnx"
     if not target.exists():
-        calibration = open_data(str(DATA / "cifar10"), split="train", limit=CALIBRATION_IMAGES, seed=0).pixels
+        calibration = open_data(str(DATA / data), split="train", limit=CALIBRATION_IMAGES, seed=0).pixels
         WORK.mkdir(exist_ok=True)
         write_atomically(target, quantize(model.read_bytes(), scheme, calibration=calibration))
     return target
@@ -58,9 +58,7 @@ def record(name: str, scheme: str, mode: str, report: Report) -> dict[str, Any]:
         "mode": mode,
         "artifact_sha256": report.subject.sha256,
         "data_sha256": report.subject.data.sha256 if report.subject.data else None,
-        "findings": [
-            finding.model_dump(mode="json", exclude={"result": {"pictures"}}) for finding in report.findings
-        ],
+        "findings": [finding.model_dump(mode="json", exclude={"result": {"pictures"}}) for finding in report.findings],
         "gate": report.gate.model_dump(mode="json"),
         "environment": report.environment.model_dump(mode="json"),
         "volatile": report.volatile.model_dump(mode="json", exclude={"command", "host"}),
