@@ -73,9 +73,11 @@ class Restart(_Record):
     """The statistic of one start alone; which start of a class comes first is chance, so the spread is its doubt."""
 
     score: float | None = Field(description="highest anomaly index of this start; null where none is defined")
-    median_norm: float | None = None
+    median_norm: float | None = Field(default=None, description="the first start's where few classes have this one")
     mad: float | None = Field(default=None, description="median absolute deviation times 1.4826")
-    lowest_class: int | None = Field(default=None, description="class with the smallest norm; null where none has one")
+    lowest_class: int | None = Field(
+        default=None, description="smallest norm of the classes that were started so often; null where none has one"
+    )
 
 
 class TriggerPicture(_Record):

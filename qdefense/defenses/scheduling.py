@@ -35,10 +35,6 @@ class Plan:
     promising: int = 0
     further: int = 0
 
-    def total(self, classes: int) -> int:
-        """Gradient steps of the whole plan."""
-        return self.steps * (classes * self.compared + self.promising * self.further)
-
 
 def exhaustive_plan(steps: int, restarts: int) -> Plan:
     """Every start of every class."""

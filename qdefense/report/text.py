@@ -325,12 +325,13 @@ def describe_restarts(result: ScanResult) -> str:
     known = [score for score in scores if score is not None]
     each = ", ".join("undefined" if score is None else f"{score:.2f}" for score in scores)
     again = sum(len(entry.restart_norms) == len(scores) for entry in result.classes)
-    some = f" (after the first: of {again} of {len(result.classes)} classes)" if again < len(result.classes) else ""
+    few = f" (from the second on {again} of {len(result.classes)} classes, by the first's median and MAD)"
     spread = f"; lowest {min(known):.2f}, median {median(known):.2f}, highest {max(known):.2f}" if known else ""
+    if again < len(result.classes):
+        return f"index of each start alone{few}: {each}{spread}"
     first = result.classes[0].target_class
     times = sum(one.lowest_class == first for one in result.restarts)
-    smallest = f"; class {first} has the smallest norm in {times} of {len(scores)}"
-    return f"index of each start alone{some}: {each}{spread}{smallest}"
+    return f"index of each start alone: {each}{spread}; class {first} has the smallest norm in {times} of {len(scores)}"
 
 
 def _classes(result: ScanResult) -> RenderableType:

@@ -365,7 +365,7 @@ def test_render_shows_the_restarts_where_there_were_any() -> None:
     restarts = (Restart(score=1.5, lowest_class=0), Restart(score=0.5, lowest_class=2))
     result = samples.scan_result(samples.NORMS).model_copy(update={"restarts": restarts})
     text = shown(samples.report("PASSED", samples.scan(Verdict.CLEAN, result)))
-    assert "1.50, 0.50; lowest 0.50, median 1.00, highest 1.50; class 0 has the smallest norm in 1 of 2." in text
+    assert "by the first's median and MAD): 1.50, 0.50; lowest 0.50, median 1.00, highest 1.50. Where a start" in text
     empty = result.model_copy(update={"classes": (), "pictures": ()})
     assert "Index of each start" not in shown(samples.report("INCOMPLETE", samples.scan(Verdict.NOT_MEASURED, empty)))
 

@@ -289,8 +289,8 @@ RESTARTS = (
         (
             RESTARTS[:2],
             {0: 2, 1: 1},
-            "index of each start alone (after the first: of 1 of 2 classes): 3.50, 2.00; lowest 2.00, median 2.75, "
-            "highest 3.50; class 0 has the smallest norm in 1 of 2",
+            "index of each start alone (from the second on 1 of 2 classes, by the first's median and MAD): 3.50, 2.00; "
+            "lowest 2.00, median 2.75, highest 3.50",
         ),
         (
             (Restart(score=None), Restart(score=None)),
