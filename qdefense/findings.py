@@ -77,6 +77,17 @@ class InvertedTrigger(_Record):
     trigger_id: str | None = None
 
 
+class Restart(_Record):
+    """The statistic of one start alone; which start of a class comes first is chance, so the spread is its doubt."""
+
+    score: float | None = Field(description="highest anomaly index of this start; null where none is defined")
+    median_norm: float | None = Field(default=None, description="the first start's where few classes have this one")
+    mad: float | None = Field(default=None, description="median absolute deviation times 1.4826")
+    lowest_class: int | None = Field(
+        default=None, description="smallest norm of the classes that were started so often; null where none has one"
+    )
+
+
 class TriggerPicture(_Record):
     """A trigger to look at: base64 PNGs, rounded to the uint8 grid as it was replayed."""
 
@@ -100,6 +111,9 @@ class ScanResult(_Record):
     )
     median_norm: float | None = None
     mad: float | None = Field(default=None, description="median absolute deviation times 1.4826")
+    restarts: tuple[Restart, ...] = Field(
+        default=(), description="the statistic of each start alone; empty where every class was started once"
+    )
     replay_agreement: float | None = Field(
         default=None, description="top-1 agreement of shadow and session on the stamped optimised images"
     )

@@ -223,7 +223,7 @@ def _after_refusal(_report: Report) -> Iterator[Step]:
 
 
 def _more_work(finding: Finding, text: str) -> Iterator[Step]:
-    if finding.settings.get("budget") != "exhaustive":
+    if finding.settings.get("budget") != "exhaustive" or "scheduler" in finding.settings:
         yield Step(text, ("--defense", f"{finding.defense}:budget=exhaustive", "--seed", str(finding.seed + 1)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from statistics import median
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -320,6 +321,8 @@ def _finding(finding: Finding) -> RenderableType:
         lines += [_indented(Text(harmless(line), style="dim")) for line in describe_filter(finding.result)]
     lines.append(_indented(Text(harmless(describe_cost(finding)), style="dim")))
     if isinstance(finding.result, ScanResult) and finding.result.classes:
+        if finding.result.restarts:
+            lines.append(_indented(Text(describe_restarts(finding.result), style="dim")))
         lines.append(_classes(finding.result))
     if isinstance(finding.result, DatasetResult):
         lines += _dataset(finding.result, finding.verdict)
@@ -385,7 +388,23 @@ def describe_cost(finding: Finding) -> str:
     """The work that an answer took; not escaped."""
     cost, settings = finding.cost, finding.settings
     budget = f"budget {settings['budget']}, " if "budget" in settings else ""
-    return f"{budget}{cost.gradient_steps} gradient steps, {cost.forwards} forward rows, seed {finding.seed}"
+    scheduler = f"scheduler {settings['scheduler']}, " if "scheduler" in settings else ""
+    return f"{budget}{scheduler}{cost.gradient_steps} gradient steps, {cost.forwards} forward rows, seed {finding.seed}"
+
+
+def describe_restarts(result: ScanResult) -> str:
+    """How far the index depends on where the inversion started: the figure of each start alone, and their spread."""
+    scores = [one.score for one in result.restarts]
+    known = [score for score in scores if score is not None]
+    each = ", ".join("undefined" if score is None else f"{score:.2f}" for score in scores)
+    again = sum(len(entry.restart_norms) == len(scores) for entry in result.classes)
+    few = f" (from the second on {again} of {len(result.classes)} classes, by the first's median and MAD)"
+    spread = f"; lowest {min(known):.2f}, median {median(known):.2f}, highest {max(known):.2f}" if known else ""
+    if again < len(result.classes):
+        return f"index of each start alone{few}: {each}{spread}"
+    first = result.classes[0].target_class
+    times = sum(one.lowest_class == first for one in result.restarts)
+    return f"index of each start alone: {each}{spread}; class {first} has the smallest norm in {times} of {len(scores)}"
 
 
 def _classes(result: ScanResult) -> RenderableType:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,9 @@ from qdefense.calibration import (
     Calibrations,
     Conditions,
     population_of,
+    shipped_calibrations,
 )
+from qdefense.converters.quantize import quantize
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.defenses import DEFENSES
 from qdefense.defenses.inversion import Inversion, MaskedPattern
@@ -31,6 +34,7 @@ from qdefense.registry import SpecError
 from qdefense.session import DeployedSession, Logits, profile_for, runtime
 
 PRECISIONS = ("", ".int8-static", ".int8-dynamic")
+EVERY_PRECISION = (*PRECISIONS, ".int4")
 TARGET = 7
 CLASSES = 12
 SIDE = 16
@@ -53,7 +57,8 @@ def evidence_of(small_files: dict[str, bytes], small_signs: Any) -> Callable[[st
 
     def find(name: str) -> Evidence:
         if name not in gathered:
-            gathered[name] = gather_evidence(_session(small_files[name]), small_signs.test, seed=0, threads=2)
+            file = small_files.get(name) or quantize(small_files[name.removesuffix(".int4")], "int4")
+            gathered[name] = gather_evidence(_session(file), small_signs.test, seed=0, threads=2)
         return gathered[name]
 
     return find
@@ -282,9 +287,13 @@ def _halves(evidence: Evidence) -> tuple[ImageSet, ImageSet]:
 # --- what it must not judge -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", EVERY_PRECISION)
 @pytest.mark.parametrize("zero", [False, True])
-def test_scan_measures_nothing_when_gradients_are_cut(evidence_of: Callable[[str], Evidence], *, zero: bool) -> None:
-    evidence = evidence_of("second.int8-static")
+def test_scan_measures_nothing_when_gradients_are_cut(
+    evidence_of: Callable[[str], Evidence], precision: str, *, zero: bool
+) -> None:
+    evidence = evidence_of(f"second{precision}")
+    assert evidence.certificate.certified, evidence.certificate.reason
     assert evidence.shadow is not None
     cut = replace(evidence, shadow=_Cut(evidence.shadow, zero=zero))  # type: ignore[arg-type]
     with _budget(3, 1) as scan:
@@ -727,6 +736,178 @@ def test_scan_optimises_and_replays_without_images_of_the_target_class(
     assert given == {target: set(range(CLASSES)) - {target} for target in range(CLASSES)}
 
 
+# --- restarts and the scheduler ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned_starts(planned: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A plan of norms by class and start; none at all is a start without a trigger."""
+
+    def plan(norms: dict[int, list[float | None]]) -> None:
+        planned({})
+        begun = dict.fromkeys(norms, 0)
+
+        def invert(_shadow: object, _x: Pixels, target: int, *_: object) -> Inversion:
+            norm = norms[target][begun[target]]
+            begun[target] += 1
+            found = [] if norm is None else [_trigger(norm, target=target)]
+            return Inversion(candidates=found, last=_trigger(99.0, target=target))
+
+        monkeypatch.setattr(neural_cleanse, "invert_trigger", invert)
+
+    return plan
+
+
+ONCE: dict[int, list[float | None]] = {target: [20.0 + target] for target in range(CLASSES)}
+"""As `SPREAD`: median 25.5, scaled MAD 4.4478, class 0 lowest with an index of 1.24."""
+
+
+def test_scan_tells_the_index_of_each_start_alone(
+    evidence_of: Callable[[str], Evidence], planned_starts: Callable[..., None]
+) -> None:
+    # the second start: 40 to 51 but class 3 at 10, median 45.5; deviations .5 .5 1.5 1.5 2.5 3.5 3.5 4.5 ... 35.5
+    planned_starts({target: [20.0 + target, 10.0 if target == 3 else 40.0 + target] for target in range(CLASSES)})
+    result = _result(NeuralCleanse(restarts=2).scan(evidence_of("first")))
+    first, second = result.restarts
+    assert (first.score, first.median_norm, first.mad, first.lowest_class) == pytest.approx(
+        (5.5 / 4.4478, 25.5, 4.4478, 0), abs=1e-5
+    )
+    assert (second.score, second.median_norm, second.lowest_class) == pytest.approx((35.5 / (1.4826 * 3.5), 45.5, 3))
+    # what is judged takes the better start of every class: 20, 21, 22, 10, 24, ...
+    assert [entry.norm for entry in result.classes[:2]] == pytest.approx([10.0, 20.0])
+
+
+def test_scan_tells_nothing_of_starts_when_there_was_one(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned(SPREAD)
+    assert _result(NeuralCleanse().scan(evidence_of("first"))).restarts == ()
+
+
+def test_scan_gives_a_start_no_index_when_too_many_of_its_classes_are_censored(
+    evidence_of: Callable[[str], Evidence], planned_starts: Callable[..., None]
+) -> None:
+    planned_starts({target: [20.0 + target, None if target < 4 else 30.0] for target in range(CLASSES)})
+    result = _result(NeuralCleanse(restarts=2).scan(evidence_of("first")))
+    assert result.score is not None
+    censored = result.restarts[1]
+    assert (censored.score, censored.median_norm, censored.lowest_class) == (None, None, 4)
+
+
+@pytest.mark.parametrize("further", [0.5, 19.0, 60.0, None])
+def test_screened_scan_judges_by_the_first_starts_whatever_the_further_ones_find(
+    evidence_of: Callable[[str], Evidence], planned_starts: Callable[..., None], further: float | None
+) -> None:
+    """A class that is started more often finds smaller triggers by chance alone: they must not count against it."""
+    evidence = evidence_of("first")
+    planned_starts(ONCE)
+    once = NeuralCleanse(restarts=1).scan(evidence)
+    planned_starts(ONCE | {0: [20.0, further, further, further]})
+    screened = NeuralCleanse(restarts=4, scheduler="screened").scan(evidence)
+    assert (screened.verdict, screened.reason) == (once.verdict, once.reason) == (Verdict.CLEAN, once.reason)
+    ours, theirs = _result(screened), _result(once)
+    assert (ours.score, ours.median_norm, ours.mad) == (theirs.score, theirs.median_norm, theirs.mad)
+    assert [entry.model_copy(update={"restart_norms": ()}) for entry in ours.classes] == [
+        entry.model_copy(update={"restart_norms": ()}) for entry in theirs.classes
+    ]
+    assert ours.pictures == theirs.pictures
+
+
+def test_screened_scan_starts_only_the_lowest_class_again(
+    evidence_of: Callable[[str], Evidence], planned_starts: Callable[..., None]
+) -> None:
+    planned_starts(ONCE | {0: [20.0, 18.0, None, 23.0]})
+    finding = NeuralCleanse(restarts=4, scheduler="screened").scan(evidence_of("first"))
+    result = _result(finding)
+    assert {entry.target_class: len(entry.restart_norms) for entry in result.classes} == {
+        target: 4 if target == 0 else 1 for target in range(CLASSES)
+    }
+    # further starts against the first one's median 25.5 and scaled MAD 4.4478; a censored one ranks above all
+    expected = [5.5 / 4.4478, 7.5 / 4.4478, 0, 2.5 / 4.4478]
+    assert [one.score for one in result.restarts] == pytest.approx(expected, abs=1e-5)
+    assert [one.lowest_class for one in result.restarts] == [0, 0, None, 0]
+    assert finding.cost.gradient_steps == 200 * (CLASSES + 3)
+    assert 3 * finding.cost.gradient_steps <= 200 * 4 * CLASSES
+    assert (finding.settings["scheduler"], finding.settings["restarts"]) == ("screened", 4)
+
+
+def test_screened_scan_repeats_the_exhaustive_one_s_starts(
+    evidence_of: Callable[[str], Evidence], short_scan: Finding
+) -> None:
+    """The first starts bit for bit, whose index is thus one of the exhaustive scan's spread."""
+    evidence = evidence_of("second.int8-static")
+    with _budget(25, 4) as scan:
+        screened = replace(scan, scheduler="screened")
+        finding = screened.scan(replace(evidence, threads=2))
+        assert screened.scan(replace(evidence, threads=1)) == finding
+    ours, theirs = _result(finding), _result(short_scan)
+    assert [(entry.target_class, entry.norm, entry.index, entry.trigger_id) for entry in ours.classes] == [
+        (entry.target_class, entry.norm, entry.index, entry.trigger_id) for entry in theirs.classes
+    ]
+    again = ours.classes[0]
+    assert (len(again.restart_norms), again.restart_norms[0]) == (4, again.norm)
+    assert len(set(again.restart_norms)) == 4
+    assert finding.cost.gradient_steps == 25 * (CLASSES + 3)
+
+
+@pytest.mark.parametrize(
+    ("budget", "restarts", "steps"), [("quick", None, 20), ("quick", 3, 51), ("quick", 2, 36), ("gate", None, 66)]
+)
+def test_screened_scan_measures_nothing_when_its_starts_would_be_too_short(
+    evidence_of: Callable[[str], Evidence],
+    planned: Callable[..., None],
+    budget: Any,
+    restarts: int | None,
+    steps: int,
+) -> None:
+    planned(SPREAD)
+    finding = NeuralCleanse(budget=budget, restarts=restarts, scheduler="screened").scan(evidence_of("first"))
+    if steps >= BUDGETS["quick"][0]:
+        assert (finding.verdict, finding.cost.gradient_steps) == (Verdict.CLEAN, steps * CLASSES)
+        return
+    assert (finding.verdict, finding.cost.gradient_steps, finding.result) == (Verdict.NOT_MEASURED, 0, None)
+    assert finding.reason == (
+        f"the screened scheduler leaves each start {steps} gradient steps; at least 60 are needed, so ask for more "
+        "restarts or a larger budget"
+    )
+
+
+def test_screened_scan_reports_progress(
+    evidence_of: Callable[[str], Evidence], planned_starts: Callable[..., None]
+) -> None:
+    planned_starts(ONCE | {0: [20.0] * 4})
+    steps: list[int] = []
+    scan = NeuralCleanse(restarts=4, scheduler="screened")
+    scan.scan(replace(evidence_of("first"), progress=lambda _name, done, _total: steps.append(done)))
+    assert steps == [*range(CLASSES + 1), CLASSES, CLASSES + 1]
+
+
+def test_scan_starts_no_class_again_when_none_has_a_norm(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({})
+    finding = NeuralCleanse(restarts=4, scheduler="screened").scan(evidence_of("first"))
+    assert finding.reason == "12 of 12 classes are censored, more than 25%"
+    assert finding.cost.gradient_steps == 200 * CLASSES
+
+
+def test_settings_of_the_shipped_calibrations_are_those_of_the_default_scan() -> None:
+    entries = [entry for file in shipped_calibrations() for entry in file.body.entries]
+    assert entries
+    assert {json.dumps(entry.settings, sort_keys=True) for entry in entries} == {
+        json.dumps(NeuralCleanse().calibrated_settings, sort_keys=True)
+    }
+
+
+def test_scan_is_calibrated_apart_from_the_exhaustive_one_when_it_is_screened(
+    evidence_of: Callable[[str], Evidence],
+) -> None:
+    calibrations = _calibrations(evidence_of("first"), [1.0] * 19)
+    assert NeuralCleanse(scheduler="exhaustive", restarts=1).line(calibrations).threshold.source == "calibrated"
+    assert NeuralCleanse(restarts=2).line(calibrations).threshold.source == "paper"
+    assert NeuralCleanse(scheduler="screened").line(calibrations).threshold.source == "paper"
+
+
 def test_scan_reports_progress(evidence_of: Callable[[str], Evidence], planned: Callable[..., None]) -> None:
     planned(SPREAD)
     steps: list[tuple[str, int, int]] = []
@@ -792,15 +973,28 @@ def test_marks_are_those_of_the_issue() -> None:
 def test_registry_makes_the_scan_with_the_paper_s_defaults() -> None:
     assert DEFENSES.create("neural-cleanse") == NeuralCleanse()
     assert DEFENSES.create("neural-cleanse:budget=exhaustive,threshold=3").budget == "exhaustive"
+    screened = DEFENSES.create("neural-cleanse:scheduler=screened,restarts=3")
+    assert screened == NeuralCleanse(scheduler="screened", restarts=3)
+    assert (NeuralCleanse().scheduler, NeuralCleanse().restarts) == ("exhaustive", None)
     defaults = NeuralCleanse()
-    schedule = defaults._schedule()
+    schedule = defaults._schedule(200)
     assert (schedule.steps, schedule.learning_rate, schedule.betas, schedule.batch_size) == (200, 0.1, (0.5, 0.9), 32)
     assert (schedule.initial_cost, schedule.multiplier, schedule.patience) == (1e-3, 2.0, 5)
     assert (schedule.attack_success, defaults.threshold) == (0.99, None)
 
 
 @pytest.mark.parametrize(
-    "setting", ["budget=endless", "learning_rate=0", "batch_size=0", "attack_success=1.1", "threshold=0", "steps=9"]
+    "setting",
+    [
+        "budget=endless",
+        "learning_rate=0",
+        "batch_size=0",
+        "attack_success=1.1",
+        "threshold=0",
+        "steps=9",
+        "restarts=0",
+        "scheduler=lazy",
+    ],
 )
 def test_registry_refuses_settings_out_of_range(setting: str) -> None:
     with pytest.raises(SpecError, match="neural-cleanse"):

@@ -13,7 +13,7 @@ import pytest
 
 from qdefense.arithmetic import ArithmeticAgreement
 from qdefense.cli import run
-from qdefense.findings import Threshold, Verdict
+from qdefense.findings import Restart, Threshold, Verdict
 from qdefense.report import html
 from qdefense.report.html import read_picture, render
 from qdefense.report.model import Report
@@ -358,6 +358,16 @@ def test_render_explains_a_calibrated_threshold() -> None:
     assert "Threshold 3.25: calibrated, n = 40, rate = 0.05 (p = 0.025)." in text
     assert "So many clean models (n) were scored to draw it" in text
     assert f"calibration sha256 {'c' * 64}" in text
+
+
+def test_render_shows_the_restarts_where_there_were_any() -> None:
+    assert "Index of each start" not in shown(samples.passed())
+    restarts = (Restart(score=1.5, lowest_class=0), Restart(score=0.5, lowest_class=2))
+    result = samples.scan_result(samples.NORMS).model_copy(update={"restarts": restarts})
+    text = shown(samples.report("PASSED", samples.scan(Verdict.CLEAN, result)))
+    assert "by the first's median and MAD): 1.50, 0.50; lowest 0.50, median 1.00, highest 1.50. Where a start" in text
+    empty = result.model_copy(update={"classes": (), "pictures": ()})
+    assert "Index of each start" not in shown(samples.report("INCOMPLETE", samples.scan(Verdict.NOT_MEASURED, empty)))
 
 
 def test_render_says_so_when_no_class_could_have_been_a_suspect() -> None:

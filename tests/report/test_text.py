@@ -13,7 +13,7 @@ from qdefense.cli.options import output_console
 from qdefense.converters.contract import InputContract
 from qdefense.converters.inspection import Inspection
 from qdefense.converters.precision import Granularity, file_granularity
-from qdefense.findings import Threshold
+from qdefense.findings import Restart, ScanResult, Threshold
 from qdefense.report.escaping import harmless, harmless_lines, internal_error, shortened
 from qdefense.report.model import Accuracy, Environment, Report
 from qdefense.report.reading import read_report
@@ -22,6 +22,7 @@ from qdefense.report.text import (
     certificate_table,
     contract_rows,
     describe_filter,
+    describe_restarts,
     describe_threshold,
     environment_rows,
     inspection_rows,
@@ -29,6 +30,7 @@ from qdefense.report.text import (
 )
 
 from . import sample_reports as samples
+from .sample_reports import trigger
 
 GOLDEN = Path(__file__).with_name("golden")
 HOSTILE = "\x1b[2J\x1b]0;title\x07\u202eCLEAN\u2066\r\nPASSED  (exit code 0)\x9b31m[red]x[/red][link=http://e]y"
@@ -268,6 +270,56 @@ CALIBRATED = Threshold(value=1.8346, source="calibrated", n=20, false_alarm_rate
 )
 def test_describe_threshold_says_who_drew_the_line_and_how_often_it_alarms(threshold: Threshold, expected: str) -> None:
     assert describe_threshold(threshold) == expected
+
+
+RESTARTS = (
+    Restart(score=3.5, median_norm=60.0, mad=12.0, lowest_class=0),
+    Restart(score=2.0, median_norm=60.0, mad=12.0, lowest_class=4),
+    Restart(score=4.25, median_norm=60.0, mad=12.0, lowest_class=0),
+)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "starts", "expected"),
+    [
+        (
+            RESTARTS,
+            {0: 3, 1: 3},
+            "index of each start alone: 3.50, 2.00, 4.25; lowest 2.00, median 3.50, highest 4.25; class 0 has the "
+            "smallest norm in 2 of 3",
+        ),
+        (
+            RESTARTS[:2],
+            {0: 2, 1: 1},
+            "index of each start alone (from the second on 1 of 2 classes, by the first's median and MAD): 3.50, 2.00; "
+            "lowest 2.00, median 2.75, highest 3.50",
+        ),
+        (
+            (Restart(score=None), Restart(score=None)),
+            {0: 2, 1: 2},
+            "index of each start alone: undefined, undefined; class 0 has the smallest norm in 0 of 2",
+        ),
+    ],
+)
+def test_describe_restarts_gives_each_start_and_the_spread(
+    restarts: tuple[Restart, ...], starts: dict[int, int], expected: str
+) -> None:
+    classes = tuple(
+        trigger(target, 10.0 + target).model_copy(update={"restart_norms": (10.0,) * count})
+        for target, count in starts.items()
+    )
+    assert describe_restarts(ScanResult(score=3.5, classes=classes, restarts=restarts)) == expected
+
+
+def test_print_report_shows_the_restarts_and_the_scheduler() -> None:
+    body = golden("failed")
+    body["findings"][0]["settings"]["scheduler"] = "screened"
+    assert "index of each start" not in shown(Report.model_validate(body))
+    body["findings"][0]["result"]["restarts"] = [one.model_dump() for one in RESTARTS]
+    text = " ".join(shown(Report.model_validate(body)).split())
+    assert "index of each start alone" in text
+    assert "lowest 2.00, median 3.50, highest 4.25" in text
+    assert "budget quick, scheduler screened, 480 gradient steps" in text
 
 
 def test_print_report_shows_the_calibration_and_makes_its_note_harmless() -> None:

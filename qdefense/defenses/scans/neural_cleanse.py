@@ -15,11 +15,16 @@ Deviations from the paper and its code:
 - A class without such a trigger is right-censored: it is replayed with what its inversion ended at, and
   enters the statistic by its rank above all others, not by a norm.
 - Where median / MAD is not above the threshold no trigger, however small, could be a suspect: NOT_MEASURED.
+- `restarts` starts each class several times, and its smallest norm counts; the paper starts once. What the statistic
+  says of each start alone is reported beside it.
+- `scheduler=screened` starts every class once and only the lowest ones again, for a third of the steps. The statistic
+  stays that of the first starts, which all classes have (`scheduling.py`, docs/decisions/0016).
 - MAD = 0, too few images or converged classes, or missing gradients give NOT_MEASURED, never "clean".
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -36,13 +41,15 @@ from qdefense.defenses.inversion import MaskedPattern, NoGradientError, Schedule
 from qdefense.defenses.outliers import low_side_indices, scaled_mad
 from qdefense.defenses.pictures import picture_trigger
 from qdefense.defenses.registered import DEFENSES
+from qdefense.defenses.scheduling import Plan, exhaustive_plan, lowest, screened_plan
 from qdefense.evidence import Evidence
 from qdefense.fidelity import LogitComparison, compare_logits, finite_or_none, shadow_logits
-from qdefense.findings import Cost, Finding, InvertedTrigger, ScanResult, Suspect, TriggerPicture, Verdict
+from qdefense.findings import Cost, Finding, InvertedTrigger, Restart, ScanResult, Suspect, TriggerPicture, Verdict
 from qdefense.rates import MIN_SKILL, skill
 from qdefense.session import DeployedSession
 
 Budget = Literal["quick", "gate", "exhaustive"]
+Scheduler = Literal["exhaustive", "screened"]
 BUDGETS: dict[Budget, tuple[int, int]] = {"quick": (60, 1), "gate": (200, 1), "exhaustive": (400, 3)}
 """Gradient steps per class and restarts."""
 
@@ -98,6 +105,8 @@ class NeuralCleanse:
     patience: Annotated[int, Field(ge=1)] = 5
     attack_success: Annotated[float, Field(gt=0, le=1)] = 0.99
     threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    restarts: Annotated[int, Field(ge=1)] | None = None
+    scheduler: Scheduler = "exhaustive"
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the model from at least 200 clean images; the reason of anything but a verdict is in the finding."""
@@ -105,28 +114,41 @@ class NeuralCleanse:
         refusal = self._refuse(evidence)
         if refusal is not None:
             return self._finding(evidence, refusal[0], refusal[1], before, steps=0)
+        plan = self._plan(len(evidence.clean.class_names))
         halves = _halve(evidence.clean, evidence.seed)
-        problem = _refuse_halves(evidence, halves)
+        problem = _refuse_plan(plan) or _refuse_halves(evidence, halves)
         if problem is not None:
             return self._finding(evidence, Verdict.NOT_MEASURED, problem, before, steps=0)
         try:
-            outcomes = self._invert_all(evidence, halves)
+            outcomes = self._invert_all(evidence, halves, plan)
         except NoGradientError as error:
             return self._finding(evidence, Verdict.NOT_MEASURED, f"no gradient: {error}", before, steps=0)
         comparison = _compare_replays(evidence, halves, outcomes)
-        classes = rank_classes(outcomes, evidence.clean.class_names)
+        classes = rank_classes(outcomes, evidence.clean.class_names, compared=plan.compared)
         limit = self.line(evidence.calibrations).threshold.value
         verdict, reason, result = self._judge(classes, comparison, evidence.gradient_blind_nodes, limit)
-        result = result.model_copy(update={"pictures": _pictures(result, outcomes, halves.held_out)})
-        steps = len(outcomes) * BUDGETS[self.budget][0] * BUDGETS[self.budget][1]
+        pictures = _pictures(result, [_best(starts[: plan.compared]) for starts in outcomes], halves.held_out)
+        result = result.model_copy(update={"pictures": pictures, "restarts": _each_start(outcomes)})
+        steps = plan.steps * sum(map(len, outcomes))
         return self._finding(evidence, verdict, reason, before, steps=steps, result=result)
 
     @property
     def calibrated_settings(self) -> dict[str, Any]:
         """What the score depends on."""
-        steps, restarts = BUDGETS[self.budget]
-        chosen = {name: value for name, value in asdict(self).items() if name != "threshold"}
+        steps, restarts = self._work
+        # Calibrations from before there was a scheduler do not name it: what they hold is the exhaustive one's.
+        unsaid = {"threshold", "restarts"} | ({"scheduler"} if self.scheduler == "exhaustive" else set())
+        chosen = {name: value for name, value in asdict(self).items() if name not in unsaid}
         return {**chosen, "gradient_steps_per_class": steps, "restarts": restarts}
+
+    @property
+    def _work(self) -> tuple[int, int]:
+        """Steps and starts of each class where none is spared any."""
+        steps, restarts = BUDGETS[self.budget]
+        return steps, restarts if self.restarts is None else self.restarts
+
+    def _plan(self, classes: int) -> Plan:
+        return screened_plan(classes, *self._work) if self.scheduler == "screened" else exhaustive_plan(*self._work)
 
     def line(self, calibrations: Calibrations | None) -> Line:
         """The anomaly index above which a class is a suspect: the user's, a fitting calibration's, or the paper's."""
@@ -151,9 +173,9 @@ class NeuralCleanse:
             return Verdict.NOT_MEASURED, f"the shadow is not certified: {evidence.certificate.reason}"
         return None
 
-    def _schedule(self) -> Schedule:
+    def _schedule(self, steps: int) -> Schedule:
         return Schedule(
-            steps=BUDGETS[self.budget][0],
+            steps=steps,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             initial_cost=self.initial_cost,
@@ -162,39 +184,54 @@ class NeuralCleanse:
             attack_success=self.attack_success,
         )
 
-    def _invert_all(self, evidence: Evidence, halves: _Halves) -> list[list[_Replay]]:
-        """Classes side by side, each with its own generator: the answer does not depend on the thread count.
+    def _invert_all(self, evidence: Evidence, halves: _Halves, plan: Plan) -> list[list[_Replay]]:
+        """What every class is compared by, then the further starts of the lowest ones."""
+        every = range(len(evidence.clean.class_names))
+        outcomes = self._start(evidence, halves, plan, every, range(plan.compared))
+        norms = np.array([_norm(_best(found)) for found in outcomes])
+        promising = lowest(norms, plan.promising)
+        if promising:
+            numbers = range(plan.compared, plan.compared + plan.further)
+            for target, found in zip(promising, self._start(evidence, halves, plan, promising, numbers), strict=True):
+                outcomes[target] += found
+        return outcomes
+
+    def _start(
+        self, evidence: Evidence, halves: _Halves, plan: Plan, targets: Sequence[int], numbers: range
+    ) -> list[list[_Replay]]:
+        """Classes side by side, each start with its own generator: the answer does not depend on the thread count.
 
         Nor does the work done: a class without gradients stops no other.
         """
         count = len(evidence.clean.class_names)
+        before, total = (count if numbers.start else 0), count + plan.promising
         outcomes: list[list[_Replay]] = []
         failures: list[NoGradientError] = []
 
-        def restarts(target: int) -> list[_Replay]:
-            return [self._invert(evidence, halves, target, restart) for restart in range(BUDGETS[self.budget][1])]
+        def starts(target: int) -> list[_Replay]:
+            return [self._invert(evidence, halves, plan, target, number) for number in numbers]
 
-        evidence.progress(self.name, 0, count)
+        evidence.progress(self.name, before, total)
         with ThreadPoolExecutor(max_workers=evidence.threads) as pool:
-            pending = [pool.submit(restarts, target) for target in range(count)]
+            pending = [pool.submit(starts, target) for target in targets]
             try:
                 for done, future in enumerate(pending):
                     try:
                         outcomes.append(future.result())
                     except NoGradientError as error:
                         failures.append(error)
-                    evidence.progress(self.name, done + 1, count)
+                    evidence.progress(self.name, before + done + 1, total)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
         if failures:
             raise failures[0]
         return outcomes
 
-    def _invert(self, evidence: Evidence, halves: _Halves, target: int, restart: int) -> _Replay:
+    def _invert(self, evidence: Evidence, halves: _Halves, plan: Plan, target: int, start: int) -> _Replay:
         assert evidence.shadow is not None  # noqa: S101 (refused before)
-        rng = np.random.default_rng([evidence.seed, target, restart])
+        rng = np.random.default_rng([evidence.seed, target, start])
         optimised = _others(halves.optimised, target)
-        found = invert_trigger(evidence.shadow, optimised, target, self._schedule(), rng)
+        found = invert_trigger(evidence.shadow, optimised, target, self._schedule(plan.steps), rng)
         held_out = _others(halves.held_out, target)
         if found.candidates:
             return self._replay(evidence.session, found.candidates, optimised, held_out, target)
@@ -319,9 +356,11 @@ def artifact_asr(session: DeployedSession, trigger: MaskedPattern, images: Pixel
     return float(np.mean((logits.argmax(axis=1) == target) & np.isfinite(logits).all(axis=1)))
 
 
-def rank_classes(outcomes: list[list[_Replay]], names: tuple[str, ...]) -> tuple[InvertedTrigger, ...]:
-    """The best restart of every class, smallest norm first; censored classes come last, in class order."""
-    best = [_best(restarts) for restarts in outcomes]
+def rank_classes(
+    outcomes: list[list[_Replay]], names: tuple[str, ...], *, compared: int
+) -> tuple[InvertedTrigger, ...]:
+    """The best of the starts that every class has, smallest norm first; censored classes come last, in class order."""
+    best = [_best(starts[:compared]) for starts in outcomes]
     order = sorted(range(len(best)), key=lambda t: (best[t].norm is None, best[t].norm or 0.0, t))
     return tuple(
         InvertedTrigger(
@@ -341,16 +380,43 @@ def rank_classes(outcomes: list[list[_Replay]], names: tuple[str, ...]) -> tuple
 
 
 def _best(restarts: list[_Replay]) -> _Replay:
-    return min(restarts, key=lambda replay: np.inf if replay.norm is None else replay.norm)
+    return min(restarts, key=_norm)
 
 
-def _pictures(result: ScanResult, outcomes: list[list[_Replay]], held_out: ImageSet) -> tuple[TriggerPicture, ...]:
+def _norm(replay: _Replay) -> float:
+    return np.inf if replay.norm is None else replay.norm
+
+
+def _each_start(outcomes: list[list[_Replay]]) -> tuple[Restart, ...]:
+    """What the statistic would be if a start were the only one; nothing to tell where there was only one.
+
+    Norms of a start that not all classes have stand against median and MAD of the first: they took as many steps.
+    """
+    starts = max(map(len, outcomes))
+    first = np.array([_norm(row[0]) for row in outcomes])
+    norms = [np.array([_norm(row[number]) for row in outcomes if number < len(row)]) for number in range(starts)]
+    having = [[target for target, row in enumerate(outcomes) if number < len(row)] for number in range(starts)]
+    whole = [mine if len(mine) == len(outcomes) else first for mine in norms]
+    return tuple(map(_restart, norms, whole, having)) if starts > 1 else ()
+
+
+def _restart(norms: NDArray[np.float64], population: NDArray[np.float64], targets: list[int]) -> Restart:
+    at = int(norms.argmin())
+    lowest_class = targets[at] if np.isfinite(norms[at]) else None
+    if _refuse_norms(population) is not None:
+        return Restart(score=None, lowest_class=lowest_class)
+    median, mad = scaled_mad(population)
+    score = max((median - float(norms[at])) / mad, 0.0) if mad else None
+    return Restart(score=score, median_norm=median, mad=mad, lowest_class=lowest_class)
+
+
+def _pictures(result: ScanResult, shown: list[_Replay], held_out: ImageSet) -> tuple[TriggerPicture, ...]:
     """Of every suspect, or else of the class with the smallest norm, on a held-out image of another class."""
     smallest = [entry.target_class for entry in result.classes[:1] if entry.norm is not None]
     drawn = []
     for target in [suspect.target_class for suspect in result.suspects] or smallest:
         example = held_out.take(np.flatnonzero(held_out.labels != target)[:1])
-        drawn.append(picture_trigger(_best(outcomes[target]).trigger, target, example.pixels[0]))
+        drawn.append(picture_trigger(shown[target].trigger, target, example.pixels[0]))
     return tuple(drawn)
 
 
@@ -362,6 +428,16 @@ def _refuse_norms(norms: NDArray[np.float64]) -> str | None:
         return f"{censored} of {len(norms)} classes are censored, more than {MAX_CENSORED:.0%}"
     if len(norms) - censored < MIN_CLASSES:
         return f"{len(norms) - censored} classes converged; at least {MIN_CLASSES} are needed"
+    return None
+
+
+def _refuse_plan(plan: Plan) -> str | None:
+    least = BUDGETS["quick"][0]
+    if plan.steps < least:
+        return (
+            f"the screened scheduler leaves each start {plan.steps} gradient steps; at least {least} are needed, so "
+            "ask for more restarts or a larger budget"
+        )
     return None
 
 
