@@ -10,6 +10,7 @@ from qdefense.trial import Activity
 HEAT_MARKS = (0.6, 0.7, 0.8, 0.9, 0.97)
 """AUROC at which a cell of the matrix gets the next tint."""
 _ROW = ("defense", "attack", "file")
+_INACTIVE = "attenuated or dormant"
 _STATES = ("measured", "not measured", "not applicable", "failed")
 
 
@@ -69,7 +70,18 @@ SCANS = Form(
     ),
     empty="No model scan was run.",
     columns=(
-        *(*_ROW, "TPR", "FPR", "AUROC", "of active and clean", "target first", "target named", *_STATES, "clean twins"),
+        *(
+            *_ROW,
+            "TPR",
+            "FPR",
+            "AUROC",
+            "of active and clean",
+            "target first",
+            "target named",
+            *_STATES,
+            _INACTIVE,
+            "clean twins",
+        ),
         *("alarms, attenuated", "alarms, dormant", "activity unknown", "no record"),
     ),
 )
@@ -89,7 +101,15 @@ DATASET_SCANS = Form(
     empty="No dataset scan was run.",
     columns=(
         *(*_ROW, "AUROC", "AUROC within", "TPR", "FPR", "FPR within", "top recall", "top precision", "alarms"),
-        *("alarms, clean", "FPR, clean networks", *_STATES, "clean twins", "AUROC, attenuated", "AUROC, dormant"),
+        *(
+            "alarms, clean",
+            "FPR, clean networks",
+            *_STATES,
+            _INACTIVE,
+            "clean twins",
+            "AUROC, attenuated",
+            "AUROC, dormant",
+        ),
         *("activity unknown", "no record"),
     ),
 )
@@ -102,7 +122,18 @@ FILTERS = Form(
     ),
     empty="No input filter was run.",
     columns=(
-        *(*_ROW, "AUROC", "TPR", "FPR", "FPR, clean networks", "ASR after", "inputs unscored", *_STATES, "clean twins"),
+        *(
+            *_ROW,
+            "AUROC",
+            "TPR",
+            "FPR",
+            "FPR, clean networks",
+            "ASR after",
+            "inputs unscored",
+            *_STATES,
+            _INACTIVE,
+            "clean twins",
+        ),
         *("AUROC, attenuated", "AUROC, dormant", "activity unknown", "no record"),
     ),
 )
@@ -117,7 +148,7 @@ REPAIRS = Form(
     empty="No repair was run.",
     columns=(
         *(*_ROW, "accuracy before", "accuracy after", "change", "ASR before", "ASR after", "change of ASR", "backdoor"),
-        *(*_STATES, "activity unknown", "no record"),
+        *(*_STATES, _INACTIVE, "activity unknown", "no record"),
     ),
 )
 CONTRASTS = Form(

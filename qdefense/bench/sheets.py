@@ -215,6 +215,7 @@ def _scan_cells(row: ScanRow) -> list[Cell]:
         *_text(counted(row.tpr), counted(row.fpr), single(row.auroc), "{} and {}".format(*row.scored)),
         *_text(counted(row.target_first), counted(row.target_named)),
         *_states(row.answers),
+        *_text(_summed(row.inactive)),
         *_text(_summed(row.clean), counted(row.attenuated), counted(row.dormant)),
         *_text(row.unknown_activity, row.unrecorded),
     ]
@@ -227,6 +228,7 @@ def _dataset_cells(row: DatasetRow) -> list[Cell]:
         *_text(counted(row.within_fpr), counted(row.top_recall), counted(row.top_precision)),
         *_text(counted(row.alarms), counted(row.clean_alarms), counted(row.clean_fpr)),
         *_states(row.answers),
+        *_text(_summed(row.inactive)),
         *_text(_summed(row.clean), decimals(row.attenuated), decimals(row.dormant)),
         *_text(row.unknown_activity, row.unrecorded),
     ]
@@ -238,6 +240,7 @@ def _filter_cells(row: FilterRow) -> list[Cell]:
         *_text(decimals(row.auroc), counted(row.tpr), counted(row.fpr), counted(row.clean_fpr)),
         *_text(counted(row.asr_after), f"{row.unmeasured_inputs:,}"),
         *_states(row.answers),
+        *_text(_summed(row.inactive)),
         *_text(_summed(row.clean), decimals(row.attenuated), decimals(row.dormant)),
         *_text(row.unknown_activity, row.unrecorded),
     ]
@@ -251,6 +254,7 @@ def _repair_cells(row: RepairRow) -> list[Cell]:
         *_text(percents(row.asr_before), percents(row.asr_after), changed(row.asr_change, percent=True)),
         Cell(lines=moves or (NOTHING,)),
         *_states(row.answers),
+        *_text(_summed(row.inactive)),
         *_text(row.unknown_activity, row.unrecorded),
     ]
 

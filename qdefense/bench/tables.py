@@ -102,7 +102,10 @@ class _DefenseRow(_SettingRow):
     access: Access
     answers: Answers
     """Of active files; of clean ones where there is no attack."""
+    inactive: Answers
+    """Of attenuated and dormant files."""
     clean: Answers
+    """Of the clean twins."""
     unknown_activity: int
 
 
@@ -257,6 +260,7 @@ class Sides:
             "unrecorded": cohort.unrecorded(subject.setting, records),
             "keys": tuple(one.key for one in records),
             "answers": count_answers(mine),
+            "inactive": count_answers([*self._of[Activity.ATTENUATED], *self._of[Activity.DORMANT]]),
             "clean": count_answers(twins),
             "unknown_activity": sum(cohort.activity(one) is None for one in records),
         }

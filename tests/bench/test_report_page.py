@@ -130,7 +130,7 @@ def test_page_and_tables_do_not_depend_on_the_order_of_records(tmp_path: Path) -
     records = samples.matrix(data=("gtsrb",), seeds=2)
     found = []
     for part, mine in (("forth", records), ("back", records[::-1])):
-        results = read_results(samples.write(tmp_path / part / "results", mine))
+        results = read_results(samples.write(tmp_path / part / "same" / "results", mine))
         cohort = Cohort(results.records)
         report = summarise(results, cohort).model_copy(update={"digests": {}})
         found.append(render_bench(report, cohort))

@@ -105,6 +105,12 @@ def test_scan_row_without_an_active_file_has_no_rate() -> None:
     assert row.dormant is not None
     assert (row.dormant.hits, row.dormant.n) == (1, 1)
     assert row.attenuated is None
+    assert row.inactive == Answers(measured=1)
+
+
+def test_scan_row_counts_inactive_files_without_an_answer() -> None:
+    _, row = scan_rows(cohort(attacked(0, None, LOST, activity=Activity.DORMANT), clean(0, 0.0)))
+    assert (row.answers, row.inactive, row.dormant) == (Answers(), Answers(not_measured=1), None)
 
 
 def test_scan_row_keeps_attenuated_files_out_of_tpr() -> None:
