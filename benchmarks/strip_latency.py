@@ -100,7 +100,7 @@ def efficacy(data: bytes, clean: ImageSet, inputs: ImageSet) -> dict[str, dict[s
             "tpr": float(np.mean(scores[0] < fitted.boundary.value)),
             "fpr": float(np.mean(scores[1] < fitted.boundary.value)),
             "boundary": fitted.boundary.value,
-            "note": fitted.boundary.note,
+            "sums_cut_at_1": fitted.boundary.note is not None,
             "asr": float(np.mean(session.logits(stamped).argmax(axis=1) == trigger.target_class)),
         }
     return found
@@ -188,14 +188,14 @@ def page(results: dict[str, Any]) -> str:
         *(row for form in forms for row in efficacy_rows(form)),
         "",
         "The boundary is set for a false rejection rate of 1 %; TPR and FPR are shares below it.",
-        *(f"{form['form']}, {name}: {found['note']}." for form, name, found in noted(forms)),
+        *(f"{form['form']}, {name}: the file cuts every sum at 1." for form, name in cutting(forms)),
         "",
     ]
     return "\n".join(lines)
 
 
-def noted(forms: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
-    return [(form, name, found) for form in forms for name, found in form["efficacy"].items() if found["note"]]
+def cutting(forms: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    return [(form, name) for form in forms for name, found in form["efficacy"].items() if found["sums_cut_at_1"]]
 
 
 def _interval(entry: dict[str, float], digits: int = 2) -> str:

@@ -197,8 +197,7 @@ def test_strip_loses_on_static_int8_what_the_input_quantizer_cuts_and_says_so(
     cut = [mean_entropies(logits(np.minimum(image + overlays, 1))[np.newaxis])[0] for image in x]
     assert scores(filter_, x).tolist() == cut
     assert filter_.boundary.note == (
-        "the file cuts pixels at 1, where sums lose a bright trigger among bright overlays; superimposition=blend does "
-        "not"
+        "the file cuts pixels at 1, where a bright trigger drowns among bright overlays: triggered inputs may pass"
     )
     assert fitted(attacked.evidence, superimposition="blend").boundary.note is None
     assert abs(attacked.auroc("blend") - planted("second").auroc("blend")) <= 0.05
