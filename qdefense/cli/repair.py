@@ -45,6 +45,9 @@ USUAL_DROP = 4.0
 def command(job: Job, method: str, max_accuracy_drop: float, output: Path, format_: str, verbose: bool) -> int:
     """Make a new file that may have lost its backdoor, from clean images; audit it as any new file.
 
+    It has the old one's graph: what you say of the one with options, say of the other. Nothing here tells whether there
+    was a backdoor, nor whether it is gone.
+
     0 repaired and written, 1 it cost too much clean accuracy and nothing was written, 2 usage, 3 something was not
     measured and nothing was written, 4 the file was refused.
     """

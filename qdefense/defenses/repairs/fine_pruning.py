@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
@@ -171,9 +172,10 @@ class FinePruning:
         right_before = _refuse_accuracy(patient)
         try:
             activations = mean_activations(patient.evidence, patient.feature_map, patient.tuned)
-            pruning = self._prune(patient, activations)
+            order = dormancy_order(activations.means)
         except (ActivationError, ValueError) as error:
             raise _CannotRepairError(Verdict.NOT_MEASURED, str(error)) from error
+        pruning = self._prune(patient, order)
         self._tune(patient, pruning.pruned)
         artifact = patient.written()
         if artifact.data == old.artifact.data:
@@ -192,7 +194,7 @@ class FinePruning:
             pruning=_told(patient, activations, pruning),
         )
 
-    def _prune(self, patient: _Patient, activations: ChannelActivations) -> Pruning:
+    def _prune(self, patient: _Patient, order: NDArray[np.int64]) -> Pruning:
         """Prune the student; every step is judged by the file that it writes."""
         progress, last = patient.evidence.progress, patient.feature_map.channels - 1
         start = {name: value.clone() for name, value in patient.student.state_dict().items()}
@@ -203,7 +205,7 @@ class FinePruning:
 
         progress(f"{self.name}: prune", 0, last)
         pruning = prune_while_tolerated(
-            dormancy_order(activations.means),
+            order,
             count_right,
             images=len(patient.tuned),
             tolerance=self.tolerance,
@@ -236,6 +238,8 @@ class FinePruning:
             )
         except NoGradientError as error:
             raise _CannotRepairError(Verdict.NOT_MEASURED, f"no gradient: {error}") from error
+        except ShadowError as error:
+            raise _CannotRepairError(Verdict.NOT_MEASURED, f"the shadow can't be trained: {error}") from error
 
     def _reason(self, result: RepairResult) -> str:
         assert result.pruning is not None  # noqa: S101 (made with it)
