@@ -7,15 +7,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import silhouette_score
 
 from qdefense.defenses.spectra import Matrix, principal_coordinates
 
 Reduction = Literal["ica", "pca"]
 
-STARTS = 10
-"""Of k-means; the best counts."""
 SILHOUETTE_ROWS = 10_000
 """More rows than that are sampled for the silhouette, whose cost is their square."""
 
@@ -33,7 +30,7 @@ class Clusters(NamedTuple):
 
 
 class Reclassified(NamedTuple):
-    """How many samples of a cluster a classifier that never saw it gives their own label, and the runner-up's."""
+    """How many samples of a cluster a network that never saw it gives their own label, and the most frequent other."""
 
     own: int
     other: int
@@ -62,14 +59,15 @@ def reduced(features: NDArray[np.floating], dimensions: int, reduction: Reductio
     return kept if reduction == "pca" else kept / np.sqrt(found.variances[:dimensions])
 
 
-def two_clusters(points: Matrix, seed: int) -> Clusters:
+def two_clusters(points: Matrix, *, starts: int, seed: int) -> Clusters:
     """k-means with k = 2 over all samples of a class at once; equal halves count the first found as the smaller.
 
     Args:
         points: ``(n, d)``, at least two of them different.
+        starts: of k-means; the one with the smallest distances to its centres counts.
         seed: of the starts, and of the sample for the silhouette.
     """
-    fitted = KMeans(n_clusters=2, n_init=STARTS, random_state=seed).fit(points)
+    fitted = KMeans(n_clusters=2, n_init=starts, random_state=seed).fit(points)
     smaller = fitted.labels_ == np.argmin(np.bincount(fitted.labels_, minlength=2))
     sampled = SILHOUETTE_ROWS if len(points) > SILHOUETTE_ROWS else None
     distances = fitted.transform(points)
@@ -80,24 +78,6 @@ def two_clusters(points: Matrix, seed: int) -> Clusters:
         silhouette=float(silhouette_score(points, smaller, sample_size=sampled, random_state=seed)),
         margin=far - near,
     )
-
-
-def reclassify(
-    known: NDArray[np.floating], labels: NDArray[np.int64], excluded: NDArray[np.floating]
-) -> NDArray[np.int64]:
-    """Labels that a linear discriminant, fitted to the known samples, gives those that were excluded.
-
-    Args:
-        known: ``(n, D)``, several of each class.
-        labels: ``(n,)`` of these, at least two different ones.
-        excluded: ``(m, D)``, m > 0.
-
-    Returns:
-        ``(m,)``.
-    """
-    classifier = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(known, labels)
-    answers: NDArray[np.int64] = classifier.predict(excluded)
-    return answers
 
 
 def count_reclassified(answers: NDArray[np.int64], label: int) -> Reclassified:

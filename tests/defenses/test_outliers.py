@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qdefense.defenses.outliers import CONSISTENCY, low_side_indices, scaled_mad
+from qdefense.defenses.outliers import CONSISTENCY, high_side_indices, low_side_indices, scaled_mad
 
 INF = np.inf
 
@@ -83,3 +83,18 @@ def test_low_side_indices_raise_when_the_mad_is_zero(values: list[float]) -> Non
         match=r"^the median absolute deviation is 0: the values do not differ, so no index is defined$",
     ):
         low_side_indices(np.array(values))
+
+
+def test_high_side_indices_count_what_lies_above_the_median() -> None:
+    values = np.array([1.0, 2, 3, 4, 10])
+    expected = [0, 0, 0, 1 / 1.4826, 7 / 1.4826]
+    np.testing.assert_allclose(high_side_indices(values), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [([2.0, 2, 2, 9], "deviation is 0"), ([1.0, 2, np.inf], "1 of 3 values"), ([1.0, np.nan, 3], "1 of 3 values")],
+)
+def test_high_side_indices_refuse(values: list[float], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        high_side_indices(np.array(values))
