@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # Dask's own are none of our
 NewDesk = Callable[..., Desk]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[distributed.LocalCluster]:
     """Two workers, each a process with a nanny that replaces it."""
     with distributed.LocalCluster(

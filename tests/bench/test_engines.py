@@ -73,7 +73,7 @@ def test_the_environment_of_children_is_pinned_and_ours_left_alone(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     pool.submit(failing_task)
-    pool._dispatch()
+    pool.completed()
     assert os.environ["OMP_NUM_THREADS"] == "7"
     pid = pool._children[0].process.pid
     child = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
