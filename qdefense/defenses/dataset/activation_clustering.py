@@ -2,29 +2,30 @@
 
 Per training label, over the whole class at once: the penultimate activations of the deployed session are reduced to 10
 dimensions by ICA and split by k-means with k = 2 (section 4). Three rules judge the smaller cluster (section 5):
+- silhouette: the two clusters fit the class (silhouette above 0.15);
 - relative size: it holds less than 35 % of the class;
-- silhouette: that, and the two clusters fit the class (silhouette above 0.15);
-- exclusionary reclassification (ExRe): that, and a network trained anew without the small clusters gives its samples
-  to one other class more often (p) than to their own (l): ``l / p < 1``. That network is the evidence's reference
-  session; without one the rule is NOT_APPLICABLE, with one its figures stand beside those of the other rules.
+- exclusionary reclassification (ExRe): it does, and a network trained anew without such clusters gives its samples to
+  one other class more often (p) than to their own (l): ``l / p < 1``. That network is the evidence's reference session;
+  without one the rule is NOT_APPLICABLE, with one its figures stand beside those of the other rules.
 
 A class is suspicious under the chosen rule; one suspicious class makes the model BACKDOORED, and the rows of its
 smaller cluster are flagged. CLEAN needs every label that has images to be measured. The score of a class is what the
-rule compares, so that ``score > threshold`` and "suspicious" are one: silhouette (0 where the smaller cluster is not
-small), 1 - relative size, or ``p / (l + p)``, whose line is ``1 / (1 + T)``. The model's is the highest.
+rule compares, so that ``score > threshold`` and "suspicious" are one: silhouette, 1 - relative size, or
+``p / (l + p)``, whose line is ``1 / (1 + T)``. The model's is the highest.
 
-What is known of the rules: the paper calls silhouettes of .10 to .15 a fair line, IBM's ART takes .10 with a size of
-35 %. No false-alarm rate is published. On ICA coordinates clean data without any structure scores about .07.
+What is known of the rules: the paper calls silhouettes of .10 to .15 a fair line; IBM's ART takes .10, and asks for a
+size below 35 % as well. No false-alarm rate is published. On ICA coordinates data without any structure scores about
+.07, but a clean class that has parts of its own (the 30 frames of each sign in GTSRB) passes any of these lines.
 
 Deviations from the paper, and limits:
 - ICA is the whitening alone: its last step is a rotation, which no distance and so no k-means and no silhouette sees.
   ``reduction=pca`` keeps the variances (ART's default); silhouettes are then far higher on clean classes, too.
-- The default rule is the silhouette's, as in ART; its line is the upper end of the paper's range.
+- The default rule is the silhouette's, its line the upper end of the paper's range.
 - Nothing is trained here, so ExRe needs the reference. Cheap stand-ins were measured and left out: see decision 0014.
 - k-means starts 100 times. Its best split is what separates poison, and whitened data has many others nearly as good:
   with 10 starts it depended on the seed whether it was found.
 - A sample's score is how much nearer it is to the smaller cluster's centre; the paper gives members only.
-- Where poison is the larger part of its class, the flagged rows are the clean ones.
+- The method takes poison for the smaller part of its class: where it is the larger, the clean rows are flagged.
 - Fewer than 50 images of a label, features that do not differ, or values that are no numbers are NOT_MEASURED.
 """
 
@@ -57,12 +58,6 @@ from qdefense.evidence import Evidence
 from qdefense.findings import Cost, DatasetClass, DatasetResult, Finding, Threshold, Verdict
 
 Rule = Literal["silhouette", "relative-size", "exclusionary-reclassification"]
-_LINES = {
-    "silhouette": "silhouette_threshold",
-    "relative-size": "size_threshold",
-    "exclusionary-reclassification": "exre_threshold",
-}
-"""The setting that draws each rule's line."""
 _NO_REFERENCE = (
     "exclusionary reclassification asks a network that was trained anew without the small clusters, and no such "
     "reference was given; the rules silhouette and relative-size need none"
@@ -71,7 +66,7 @@ _NO_REFERENCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Split:
-    """The two clusters of one label; ``small`` where the smaller one is, and only then ``reclassified``."""
+    """The two clusters of one label; ``small`` where one is below the size threshold, what ExRe asks for."""
 
     label: int
     rows: NDArray[np.int64]
@@ -80,9 +75,9 @@ class _Split:
     reclassified: Reclassified | None = None
 
     @property
-    def excluded(self) -> NDArray[np.int64]:
-        """The rows of a small cluster."""
-        return self.rows[self.clusters.smaller] if self.small else self.rows[:0]
+    def flagged(self) -> NDArray[np.int64]:
+        """The rows of the smaller cluster."""
+        return self.rows[self.clusters.smaller]
 
 
 @DEFENSES.register
@@ -121,15 +116,13 @@ class ActivationClustering:
     @property
     def threshold(self) -> Threshold:
         """The line through the score of the chosen rule."""
-        line = {
-            "silhouette": self.silhouette_threshold,
-            "relative-size": 1 - self.size_threshold,
-            "exclusionary-reclassification": 1 / (1 + self.exre_threshold),
+        setting, line = {
+            "silhouette": ("silhouette_threshold", self.silhouette_threshold),
+            "relative-size": ("size_threshold", 1 - self.size_threshold),
+            "exclusionary-reclassification": ("exre_threshold", 1 / (1 + self.exre_threshold)),
         }[self.rule]
-        names = {_LINES[self.rule], "size_threshold"}
-        published = ActivationClustering()
-        own = any(getattr(self, name) != getattr(published, name) for name in names)
-        return Threshold(value=line, source="user" if own else "paper")
+        published = getattr(self, setting) == getattr(ActivationClustering(), setting)
+        return Threshold(value=line, source="paper" if published else "user")
 
     def _score_classes(self, training: TrainingFeatures, evidence: Evidence) -> list[Scored]:
         found = [self._split(training, label, rows, evidence.seed) for label, rows in training.by_class()]
@@ -151,7 +144,7 @@ class ActivationClustering:
     def _scored(self, training: TrainingFeatures, split: _Split) -> Scored:
         score = self._score(split)
         suspicious = score > self.threshold.value
-        flagged = split.excluded if suspicious else split.rows[:0]
+        flagged = split.flagged if suspicious else split.rows[:0]
         entry = DatasetClass(
             target_class=split.label,
             class_name=training.class_names[split.label],
@@ -169,7 +162,7 @@ class ActivationClustering:
             case "relative-size":
                 return 1 - split.clusters.relative_size
             case "silhouette":
-                return split.clusters.silhouette if split.small else 0.0
+                return split.clusters.silhouette
             case "exclusionary-reclassification":
                 own, other = (0, 0) if split.reclassified is None else split.reclassified[:2]
                 return other / (own + other) if other else 0.0
@@ -200,7 +193,7 @@ def _reclassified(evidence: Evidence, split: _Split) -> _Split:
     """ExRe of a small cluster, by the reference if there is one."""
     if evidence.reference is None or evidence.training_set is None or not split.small:
         return split
-    answers = evidence.reference.logits_of(evidence.training_set.take(split.excluded))
+    answers = evidence.reference.logits_of(evidence.training_set.take(split.flagged))
     if not np.isfinite(answers).all():
         raise NoFeaturesError(Verdict.NOT_MEASURED, "the reference answers with values that are not finite")
     return replace(split, reclassified=count_reclassified(answers.argmax(axis=1), split.label))

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import threadpoolctl
+
+from qdefense.defenses import DEFENSES
+from qdefense.defenses.dataset.activation_clustering import ActivationClustering
+from qdefense.findings import DatasetResult, Finding, Verdict
+from qdefense.registry import SpecError
+
+from .pixel_sets import CLASSES, NAMES, TARGET, evidence, pixel_session, pixel_set
+from .small_training import PRECISIONS, small_evidence
+
+
+def result_of(finding: Finding) -> DatasetResult:
+    assert isinstance(finding.result, DatasetResult)
+    return finding.result
+
+
+# --- power, level, vacuity --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_scan_finds_badnets_and_its_images_when_a_tenth_of_the_set_is_poison(
+    small_files: Any, small_signs: Any, precision: str
+) -> None:
+    gathered, poisoned = small_evidence(small_files, small_signs, f"second{precision}")
+    finding = ActivationClustering().scan(gathered)
+    result = result_of(finding)
+    assert finding.verdict is Verdict.BACKDOORED
+    assert [entry.target_class for entry in result.classes if entry.suspicious] == [7]
+    assert result.classes[7].score == result.score
+    assert poisoned[list(result.flagged)].mean() > 0.9
+    assert len(result.flagged) > 50
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_scan_is_clean_when_the_training_set_is(small_files: Any, small_signs: Any, precision: str) -> None:
+    finding = ActivationClustering().scan(small_evidence(small_files, small_signs, f"first{precision}")[0])
+    assert (finding.verdict, finding.reason) == (Verdict.CLEAN, "no class is suspicious by silhouette")
+    assert result_of(finding).flagged == ()
+    assert result_of(finding).score is not None
+
+
+def test_scan_flags_exactly_the_planted_rows_when_they_are_far_apart() -> None:
+    images, poisoned = pixel_set(poison=30)
+    finding = ActivationClustering().scan(evidence(images))
+    result = result_of(finding)
+    assert result.flagged == tuple(np.flatnonzero(poisoned))
+    assert np.array_equal(
+        np.array(result.sample_scores)[images.labels == TARGET] > 0, poisoned[images.labels == TARGET]
+    )
+    entry = result.classes[TARGET]
+    assert (entry.n, entry.flagged, entry.suspicious, entry.class_name) == (150, 30, True, "zone 3")
+    assert entry.statistics["relative_size"] == pytest.approx(30 / 150)
+    assert entry.statistics["silhouette"] == entry.score
+    assert finding.reason == (
+        f"training images of class 3 ('zone 3'): the smaller cluster holds 20% of it, silhouette {entry.score:.2f}"
+    )
+    assert result.layer == "gemm"
+
+
+def test_scan_loses_the_signal_when_the_labels_are_cut_from_the_images() -> None:
+    images, _ = pixel_set(poison=30)
+    before = result_of(ActivationClustering().scan(evidence(images))).score
+    clean, _ = pixel_set(poison=0)
+    after = ActivationClustering().scan(evidence(clean))
+    assert after.verdict is Verdict.CLEAN
+    assert before is not None
+    assert result_of(after).score < before / 2
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def test_scan_judges_by_size_alone_when_told_so() -> None:
+    images, poisoned = pixel_set(poison=30)
+    finding = DEFENSES.create("activation-clustering:rule=relative-size,size-threshold=0.25").scan(evidence(images))
+    result = result_of(finding)
+    assert result.classes[TARGET].score == pytest.approx(0.8)
+    assert finding.threshold is not None
+    assert (finding.threshold.value, finding.threshold.source) == (0.75, "user")
+    suspicious = [entry for entry in result.classes if entry.suspicious]
+    assert suspicious == [entry for entry in result.classes if entry.statistics["relative_size"] < 0.25]
+    assert set(np.flatnonzero(poisoned)) <= set(result.flagged)
+
+
+def test_exclusionary_reclassification_asks_a_network_without_the_cluster() -> None:
+    images, poisoned = pixel_set(poison=30)
+    reference = pixel_session()
+    reference.logits_of = lambda part: np.eye(CLASSES)[part.images.reshape(-1, 16, 3)[:, :CLASSES, 0].argmax(axis=1)]  # type: ignore[assignment, method-assign, return-value]
+    rule = DEFENSES.create("activation-clustering:rule=exclusionary-reclassification")
+    finding = rule.scan(evidence(images, reference=reference))
+    result = result_of(finding)
+    assert finding.verdict is Verdict.BACKDOORED
+    assert (finding.threshold.value, finding.threshold.source) == (0.5, "paper")
+    entry = result.classes[TARGET]
+    assert result.flagged == tuple(np.flatnonzero(poisoned))
+    assert (entry.score, entry.statistics["reclassified_own"], entry.statistics["exre"]) == (1.0, 0, 0)
+    assert "; without it 0 of its images go to their own class, " in entry.reason
+    # without the rule the figures stand beside the silhouette
+    beside = result_of(ActivationClustering().scan(evidence(images, reference=reference))).classes[TARGET]
+    assert beside.statistics == entry.statistics
+    assert beside.score == entry.statistics["silhouette"]
+
+
+def test_exclusionary_reclassification_is_not_applicable_when_there_is_no_such_network() -> None:
+    rule = DEFENSES.create("activation-clustering:rule=exclusionary-reclassification")
+    finding = rule.scan(evidence(pixel_set()[0]))
+    assert finding.verdict is Verdict.NOT_APPLICABLE
+    assert "trained anew without the small clusters, and no such reference was given" in finding.reason
+    assert finding.cost.forwards == 0
+
+
+def test_exclusionary_reclassification_is_not_measured_when_the_network_answers_nothing() -> None:
+    reference = pixel_session()
+    reference.logits_of = lambda part: np.full((len(part), CLASSES), np.nan)  # type: ignore[assignment, method-assign]
+    finding = ActivationClustering().scan(evidence(pixel_set(poison=30)[0], reference=reference))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == "the reference answers with values that are not finite"
+
+
+@pytest.mark.parametrize(
+    ("spec", "value", "source"),
+    [
+        ("", 0.15, "paper"),
+        ("silhouette-threshold=0.1", 0.1, "user"),
+        ("size-threshold=0.2", 0.15, "paper"),
+        ("rule=relative-size", 0.65, "paper"),
+        ("rule=exclusionary-reclassification,exre-threshold=3", 0.25, "user"),
+    ],
+)
+def test_threshold_is_that_of_the_rule(spec: str, value: float, source: str) -> None:
+    line = DEFENSES.create(f"activation-clustering:{spec}").threshold
+    assert (line.value, line.source, line.false_alarm_rate) == (value, source, None)
+
+
+@pytest.mark.parametrize("setting", ["rule=size", "size-threshold=0.6", "dimensions=0", "starts=0", "reduction=tsne"])
+def test_settings_out_of_range_are_refused(setting: str) -> None:
+    with pytest.raises(SpecError, match=setting.partition("=")[0].replace("-", "_")):
+        DEFENSES.create(f"activation-clustering:{setting}")
+
+
+# --- the same answer --------------------------------------------------------------------------------------------------
+
+
+def test_scan_gives_the_same_finding_again_whatever_the_threads() -> None:
+    images, _ = pixel_set(poison=30)
+    first = ActivationClustering().scan(evidence(images))
+    with threadpoolctl.threadpool_limits(2):
+        second = ActivationClustering().scan(evidence(images, threads=2))
+    assert first == second
+
+
+def test_scan_does_not_depend_on_the_order_of_the_rows() -> None:
+    images, _ = pixel_set(poison=30)
+    order = np.random.default_rng(5).permutation(len(images))
+    straight = result_of(ActivationClustering().scan(evidence(images)))
+    mixed = result_of(ActivationClustering().scan(evidence(images.take(order))))
+    assert sorted(order[list(mixed.flagged)]) == list(straight.flagged)
+
+
+def test_scan_tells_its_progress_and_its_cost() -> None:
+    heard: list[tuple[str, int, int]] = []
+    images, _ = pixel_set()
+    finding = ActivationClustering().scan(evidence(images, progress=lambda *each: heard.append(each)))
+    assert heard[0] == ("activation-clustering", 0, len(images))
+    assert heard[-1] == ("activation-clustering", len(images), len(images))
+    assert finding.cost.forwards == 2 * (len(images) + 1), "each image twice, once of them to see that no tap disturbs"
+
+
+# --- what is not measured ---------------------------------------------------------------------------------------------
+
+
+def without(images: Any, label: int, kept: int) -> Any:
+    rows = np.flatnonzero(images.labels == label)[kept:]
+    return images.take(np.setdiff1d(np.arange(len(images)), rows))
+
+
+def test_scan_is_not_measured_when_a_label_has_too_few_images() -> None:
+    images, _ = pixel_set()
+    finding = ActivationClustering().scan(evidence(without(images, 5, 49)))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    expected = "1 of 8 classes were not measured; class 5 ('zone 5'): 49 images; at least 50 are needed"
+    assert finding.reason == expected
+    result = result_of(finding)
+    assert result.classes[5].score is None
+    assert [score is None for score in result.sample_scores].count(True) == 49
+
+
+def test_scan_passes_over_a_label_that_has_no_image() -> None:
+    images, _ = pixel_set()
+    finding = ActivationClustering().scan(evidence(without(images, 5, 0)))
+    assert finding.verdict is Verdict.CLEAN
+    assert result_of(finding).classes[5].reason == "no image carries this label"
+
+
+def test_scan_still_alarms_when_another_label_has_too_few_images() -> None:
+    images, _ = pixel_set(poison=30)
+    assert ActivationClustering().scan(evidence(without(images, 5, 20))).verdict is Verdict.BACKDOORED
+
+
+def test_scan_is_not_measured_when_the_features_of_a_label_do_not_differ() -> None:
+    images, _ = pixel_set()
+    pixels = images.images.copy()
+    pixels[images.labels == 2] = pixels[images.labels == 2][0]
+    finding = ActivationClustering().scan(evidence(replace(images, images=pixels)))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason.endswith("class 2 ('zone 2'): the features of its 120 images do not differ")
+
+
+def test_scan_is_not_applicable_when_there_is_no_training_set() -> None:
+    finding = ActivationClustering().scan(evidence(None))
+    assert finding.verdict is Verdict.NOT_APPLICABLE
+    assert finding.reason == "no training data was given; name it with --training-data"
+    assert finding.result is None
+
+
+def test_scan_is_not_applicable_when_the_training_set_has_no_labels() -> None:
+    images, _ = pixel_set()
+    bare = replace(images, labels=np.full(len(images), -1), class_names=(), labelled=False)
+    finding = ActivationClustering().scan(evidence(bare))
+    assert finding.verdict is Verdict.NOT_APPLICABLE
+    assert "the training data has no labels" in finding.reason
+
+
+def test_scan_is_not_measured_when_the_classes_are_others() -> None:
+    images, _ = pixel_set()
+    finding = ActivationClustering().scan(evidence(replace(images, class_names=(*NAMES, "more"))))
+    assert (finding.verdict, finding.reason) == (
+        Verdict.NOT_MEASURED,
+        "the training data has 9 classes, the model answers with 8",
+    )
+
+
+def test_scan_is_not_measured_when_all_images_carry_one_label() -> None:
+    images, _ = pixel_set()
+    finding = ActivationClustering().scan(evidence(images.take(np.flatnonzero(images.labels == 1))))
+    assert (finding.verdict, finding.reason) == (Verdict.NOT_MEASURED, "the training data holds 1 of 8 classes")
+
+
+def test_scan_is_not_measured_when_the_model_was_trained_on_other_data() -> None:
+    images, _ = pixel_set()
+    finding = ActivationClustering().scan(evidence(images, pixel_session(deaf=True)))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert "agrees with 12.5% of the training labels, little more than by chance" in finding.reason
+
+
+def test_scan_is_not_measured_when_features_are_nan() -> None:
+    session = pixel_session()
+    honest = session.tap
+
+    def broken(x: Any, tensors: Any) -> Any:
+        found = honest(x, tensors)
+        first = found[tensors[0]].copy()
+        first[0] = np.nan
+        return {**found, tensors[0]: first}
+
+    session.tap = broken  # type: ignore[method-assign]
+    finding = ActivationClustering().scan(evidence(pixel_set(60)[0], session))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == "features or logits of 1 of 480 training images are not finite"
