@@ -119,7 +119,7 @@ HINTS = {
     "clean images help too. [--defense neural-cleanse:budget=exhaustive --seed 4]",
     "equal": "At least half of the classes have the same norm, so none can stand out.",
     "replay": "does not follow the file on the stamped images",
-    "applicable": "neural-cleanse cannot judge this file with what was given. Require a check that can. [qdefense defenses]",
+    "applicable": "cannot judge this file with what was given. Require a check that can. [qdefense defenses]",
     "gradients": "The shadow has no usable gradients",
     "saturation": "Quantize it again with --reduce-range",
     "unknown": "Put right what the reasons name.",
