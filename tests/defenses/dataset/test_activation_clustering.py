@@ -47,25 +47,24 @@ def test_scan_is_clean_when_the_training_set_is(small_files: Any, small_signs: A
 
 
 def test_scan_flags_exactly_the_planted_rows_when_they_are_far_apart() -> None:
-    images, poisoned = pixel_set(poison=30)
+    images, poisoned = pixel_set(poison=15)
     finding = ActivationClustering().scan(evidence(images))
     result = result_of(finding)
     assert result.flagged == tuple(np.flatnonzero(poisoned))
-    assert np.array_equal(
-        np.array(result.sample_scores)[images.labels == TARGET] > 0, poisoned[images.labels == TARGET]
-    )
+    target = images.labels == TARGET
+    assert np.array_equal(np.array(result.sample_scores)[target] > 0, poisoned[target])
     entry = result.classes[TARGET]
-    assert (entry.n, entry.flagged, entry.suspicious, entry.class_name) == (150, 30, True, "zone 3")
-    assert entry.statistics["relative_size"] == pytest.approx(30 / 150)
+    assert (entry.n, entry.flagged, entry.suspicious, entry.class_name) == (135, 15, True, "zone 3")
+    assert entry.statistics["relative_size"] == pytest.approx(15 / 135)
     assert entry.statistics["silhouette"] == entry.score
     assert finding.reason == (
-        f"training images of class 3 ('zone 3'): the smaller cluster holds 20% of it, silhouette {entry.score:.2f}"
+        f"training images of class 3 ('zone 3'): the smaller cluster holds 11% of it, silhouette {entry.score:.2f}"
     )
     assert result.layer == "gemm"
 
 
-def test_scan_loses_the_signal_when_the_labels_are_cut_from_the_images() -> None:
-    images, _ = pixel_set(poison=30)
+def test_scan_loses_the_signal_when_the_poison_is_left_out() -> None:
+    images, _ = pixel_set(poison=15)
     before = result_of(ActivationClustering().scan(evidence(images))).score
     clean, _ = pixel_set(poison=0)
     after = ActivationClustering().scan(evidence(clean))
@@ -78,10 +77,10 @@ def test_scan_loses_the_signal_when_the_labels_are_cut_from_the_images() -> None
 
 
 def test_scan_judges_by_size_alone_when_told_so() -> None:
-    images, poisoned = pixel_set(poison=30)
+    images, poisoned = pixel_set(poison=15)
     finding = DEFENSES.create("activation-clustering:rule=relative-size,size-threshold=0.25").scan(evidence(images))
     result = result_of(finding)
-    assert result.classes[TARGET].score == pytest.approx(0.8)
+    assert result.classes[TARGET].score == pytest.approx(1 - 15 / 135)
     assert finding.threshold is not None
     assert (finding.threshold.value, finding.threshold.source) == (0.75, "user")
     suspicious = [entry for entry in result.classes if entry.suspicious]
@@ -89,10 +88,10 @@ def test_scan_judges_by_size_alone_when_told_so() -> None:
     assert set(np.flatnonzero(poisoned)) <= set(result.flagged)
 
 
-def test_exclusionary_reclassification_asks_a_network_without_the_cluster() -> None:
-    images, poisoned = pixel_set(poison=30)
+def test_exclusionary_reclassification_asks_a_network_without_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, poisoned = pixel_set(poison=15)
     reference = pixel_session()
-    reference.logits_of = lambda part: np.eye(CLASSES)[part.images.reshape(-1, 16, 3)[:, :CLASSES, 0].argmax(axis=1)]  # type: ignore[assignment, method-assign, return-value]
+    monkeypatch.setattr(reference, "logits_of", lambda part: part.images.reshape(-1, 16, 3)[:, :CLASSES, 0])
     rule = DEFENSES.create("activation-clustering:rule=exclusionary-reclassification")
     finding = rule.scan(evidence(images, reference=reference))
     result = result_of(finding)
@@ -116,10 +115,12 @@ def test_exclusionary_reclassification_is_not_applicable_when_there_is_no_such_n
     assert finding.cost.forwards == 0
 
 
-def test_exclusionary_reclassification_is_not_measured_when_the_network_answers_nothing() -> None:
+def test_exclusionary_reclassification_is_not_measured_when_the_network_answers_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reference = pixel_session()
-    reference.logits_of = lambda part: np.full((len(part), CLASSES), np.nan)  # type: ignore[assignment, method-assign]
-    finding = ActivationClustering().scan(evidence(pixel_set(poison=30)[0], reference=reference))
+    monkeypatch.setattr(reference, "logits_of", lambda part: np.full((len(part), CLASSES), np.nan))
+    finding = ActivationClustering().scan(evidence(pixel_set(poison=15)[0], reference=reference))
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason == "the reference answers with values that are not finite"
 
@@ -149,7 +150,7 @@ def test_settings_out_of_range_are_refused(setting: str) -> None:
 
 
 def test_scan_gives_the_same_finding_again_whatever_the_threads() -> None:
-    images, _ = pixel_set(poison=30)
+    images, _ = pixel_set(poison=15)
     first = ActivationClustering().scan(evidence(images))
     with threadpoolctl.threadpool_limits(2):
         second = ActivationClustering().scan(evidence(images, threads=2))
@@ -157,7 +158,7 @@ def test_scan_gives_the_same_finding_again_whatever_the_threads() -> None:
 
 
 def test_scan_does_not_depend_on_the_order_of_the_rows() -> None:
-    images, _ = pixel_set(poison=30)
+    images, _ = pixel_set(poison=15)
     order = np.random.default_rng(5).permutation(len(images))
     straight = result_of(ActivationClustering().scan(evidence(images)))
     mixed = result_of(ActivationClustering().scan(evidence(images.take(order))))
@@ -200,7 +201,7 @@ def test_scan_passes_over_a_label_that_has_no_image() -> None:
 
 
 def test_scan_still_alarms_when_another_label_has_too_few_images() -> None:
-    images, _ = pixel_set(poison=30)
+    images, _ = pixel_set(poison=15)
     assert ActivationClustering().scan(evidence(without(images, 5, 20))).verdict is Verdict.BACKDOORED
 
 
@@ -250,7 +251,7 @@ def test_scan_is_not_measured_when_the_model_was_trained_on_other_data() -> None
     assert "agrees with 12.5% of the training labels, little more than by chance" in finding.reason
 
 
-def test_scan_is_not_measured_when_features_are_nan() -> None:
+def test_scan_is_not_measured_when_features_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     session = pixel_session()
     honest = session.tap
 
@@ -260,7 +261,7 @@ def test_scan_is_not_measured_when_features_are_nan() -> None:
         first[0] = np.nan
         return {**found, tensors[0]: first}
 
-    session.tap = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(session, "tap", broken)
     finding = ActivationClustering().scan(evidence(pixel_set(60)[0], session))
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason == "features or logits of 1 of 480 training images are not finite"
