@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -121,8 +122,8 @@ def peak_memory(name: str, build: Callable[[], Callable[[], object]]) -> PeakMem
     if not _STATUS.exists():
         return None
     # Of a Ctrl-C, which reaches both processes, only this one has to tell.
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), **quiet) as pool:
+    quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=quiet) as pool:
         before, peak = pool.submit(_build_and_run, build).result()
     return PeakMemory(name=name, peak_bytes=peak, before_bytes=before)
 

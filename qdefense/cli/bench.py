@@ -83,8 +83,8 @@ def command(
     table = read_matrix(matrix)
     folder = output_dir or matrix.resolve().parent / RESULTS
     if latency:
-        run = show_timings if dry_run else time_matrix
-        return run(table, folder, lambda store, pin: _planned(table, store, only, limit, pin=pin))
+        act = show_timings if dry_run else time_matrix
+        return act(table, folder, lambda store, pin: _planned(table, store, only, limit, pin=pin))
     if dry_run:
         store = Store(folder)
         plan = _planned(table, store, only, limit, pin=False)
