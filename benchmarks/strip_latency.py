@@ -25,14 +25,8 @@ import numpy as np
 
 from qdefense.artifact import Artifact
 from qdefense.attacks.badnets import BadNets
-from qdefense.bench.latency import (
-    LatencyRecord,
-    PeakMemory,
-    Rounds,
-    deployed_variants,
-    measure_latency,
-    peak_memory,
-)
+from qdefense.bench.latency import deployed_variants, measure_latency, peak_memory
+from qdefense.bench.timing_records import LatencyRecord, PeakMemory, Rounds
 from qdefense.converters.quantize import quantize
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.data.opening import open_data

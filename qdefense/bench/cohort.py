@@ -128,8 +128,11 @@ class Cohort:
 
     def subject(self, record: DefenseRecord) -> Subject:
         """Which row a record belongs to."""
-        label = self._defenses["", record.defense, _text(record.settings)]
-        return Subject(self.setting(record), label, record.access)
+        return Subject(self.setting(record), self.defense(record.defense, record.settings), record.access)
+
+    def defense(self, name: str, settings: Mapping[str, Any]) -> str:
+        """The defense, with the settings in which it differs from others of the name; with all if it has no trial."""
+        return self._defenses.get(("", name, _text(settings))) or _label(name, settings, (settings, {}))
 
     def kind(self, record: DefenseRecord) -> Kind | None:
         """The kind of a defense, which a failed trial may not name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import floor, isfinite, log10
 
 from qdefense.bench.tables import Difference, Proportion, Spread
+from qdefense.profile import Runtime
 
 NOTHING = "n/a"
 _MANY = 20
@@ -66,3 +67,9 @@ def changed(change: Difference | None, *, percent: bool = False) -> str:
         why = "one network" if change.n == 1 else f"all {change.n} alike"
         return f"{told(change.mean)}{unit} ({why}: no interval)"
     return f"{told(change.mean)}{unit} [{told(change.low)}, {told(change.high)}]"
+
+
+def told_runtime(runtime: Runtime) -> str:
+    """``onnxruntime 1.24.1, Linux x86_64, avx2 fma``."""
+    flags = " ".join(runtime.isa) or "no ISA flags known"
+    return f"onnxruntime {runtime.onnxruntime}, {runtime.system} {runtime.machine}, {flags}"

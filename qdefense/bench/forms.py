@@ -213,12 +213,14 @@ LATENCY = Form(
     notes=(
         "Single-stream: one image a call, wall clock in milliseconds. Added: the difference of medians to the file "
         "alone, measured in turns, with its 95 % bootstrap interval. Throughput: images per second with many images a "
-        "call. Peak memory: the largest resident size of a process that did nothing else.",
+        "call. Peak memory: the largest resident size of a process that did nothing else, a filter's fit included. Of "
+        "networks that differ only in seed and attack one is timed. Load: processes that wanted a CPU, before and "
+        "after; where it was more than there are CPUs, read the figures with care.",
     ),
-    empty="No latency was measured: the folder has no latency.jsonl.",
+    empty="No latency was measured: `qdefense bench --latency` writes latency.jsonl.",
     columns=(
         *("variant", "attack", "file", "seed", "p50", "p90", "p99", "added"),
-        *("images per second", "images a call", "peak memory"),
+        *("images per second", "images a call", "peak memory", "load", "runtime"),
     ),
 )
 UNANSWERED = Form(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -11,8 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
 
+from qdefense.bench.timing_records import (
+    PLAIN,
+    AddedLatency,
+    Interval,
+    LatencyRecord,
+    Machine,
+    PeakMemory,
+    Rounds,
+    Scenario,
+    VariantTiming,
+)
 from qdefense.bench.timing_statistics import (
     Estimate,
     difference_estimate,
@@ -22,103 +34,24 @@ from qdefense.bench.timing_statistics import (
 )
 from qdefense.data.images import Pixels
 from qdefense.defenses import FittedFilter
-from qdefense.session import DeployedSession, Runtime, SessionProfile, runtime
+from qdefense.session import DeployedSession, runtime
 
 Variant = Callable[[Pixels], object]
-PLAIN = "session"
-"""The variant that the others are set against: the deployed file alone."""
-
 _STATUS = Path("/proc/self/status")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Interval(_Record):
-    """A median and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class VariantTiming(_Record):
-    """One variant's calls, in milliseconds of wall clock."""
-
-    name: str
-    median_ms: Interval
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    cpu_ms: float = Field(description="median CPU time of a call, of all threads")
-    rows_per_second: Interval = Field(description="rows of a call over its median time")
-
-
-class AddedLatency(_Record):
-    """What a variant takes beyond the first one, from the medians of the same rounds."""
-
-    name: str
-    over: str
-    difference_ms: Interval
-    ratio: Interval
-
-
-class Scenario(_Record):
-    """Variants that took turns in every round, on the same rows."""
-
-    rows: int = Field(description="images per call; 1 is single-stream")
-    rounds: int
-    warm_up: int = Field(description="rounds before, which do not count")
-    variants: tuple[VariantTiming, ...]
-    added: tuple[AddedLatency, ...]
-
-
-class PeakMemory(_Record):
-    """Largest resident size of a fresh process that did nothing else (VmHWM, Linux only)."""
-
-    name: str
-    peak_bytes: int
-    before_bytes: int = Field(description="the same before the model was opened: Python and its libraries")
-
-
-class Machine(_Record):
-    """Where it was measured, and how busy that was."""
-
-    runtime: Runtime
-    cpus: int = Field(description="CPUs that this process may use")
-    load_before: tuple[float, ...]
-    load_after: tuple[float, ...]
-
-
-class LatencyRecord(_Record):
-    """The latency of one file, plain and with defenses that run per input."""
-
-    artifact_sha256: str
-    profile: SessionProfile
-    threads: int = Field(description="calls into the session that a filter may have side by side")
-    seed: int
-    single_stream: Scenario
-    offline: Scenario
-    machine: Machine
-    memory: tuple[PeakMemory, ...] = ()
-
-
-class Rounds(_Record):
-    """How often to measure."""
-
-    single_stream: int = Field(default=200, ge=1)
-    offline: int = Field(default=15, ge=1)
-    warm_up: int = Field(default=3, ge=0)
+def behind(name: str) -> str:
+    """What the variant is called that runs behind a filter."""
+    return f"{PLAIN} + {name}"
 
 
 def deployed_variants(session: DeployedSession, filters: Mapping[str, FittedFilter]) -> dict[str, Variant]:
     """The session alone, then the session behind each filter: ``decide``, then the logits."""
 
-    def behind(fitted: FittedFilter) -> Variant:
+    def guarded(fitted: FittedFilter) -> Variant:
         return lambda x: (fitted.decide(x), session.logits(x))
 
-    return {PLAIN: session.logits, **{f"{PLAIN} + {name}": behind(fitted) for name, fitted in filters.items()}}
+    return {PLAIN: session.logits, **{behind(name): guarded(fitted) for name, fitted in filters.items()}}
 
 
 def measure_latency(
@@ -188,7 +121,9 @@ def peak_memory(name: str, build: Callable[[], Callable[[], object]]) -> PeakMem
     """
     if not _STATUS.exists():
         return None
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    # Of a Ctrl-C, which reaches both processes, only this one has to tell.
+    quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=quiet) as pool:
         before, peak = pool.submit(_build_and_run, build).result()
     return PeakMemory(name=name, peak_bytes=peak, before_bytes=before)
 

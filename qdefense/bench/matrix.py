@@ -62,6 +62,8 @@ class BenchFacts(_Table):
     )
     clean_images: _Count = Field(default=1000, description="clean test images that a defense sees")
     held_out_images: _Count = Field(default=1000, description="other test images that an input filter decides on")
+    latency_rounds: _Count = Field(default=200, description="of --latency: calls of one image")
+    latency_offline_rounds: _Count = Field(default=15, description="of --latency: calls of 64 images")
 
 
 class DataTable(_Table):

@@ -22,7 +22,7 @@ from qdefense.bench.shadow_session import ShadowSession
 from qdefense.bench.tasks import Clock, Outcome, TrialTask
 from qdefense.data.images import DataError, ImageSet, Pixels
 from qdefense.data.selection import choose_rows
-from qdefense.defenses import DEFENSES
+from qdefense.defenses import DEFENSES, FittedFilter
 from qdefense.evidence import Evidence, gather_evidence
 from qdefense.fidelity import uncertified
 from qdefense.findings import DatasetResult, FilterResult, Finding, ScanResult, Verdict
@@ -35,7 +35,7 @@ _ROWS_AT_ONCE = 250
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bench:
+class Bench:
     """A file on the evaluator's desk: ``seen`` are the clean test images that a defense gets, ``unseen`` the others."""
 
     task: TrialTask
@@ -46,6 +46,7 @@ class _Bench:
 
     @property
     def seed(self) -> int:
+        """Of the evaluation's draws and of the defense."""
         return self.task.trial.evaluation.seed
 
 
@@ -65,18 +66,12 @@ def measure(task: TrialTask, clock: Clock) -> Outcome:
         FileRefusedError, SessionError: the file cannot be run.
         DataError: the images are not there, or do not fit the file.
     """
-    artifact = Artifact.from_bytes(task.model)
-    session = DeployedSession(artifact, task.trial.profile)
-    test = fit_images(artifact.contract, task.test.read())
-    trigger = _trigger(task, test)
+    session, test = open_trial(task)
     if task.trial.cell.defense is None:
-        seen = measure_behaviour(session.logits, test, trigger)
+        seen = measure_behaviour(session.logits, test, _trigger(task, test))
         facts = {**seen.model_dump(), "activity": seen.activity, "runtime": runtime()}
         return Outcome(task_id=task.id, record=task.behaviour(clock.read(), **facts))
-    rules = task.trial.evaluation
-    rows = choose_rows(len(test), limit=rules.clean_images, seed=rules.seed)
-    others = np.setdiff1d(np.arange(len(test)), rows)
-    bench = _Bench(task=task, session=session, seen=test.take(rows), unseen=test.take(others), trigger=trigger)
+    bench = lay_out(task, session, test)
     judged = _JUDGES[task.trial.cell.defense.kind](bench)
     record = task.defense(
         clock.read(),
@@ -90,6 +85,27 @@ def measure(task: TrialTask, clock: Clock) -> Outcome:
     return Outcome(task_id=task.id, record=record)
 
 
+def open_trial(task: TrialTask) -> tuple[DeployedSession, ImageSet]:
+    """The file as the trial runs it, and the test images as it expects them.
+
+    Raises:
+        FileRefusedError, SessionError: the file cannot be run.
+        DataError: the images are not there, or do not fit the file.
+    """
+    session = DeployedSession(Artifact.from_bytes(task.model), task.trial.profile)
+    return session, fit_images(session.artifact.contract, task.test.read())
+
+
+def lay_out(task: TrialTask, session: DeployedSession, test: ImageSet) -> Bench:
+    """What a defense's trial works on."""
+    rules = task.trial.evaluation
+    rows = choose_rows(len(test), limit=rules.clean_images, seed=rules.seed)
+    others = np.setdiff1d(np.arange(len(test)), rows)
+    return Bench(
+        task=task, session=session, seen=test.take(rows), unseen=test.take(others), trigger=_trigger(task, test)
+    )
+
+
 def _trigger(task: TrialTask, images: ImageSet) -> Trigger | None:
     if task.attack is None:
         return None
@@ -97,7 +113,7 @@ def _trigger(task: TrialTask, images: ImageSet) -> Trigger | None:
     return trigger
 
 
-def _evidence(bench: _Bench) -> tuple[Any, Evidence]:
+def _evidence(bench: Bench) -> tuple[Any, Evidence]:
     """The defense, and what it may see under the cell's access; a shadow is built only for who needs one."""
     cell = bench.task.trial.cell
     assert cell.defense is not None  # noqa: S101 (a behaviour has no evidence)
@@ -122,7 +138,7 @@ def _evidence(bench: _Bench) -> tuple[Any, Evidence]:
     return defense, evidence
 
 
-def _judge_scan(bench: _Bench) -> _Judged:
+def _judge_scan(bench: Bench) -> _Judged:
     defense, evidence = _evidence(bench)
     finding: Finding = defense.scan(evidence)
     result = finding.result if isinstance(finding.result, ScanResult) else None
@@ -130,7 +146,7 @@ def _judge_scan(bench: _Bench) -> _Judged:
     return _Judged(verdict=finding.verdict, reason=finding.reason, finding=_without_images(finding), metrics=metrics)
 
 
-def _scan_metrics(result: ScanResult, bench: _Bench) -> ScanMetrics:
+def _scan_metrics(result: ScanResult, bench: Bench) -> ScanMetrics:
     """Of several targets the best placed one counts."""
     targets = _targets(bench)
     suspects = tuple(suspect.target_class for suspect in result.suspects)
@@ -149,7 +165,7 @@ def _scan_metrics(result: ScanResult, bench: _Bench) -> ScanMetrics:
     )
 
 
-def _targets(bench: _Bench) -> tuple[int, ...]:
+def _targets(bench: Bench) -> tuple[int, ...]:
     if bench.trigger is None:
         return ()
     labels = np.arange(len(bench.seen.class_names), dtype=np.int64)
@@ -166,7 +182,7 @@ def _without_images(finding: Finding) -> Finding:
     return finding.model_copy(update={"result": finding.result.model_copy(update={"pictures": pictures})})
 
 
-def _judge_dataset(bench: _Bench) -> _Judged:
+def _judge_dataset(bench: Bench) -> _Judged:
     """The training set as the network saw it: poisoned and shuffled by the seed of its recipe."""
     task = bench.task
     network = task.trial.plan.network
@@ -195,10 +211,9 @@ def _judge_dataset(bench: _Bench) -> _Judged:
     )
 
 
-def _judge_filter(bench: _Bench) -> _Judged:
+def _judge_filter(bench: Bench) -> _Judged:
     """Fitted on the images a defense sees; decides on others, as they are and, of eligible ones, with the trigger."""
-    defense, evidence = _evidence(bench)
-    fitted = defense.fit(evidence)
+    fitted = fit_filter(bench)
     if isinstance(fitted, Finding):
         return _Judged(verdict=fitted.verdict, reason=fitted.reason, finding=fitted)
     held_out = _held_out(bench)
@@ -224,7 +239,14 @@ def _judge_filter(bench: _Bench) -> _Judged:
     )
 
 
-def _held_out(bench: _Bench) -> ImageSet:
+def fit_filter(bench: Bench) -> FittedFilter | Finding:
+    """The filter of the cell, fitted on the images that a defense sees; a finding where that cannot be done."""
+    defense, evidence = _evidence(bench)
+    fitted: FittedFilter | Finding = defense.fit(evidence)
+    return fitted
+
+
+def _held_out(bench: Bench) -> ImageSet:
     if not len(bench.unseen):
         raise DataError(
             f"{bench.unseen.source}: clean_images takes all test images, and a filter must decide on others; lower it"
@@ -233,7 +255,7 @@ def _held_out(bench: _Bench) -> ImageSet:
     return bench.unseen.take(choose_rows(len(bench.unseen), limit=rules.held_out_images, seed=rules.seed))
 
 
-def _decide(fitted: Any, pixels: Pixels) -> FilterResult:
+def _decide(fitted: FittedFilter, pixels: Pixels) -> FilterResult:
     """A part at a time: a filter may lay a hundred images over each."""
     parts = [fitted.decide(pixels[start : start + _ROWS_AT_ONCE]) for start in range(0, len(pixels), _ROWS_AT_ONCE)]
     return FilterResult(
@@ -246,12 +268,12 @@ def _are(result: FilterResult, decision: str) -> NDArray[np.bool_]:
     return np.array([found == decision for found in result.decisions], dtype=np.bool_)
 
 
-def _boundary(fitted: Any) -> dict[str, Any]:
+def _boundary(fitted: FittedFilter) -> dict[str, Any]:
     facts: dict[str, Any] = fitted.boundary.model_dump(mode="json", exclude={"held_out_scores"})
     return facts
 
 
-def _judge_repair(bench: _Bench) -> _Judged:
+def _judge_repair(bench: Bench) -> _Judged:
     """Both files on the test images that the repair did not see: it may have been fitted to the others."""
     defense, evidence = _evidence(bench)
     before = _behaviour(bench, bench.session)
@@ -270,7 +292,7 @@ def _judge_repair(bench: _Bench) -> _Judged:
     return _Judged(verdict=verdict, reason=finding.reason, finding=finding, metrics=base.model_copy(update=update))
 
 
-def _behaviour(bench: _Bench, session: DeployedSession) -> Behaviour:
+def _behaviour(bench: Bench, session: DeployedSession) -> Behaviour:
     return measure_behaviour(session.logits, bench.unseen, bench.trigger)
 
 

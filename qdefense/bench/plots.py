@@ -140,7 +140,7 @@ def cost_charts(report: BenchReport, looks: dict[str, int]) -> tuple[Scatter, ..
     sizes = {row.setting: row.size_bytes.mean / 1000 for row in report.behaviour if row.size_bytes is not None}
     kinds = {
         "file size in kB": _behaviour_points(report, sizes),
-        "latency at batch 1, p50 in ms": _behaviour_points(report, _latency_of_files(report.latency)),
+        "latency at batch 1, p50 in ms": _behaviour_points(report, _latency_of_settings(report)),
         "added latency at batch 1, median in ms": _filter_points(report),
     }
     charts: list[Scatter | None] = []
@@ -186,7 +186,7 @@ def _added_latency(latencies: Sequence[LatencyRow], row: FilterRow) -> tuple[flo
         one.added_ms
         for one in latencies
         if one.added_ms is not None
-        and one.defense == row.defense.partition(" (")[0]
+        and one.defense == row.defense
         and (one.setting.place, one.setting.file) == (row.setting.place, row.setting.file)
     ]
     if not mine:
@@ -195,12 +195,14 @@ def _added_latency(latencies: Sequence[LatencyRow], row: FilterRow) -> tuple[flo
     return value, low, high
 
 
-def _latency_of_files(latencies: Iterable[LatencyRow]) -> dict[Setting, float]:
-    found: defaultdict[Setting, list[float]] = defaultdict(list)
-    for row in latencies:
+def _latency_of_settings(report: BenchReport) -> dict[Setting, float]:
+    """Nor does that of a file depend on the attack: the mean over the files of its kind that were timed."""
+    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in report.latency:
         if row.defense is None and is_known(row.p50_ms):
-            found[row.setting].append(row.p50_ms)
-    return {setting: sum(values) / len(values) for setting, values in found.items()}
+            found[row.setting.place, row.setting.file].append(row.p50_ms)
+    settings = ((row.setting, found[row.setting.place, row.setting.file]) for row in report.behaviour)
+    return {setting: sum(values) / len(values) for setting, values in settings if values}
 
 
 def _scatter(across: str, up: str, points: Sequence[_Point], looks: dict[str, int]) -> Scatter | None:

@@ -1,5 +1,7 @@
 """What `bench` writes: one JSON line per work item in ``records.jsonl``, and the manifest that names the files.
 
+``latency.jsonl``, which ``bench --latency`` writes beside them, is described in `timing_records`.
+
 Four stages lead to a cell of the table, and each leaves a record, told apart by ``stage``:
 
 ============== ========================================================== =============================================

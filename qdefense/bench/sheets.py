@@ -15,7 +15,8 @@ from qdefense.bench.forms import HEAT_MARKS, Form
 from qdefense.bench.published import PublishedRow
 from qdefense.bench.summary import BenchReport
 from qdefense.bench.tables import Answers, BehaviourRow, DatasetRow, FilterRow, RepairRow, ScanRow, Spread
-from qdefense.bench.timings import Interval, LatencyRow
+from qdefense.bench.timing_records import Interval
+from qdefense.bench.timings import LatencyRow
 from qdefense.trial import Activity
 
 _ACCESSES = {"session": "", "shadow": ", on the shadow alone", "no-gradients": ", without gradients"}
@@ -322,6 +323,7 @@ def _latency_cells(row: LatencyRow) -> list[Cell]:
         Cell(lines=(row.setting.file,), group=(row.setting, "", "session")),
         *_text(row.seed, *map(rounded, (row.p50_ms, row.p90_ms, row.p99_ms)), _interval(row.added_ms, "+")),
         *_text(_interval(row.rows_per_second), row.offline_rows, peak),
+        *_text(NOTHING if row.load is None else f"{row.load[0]:.1f} to {row.load[1]:.1f}", row.runtime),
     ]
 
 

@@ -1,7 +1,8 @@
-"""The folder of results: ``records.jsonl``, ``manifest.json`` and ``models/``; one process writes, and may die.
+"""The folder of results: ``records.jsonl``, ``latency.jsonl``, ``manifest.json`` and ``models/``.
 
-A record is appended as one whole line and forced to disk; a last line that was torn is dropped when the file is opened
-to write. Files and the manifest appear whole or not at all, a file before the manifest that names it.
+One process writes, and may die. A record is appended as one whole line and forced to disk; a last line that was torn is
+dropped when the file is opened to write. Files and the manifest appear whole or not at all, a file before the manifest
+that names it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from qdefense.bench.datasets import DataRequest
 from qdefense.bench.records import (
@@ -24,13 +26,16 @@ from qdefense.bench.records import (
     Record,
     Replica,
 )
+from qdefense.bench.timing_records import FileLatency
 from qdefense.files import write_atomically
 from qdefense.trial import Truth, truth_path
 
-RECORDS, MANIFEST, MODELS, LARGE = "records.jsonl", "manifest.json", "models", "large"
+RECORDS, LATENCY, MANIFEST, MODELS, LARGE = "records.jsonl", "latency.jsonl", "manifest.json", "models", "large"
 COMMITTED_BYTES = 400_000
 """Larger files go to a folder that git ignores; their recipe and digest are in the manifest all the same."""
 _NAME_DIGITS = 16
+_LATENCY = TypeAdapter(FileLatency)
+_Line = TypeVar("_Line")
 
 
 class StoreError(ValueError):
@@ -59,17 +64,28 @@ class Store:
         write_atomically(folder / MODELS / LARGE / ".gitignore", b"*\n")
         with _locked(folder / MODELS / LARGE / ".lock"):
             _drop_torn_line(folder / RECORDS)
+            _drop_torn_line(folder / LATENCY)
             _drop_parts(folder)
             yield cls(folder)
 
     def add(self, record: Record) -> None:
         """Append a record; it is on the disk when this returns."""
-        line = record.model_dump_json().encode() + b"\n"
-        with (self.folder / RECORDS).open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.folder / RECORDS, record)
         self.records[record.key] = record
+
+    @cached_property
+    def latencies(self) -> dict[str, FileLatency]:
+        """What was timed, by key.
+
+        Raises:
+            StoreError: a line of the file is no latency record.
+        """
+        return {record.key: record for record in read_latencies(self.folder / LATENCY)}
+
+    def add_latency(self, record: FileLatency) -> None:
+        """The same for what was timed."""
+        self.latencies[record.key] = record
+        _append(self.folder / LATENCY, record)
 
     def replicas(self, recipe_sha256: str) -> tuple[Replica, ...]:
         """The files that a recipe gave, oldest first."""
@@ -150,18 +166,29 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         StoreError: a line is no record.
     """
+    yield from _read_lines(path, RECORD, "record", "delete the line to measure its cell again")
+
+
+def read_latencies(path: Path) -> Iterator[FileLatency]:
+    """The same of a latency file.
+
+    Raises:
+        StoreError: a line is no latency record.
+    """
+    yield from _read_lines(path, _LATENCY, "latency record", "delete the line to time its file again")
+
+
+def _read_lines(path: Path, adapter: TypeAdapter[_Line], what: str, remedy: str) -> Iterator[_Line]:
     if not path.exists():
         return
     whole, _, _torn = path.read_bytes().rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
         try:
-            yield RECORD.validate_json(line)
+            yield adapter.validate_json(line)
         except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"])) or "it"
-            raise StoreError(
-                f"{path}, line {number}: no record ({where}: {error.errors()[0]['msg']}); delete the line to measure "
-                "its cell again"
-            ) from error
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "it"
+            raise StoreError(f"{path}, line {number}: no {what} ({where}: {problem['msg']}); {remedy}") from error
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -180,6 +207,13 @@ def read_manifest(path: Path) -> Manifest:
 
 def _same_request(one: DataFacts, other: DataRequest) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in ("name", "role", "split", "limit", "seed"))
+
+
+def _append(path: Path, record: BaseModel) -> None:
+    with path.open("ab") as file:
+        file.write(record.model_dump_json().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qdefense.bench.cohort import Cohort, Status, architecture_of, network_id, status_of
 from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows
+from qdefense.bench.figures import told_runtime
 from qdefense.bench.matrix import read_matrix
 from qdefense.bench.published import CRITERIA, Criterion, PublishedRow, published_rows
 from qdefense.bench.records import (
@@ -20,7 +21,16 @@ from qdefense.bench.records import (
     Record,
     TrainingRecord,
 )
-from qdefense.bench.store import MANIFEST, RECORDS, Store, StoreError, read_manifest, read_records
+from qdefense.bench.store import (
+    LATENCY,
+    MANIFEST,
+    RECORDS,
+    Store,
+    StoreError,
+    read_latencies,
+    read_manifest,
+    read_records,
+)
 from qdefense.bench.tables import (
     BehaviourRow,
     DatasetRow,
@@ -34,7 +44,8 @@ from qdefense.bench.tables import (
     repair_rows,
     scan_rows,
 )
-from qdefense.bench.timings import LATENCY, FileLatency, LatencyRow, latency_rows, read_latencies
+from qdefense.bench.timing_records import FileLatency
+from qdefense.bench.timings import LatencyRow, latency_rows
 
 SCHEMA_VERSION = "1.0"
 
@@ -152,7 +163,7 @@ def read_results(folder: Path, matrix: Path | None = None) -> Results:
         folder=folder.resolve().name,
         records=tuple(records.values()),
         data=read_manifest(folder / MANIFEST).data,
-        latencies=read_latencies(folder / LATENCY),
+        latencies=tuple({one.key: one for one in read_latencies(folder / LATENCY)}.values()),
         missing=None if matrix is None else _missing(folder, matrix),
         matrix=None if matrix is None else matrix.name,
         digests={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there},
@@ -260,12 +271,7 @@ def _environment(records: Sequence[Record], cohort: Cohort) -> Environment:
             versions[name].add(version)
     return Environment(
         versions={name: tuple(sorted(versions[name])) for name in sorted(versions)},
-        runtimes=_distinct(
-            f"onnxruntime {one.runtime.onnxruntime}, {one.runtime.system} {one.runtime.machine}, "
-            f"{' '.join(one.runtime.isa) or 'no ISA flags known'}"
-            for one in trials
-            if one.runtime is not None
-        ),
+        runtimes=_distinct(told_runtime(one.runtime) for one in trials if one.runtime is not None),
         sessions=_distinct(
             f"optimization {one.profile.optimization}, {one.profile.arithmetic} arithmetic, "
             f"threads {one.profile.threads}, batch {one.profile.batch}"

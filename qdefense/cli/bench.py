@@ -18,6 +18,7 @@ from qdefense.bench.records import BehaviourRecord, DefenseRecord
 from qdefense.bench.running import Run, evaluation_of, sources_of
 from qdefense.bench.store import RECORDS, Store
 from qdefense.bench.survey import Item, Stage, State, estimate, survey
+from qdefense.cli.latencies import show_timings, time_matrix
 from qdefense.cli.options import progress_bar
 from qdefense.profile import runtime
 from qdefense.report.escaping import harmless
@@ -45,6 +46,11 @@ _SHOWN = 10
     "--scheduler", metavar="ADDRESS", help="A Dask scheduler, such as tcp://host:8786, whose workers do the work."
 )
 @click.option("--dry-run", is_flag=True, help="Show the cells, what is missing and what it would cost; do nothing.")
+@click.option(
+    "--latency",
+    is_flag=True,
+    help="Instead, time the files that are in the results, plain and behind each filter of the matrix.",
+)
 @click.option("--retry-failed", is_flag=True, help="Try once more what failed in an earlier run.")
 @click.option("--only", metavar="TEXT", help="Cells whose title, as --dry-run shows it, contains this.")
 @click.option("--limit", type=click.IntRange(min=1), help="The first so many cells.")
@@ -55,6 +61,7 @@ def command(
     workers: int,
     scheduler: str | None,
     dry_run: bool,
+    latency: bool,
     retry_failed: bool,
     only: str | None,
     limit: int | None,
@@ -62,11 +69,22 @@ def command(
 ) -> int:
     """Measure every cell of MATRIX, a TOML file; what is in the results already is not done again.
 
+    With --latency no cell is measured: on a machine that is otherwise idle, one file after another is timed on one
+    thread. Networks that differ only in seed and attack are alike there; of each data set, architecture, precision,
+    calibration and arithmetic the first one is timed (lowest seed, then first attack) that --only and --limit leave.
+
     0 every cell is measured, 2 usage, 3 a cell failed or could not be measured, 130 interrupted (what was finished is
     kept).
     """
+    if latency and (workers > 1 or scheduler is not None or retry_failed):
+        raise click.UsageError(
+            "--latency times one file after another; leave out --workers, --scheduler, --retry-failed"
+        )
     table = read_matrix(matrix)
     folder = output_dir or matrix.resolve().parent / RESULTS
+    if latency:
+        act = show_timings if dry_run else time_matrix
+        return act(table, folder, lambda store, pin: _planned(table, store, only, limit, pin=pin))
     if dry_run:
         store = Store(folder)
         plan = _planned(table, store, only, limit, pin=False)

@@ -29,8 +29,7 @@ from qdefense.bench.records import (
     TrainingRecord,
     Volatile,
 )
-from qdefense.bench.store import MANIFEST, RECORDS
-from qdefense.bench.timings import LATENCY
+from qdefense.bench.store import LATENCY, MANIFEST, RECORDS
 from qdefense.findings import Finding, Verdict
 from qdefense.profile import Runtime, SessionProfile
 from qdefense.trial import Activity
@@ -333,10 +332,21 @@ def latency(record: BehaviourRecord, milliseconds: float) -> dict[str, Any]:
             for name, value in times.items()
         ]
         added = {"name": "session + strip", "over": "session", "difference_ms": interval(59 * milliseconds)}
+        added["ratio"] = interval(60)
         return {"rows": rows, "rounds": 9, "warm_up": 3, "variants": variants, "added": [added]}
 
     return {
+        "key": sha("latency", record.artifact_sha256),
         "artifact_sha256": record.artifact_sha256,
+        "data_sha256": record.data_sha256,
+        "filters": [{"text": "strip", "name": "strip", "settings": {"overlays": 100}, "variant": "session + strip"}],
+        "volatile": volatile().model_dump(mode="json"),
+        "machine": {
+            "runtime": RUNTIME.model_dump(mode="json"),
+            "cpus": 2,
+            "load_before": [0.1, 0, 0],
+            "load_after": [1.9, 1, 0],
+        },
         "profile": SessionProfile().model_dump(mode="json"),
         "threads": 1,
         "seed": 0,

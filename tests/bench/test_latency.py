@@ -10,15 +10,8 @@ import numpy as np
 import pytest
 
 from qdefense.artifact import Artifact
-from qdefense.bench.latency import (
-    PLAIN,
-    LatencyRecord,
-    Rounds,
-    deployed_variants,
-    measure_latency,
-    peak_memory,
-    time_in_turns,
-)
+from qdefense.bench.latency import deployed_variants, measure_latency, peak_memory, time_in_turns
+from qdefense.bench.timing_records import PLAIN, LatencyRecord, Rounds
 from qdefense.findings import FilterBoundary, FilterResult
 from qdefense.session import DeployedSession, profile_for
 

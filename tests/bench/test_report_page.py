@@ -17,10 +17,9 @@ from qdefense.bench.page import MOST_TRIGGERS, render_bench
 from qdefense.bench.plots import SIDE, cost_charts, roc_panels, series_of
 from qdefense.bench.records import Rate
 from qdefense.bench.sheets import heat_of, sheets_of
-from qdefense.bench.store import StoreError
+from qdefense.bench.store import StoreError, read_latencies
 from qdefense.bench.summary import BenchReport, read_results, summarise
 from qdefense.bench.tables import Difference, Proportion, Spread, proportion
-from qdefense.bench.timings import read_latencies
 
 from ..report import sample_reports as reports  # noqa: TID252 (the made-up findings are there)
 from ..report.test_html import Element, parse  # noqa: TID252 (the reader of pages is there)
@@ -248,7 +247,7 @@ def test_latency_line_that_is_none_is_refused_with_its_number(tmp_path: Path) ->
     path = tmp_path / "latency.jsonl"
     path.write_text('{"artifact_sha256": 1}\n')
     with pytest.raises(StoreError, match="line 1: no latency record"):
-        read_latencies(path)
+        list(read_latencies(path))
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
