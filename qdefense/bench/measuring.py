@@ -1,7 +1,8 @@
 """The last two stages of a cell: what a file does, and what a defense says of it.
 
 Only here the truth about a network meets a defense: `Evidence` goes in, and what comes out is held against the trigger
-and the poisoned rows that the defense never saw.
+and the poisoned rows that the defense never saw. Thresholds are the paper's or those of the defense's settings: a
+calibrated line can be drawn through the stored scores afterwards, and depends on which clean files are at hand.
 """
 
 from __future__ import annotations
