@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from importlib.metadata import version
 from itertools import count
 from typing import Any
 
@@ -23,7 +24,7 @@ class DaskCluster:
     a failed cell.
 
     Raises:
-        EngineError: Dask is not installed, or there is no scheduler, or no worker.
+        EngineError: Dask is not installed, there is no scheduler or no worker, or one of them lacks this version.
     """
 
     def __init__(self, address: str) -> None:
@@ -38,9 +39,25 @@ class DaskCluster:
             self._client.wait_for_workers(1, timeout=_SECONDS_TO_CONNECT)
         except (OSError, ValueError) as error:
             raise EngineError(f"{address}: no Dask scheduler with workers answers ({_line(error)})") from error
+        self._check_versions()
         self._queue = TaskQueue()
         self._running: dict[Any, tuple[Task, Clock]] = {}
         self._numbers = count()
+
+    def _check_versions(self) -> None:
+        """Dask never answers for work that one of its machines cannot unpack."""
+        name, ours = _required()
+        try:
+            found = {"the scheduler": self._client.run_on_scheduler(version, name)} | self._client.run(version, name)
+        except (OSError, ImportError) as error:
+            self._client.close()
+            raise EngineError(f"{self._address}: a machine has no {name}; install {name} {ours} there") from error
+        other = next((place for place, theirs in found.items() if theirs != ours), None)
+        if other is not None:
+            self._client.close()
+            raise EngineError(
+                f"{self._address}: {other} has {name} {found[other]}, this is {ours}; install the same everywhere"
+            )
 
     def submit(self, task: Task) -> None:
         """Queue a work item."""
@@ -84,6 +101,10 @@ class DaskCluster:
             raise EngineError(f"{self._address}: a worker cannot run this work ({_line(problem or future.status)})")
         outcome: Outcome = future.result()
         return outcome
+
+
+def _required() -> tuple[str, str]:
+    return "qdefense", version("qdefense")
 
 
 def _line(problem: object) -> str:

@@ -1,12 +1,14 @@
 """The last two stages of a cell: what a file does, and what a defense says of it.
 
 Only here the truth about a network meets a defense: `Evidence` goes in, and what comes out is held against the trigger
-and the poisoned rows that the defense never saw.
+and the poisoned rows that the defense never saw. Thresholds are the paper's or those of the defense's settings: a
+calibrated line can be drawn through the stored scores afterwards, and depends on which clean files are at hand.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.audit.fit import fit_images
-from qdefense.bench.records import DatasetMetrics, FilterMetrics, Metrics, RepairMetrics, ScanMetrics
+from qdefense.bench.records import FilterMetrics, Metrics, RepairMetrics, ScanMetrics
 from qdefense.bench.scoring import dataset_metrics, filter_metrics
 from qdefense.bench.shadow_session import ShadowSession
 from qdefense.bench.tasks import Clock, Outcome, TrialTask
@@ -30,7 +32,6 @@ from qdefense.session import DeployedSession, SessionError, runtime
 from qdefense.training import poisoned_set
 from qdefense.trial import Behaviour, measure_behaviour
 
-_UNJUDGED = frozenset({Verdict.NOT_APPLICABLE, Verdict.NOT_MEASURED})
 _ROWS_AT_ONCE = 250
 
 
@@ -199,8 +200,8 @@ def _judge_dataset(bench: Bench) -> _Judged:
     result = finding.result
     if not isinstance(result, DatasetResult) or not result.sample_scores:
         return _Judged(verdict=finding.verdict, reason=finding.reason, finding=finding)
-    scores = np.array(result.sample_scores, dtype="<f8")
-    metrics: DatasetMetrics = dataset_metrics(scores, result.flagged, poisoned.poison_indices, training.labels)
+    scores = _as_array(result.sample_scores)
+    metrics = dataset_metrics(scores, result.flagged, poisoned.poison_indices, training.labels)
     short = result.model_copy(update={"sample_scores": (), "flagged": ()})
     return _Judged(
         verdict=finding.verdict,
@@ -227,9 +228,11 @@ def _judge_filter(bench: Bench) -> _Judged:
         let_in = _are(stamped, "accept")
         succeeded = let_in & (answers == bench.trigger.goal(eligible.labels))
         asr = {"hits": int(succeeded.sum()), "n": len(succeeded)}
-    metrics = filter_metrics(clean.scores, _are(clean, "reject"), stamped.scores, _are(stamped, "reject"))
+    metrics = filter_metrics(
+        _as_array(clean.scores), _are(clean, "reject"), _as_array(stamped.scores), _are(stamped, "reject")
+    )
     facts = {"asr_after": asr, "boundary": _boundary(fitted)}
-    scores = np.array([np.nan if s is None else s for s in (*clean.scores, *stamped.scores)], dtype="<f8")
+    scores = _as_array((*clean.scores, *stamped.scores))
     return _Judged(
         verdict=None,
         reason=f"decided on {len(clean.scores)} clean and {len(stamped.scores)} stamped images",
@@ -264,6 +267,11 @@ def _decide(fitted: FittedFilter, pixels: Pixels) -> FilterResult:
     )
 
 
+def _as_array(scores: Sequence[float | None]) -> NDArray[np.float64]:
+    """``(N,) float64``, little-endian for their digest; NaN where there is no score."""
+    return np.array([np.nan if score is None else score for score in scores], dtype="<f8")
+
+
 def _are(result: FilterResult, decision: str) -> NDArray[np.bool_]:
     return np.array([found == decision for found in result.decisions], dtype=np.bool_)
 
@@ -277,11 +285,11 @@ def _judge_repair(bench: Bench) -> _Judged:
     """Both files on the test images that the repair did not see: it may have been fitted to the others."""
     defense, evidence = _evidence(bench)
     before = _behaviour(bench, bench.session)
-    repaired, finding = defense.repair(evidence)
+    answer = defense.repair(evidence)
+    repaired, finding = answer.artifact, answer.finding
     base = RepairMetrics(accuracy_before=before.clean_accuracy, asr_before=before.asr, activity_before=before.activity)
-    verdict = finding.verdict if finding.verdict in _UNJUDGED else None
     if repaired is None:
-        return _Judged(verdict=verdict, reason=finding.reason, finding=finding, metrics=base)
+        return _Judged(verdict=finding.verdict, reason=finding.reason, finding=finding, metrics=base)
     after = _behaviour(bench, DeployedSession(repaired, bench.task.trial.profile))
     update = {
         "new_sha256": repaired.sha256,
@@ -289,7 +297,9 @@ def _judge_repair(bench: Bench) -> _Judged:
         "asr_after": after.asr,
         "activity_after": after.activity,
     }
-    return _Judged(verdict=verdict, reason=finding.reason, finding=finding, metrics=base.model_copy(update=update))
+    return _Judged(
+        verdict=finding.verdict, reason=finding.reason, finding=finding, metrics=base.model_copy(update=update)
+    )
 
 
 def _behaviour(bench: Bench, session: DeployedSession) -> Behaviour:

@@ -184,7 +184,8 @@ class ScanMetrics(_Record):
 class DatasetMetrics(_Record):
     """Of a `DatasetScan`: rows of the training set, poisoned against clean. AUROC and TPR are null of a clean set.
 
-    ``within_*`` look at rows with a label that poisons have, where the clean rows of other classes make nothing easier.
+    Scores are comparable among rows of one label. So ``within_*`` and ``curve`` look only at rows with a label that
+    poisons have; ``auroc`` and ``fpr`` are of all rows. Rows without a score are in no rate.
     ``top`` are the ``round(1.5 * poisons)`` rows of these with the highest scores: ``top_recall`` is the share of all
     poisons that they hold, ``top_precision`` the share of poison among them, which cannot exceed 2/3.
     """
@@ -197,6 +198,7 @@ class DatasetMetrics(_Record):
     within_fpr: Rate | None = None
     top_recall: Rate | None = None
     top_precision: Rate | None = None
+    unmeasured: int = Field(default=0, description="rows without a score, which no rate counts")
     curve: Curve | None = None
 
 
@@ -248,7 +250,7 @@ class DefenseRecord(_Trial):
     access: Access = "session"
     seed: int
     kind: Literal["scan", "dataset", "filter", "repair"] | None = None
-    verdict: Verdict | None = Field(description="null of a filter or a repair that was measured: it judges no model")
+    verdict: Verdict | None = Field(description="null of a filter that was measured: it judges inputs, not the file")
     finding: Finding | None = None
     scores_sha256: str | None = None
     metrics: Metrics | None = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -34,34 +32,36 @@ def dataset_metrics(
     """Rows of a training set, poisoned against clean.
 
     Args:
-        scores: (N,) finite, higher is more suspicious.
+        scores: (N,) higher is more suspicious among rows of one label; NaN of a row that was not measured.
         flagged: row numbers that the defense takes for poison.
         poisons: row numbers that are.
         labels: (N,) the labels that the network was trained on.
 
     Raises:
-        ValueError: there is not one finite score per row.
+        ValueError: there is not one score per row.
     """
     values = np.asarray(scores, dtype=np.float64)
-    if values.shape != labels.shape or not np.isfinite(values).all():
-        raise ValueError(f"{values.shape} scores for {labels.shape} rows, or some not finite; each row needs one")
-    poisoned, alarmed = _mask(poisons, len(values)), _mask(flagged, len(values))
-    fpr = _rate(alarmed[~poisoned])
-    if not poisoned.any():
-        return DatasetMetrics(fpr=fpr)
-    within = np.isin(labels, labels[poisoned])
-    clean_within = within & ~poisoned
-    top = _top_rows(values, within, round(TOP_SHARE * int(poisoned.sum())))
-    return DatasetMetrics(
-        auroc=auroc(values[poisoned], values[~poisoned]),
-        within_auroc=auroc(values[poisoned], values[clean_within]) if clean_within.any() else None,
-        tpr=_rate(alarmed[poisoned]),
-        fpr=fpr,
-        within_fpr=_rate(alarmed[clean_within]),
-        top_recall=Rate(hits=int(poisoned[top].sum()), n=int(poisoned.sum())),
-        top_precision=_rate(poisoned[top]),
-        curve=roc_curve(values[poisoned], values[~poisoned]),
-    )
+    if values.shape != labels.shape:
+        raise ValueError(f"{values.shape} scores for {labels.shape} rows; each row needs one")
+    measured, alarmed = np.isfinite(values), _mask(flagged, len(values))
+    is_poison = _mask(poisons, len(values))
+    poisoned, clean = is_poison & measured, ~is_poison & measured
+    base = DatasetMetrics(fpr=_rate(alarmed[clean]), unmeasured=int((~measured).sum()))
+    if not is_poison.any():
+        return base
+    mine = clean & np.isin(labels, labels[is_poison])
+    top = _top_rows(values, poisoned | mine, round(TOP_SHARE * int(poisoned.sum())))
+    comparable = bool(poisoned.any() and mine.any())
+    update = {
+        "auroc": auroc(values[poisoned], values[clean]) if poisoned.any() and clean.any() else None,
+        "within_auroc": auroc(values[poisoned], values[mine]) if comparable else None,
+        "tpr": _rate(alarmed[poisoned]),
+        "within_fpr": _rate(alarmed[mine]),
+        "top_recall": Rate(hits=int(is_poison[top].sum()), n=int(poisoned.sum())),
+        "top_precision": _rate(is_poison[top]),
+        "curve": roc_curve(values[poisoned], values[mine]) if comparable else None,
+    }
+    return base.model_copy(update=update)
 
 
 def _top_rows(values: NDArray[np.float64], within: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
@@ -70,14 +70,14 @@ def _top_rows(values: NDArray[np.float64], within: NDArray[np.bool_], count: int
 
 
 def filter_metrics(
-    clean_scores: Sequence[float | None],
-    clean_rejected: ArrayLike,
-    stamped_scores: Sequence[float | None],
-    stamped_rejected: ArrayLike,
+    clean_scores: NDArray[np.float64],
+    clean_rejected: NDArray[np.bool_],
+    stamped_scores: NDArray[np.float64],
+    stamped_rejected: NDArray[np.bool_],
 ) -> FilterMetrics:
     """Inputs of a filter, stamped against clean; without stamped ones only the false rejections.
 
-    Scores are lower for the more suspicious input, as the entropy of STRIP is; ``None`` where there is none, and such
+    Scores are lower for the more suspicious input, as the entropy of STRIP is; NaN where there is none, and such
     inputs are counted apart. ``*_rejected`` are booleans, one for each score.
     """
     clean, clean_alarm = _measured(clean_scores, clean_rejected)
@@ -96,10 +96,11 @@ def filter_metrics(
     )
 
 
-def _measured(scores: Sequence[float | None], rejected: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    values = np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
-    there = np.isfinite(values)
-    return values[there], np.asarray(rejected, dtype=np.bool_)[there]
+def _measured(
+    scores: NDArray[np.float64], rejected: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    there = np.isfinite(scores)
+    return scores[there], rejected[there]
 
 
 def _mask(rows: ArrayLike, count: int) -> NDArray[np.bool_]:

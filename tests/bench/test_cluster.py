@@ -61,17 +61,13 @@ def test_no_scheduler(new_desk: NewDesk, capfd: pytest.CaptureFixture[str], monk
     assert "error: tcp://127.0.0.1:9: no Dask scheduler with workers answers" in capfd.readouterr().err
 
 
-def test_work_that_a_worker_cannot_run_is_no_failed_cell(cluster: distributed.LocalCluster) -> None:
-    engine = DaskCluster(cluster.scheduler_address)
-    try:
-        engine._queue.push = lambda task: None  # type: ignore[method-assign]
-        future = engine._client.submit(_unrunnable, pure=False)
-        engine._running[future] = (None, None)  # type: ignore[assignment]
-        with pytest.raises(EngineError, match=r"a worker cannot run this work \(ModuleNotFoundError: no qdefense here"):
-            engine.completed()
-    finally:
-        engine.close()
-
-
-def _unrunnable() -> None:
-    raise ModuleNotFoundError("no qdefense here")
+def test_machines_without_this_version_are_told_before_any_work(
+    cluster: distributed.LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask would wait for ever for work that a worker cannot unpack."""
+    monkeypatch.setattr("qdefense.bench.cluster._required", lambda: ("onnx", "0.1"))
+    with pytest.raises(EngineError, match=r"the scheduler has onnx \S+, this is 0.1; install the same everywhere"):
+        DaskCluster(cluster.scheduler_address)
+    monkeypatch.setattr("qdefense.bench.cluster._required", lambda: ("no-such-package", "0.1"))
+    with pytest.raises(EngineError, match=r"a machine has no no-such-package; install no-such-package 0.1 there"):
+        DaskCluster(cluster.scheduler_address)

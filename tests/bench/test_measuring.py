@@ -150,10 +150,10 @@ class PlantedRepair:
     file: ClassVar[bytes] = b""
     works: bool = True
 
-    def repair(self, evidence: Evidence) -> tuple[Artifact | None, Finding]:
+    def repair(self, evidence: Evidence) -> Any:
         verdict = Verdict.CLEAN if self.works else Verdict.NOT_APPLICABLE
         repaired = Artifact.from_bytes(type(self).file) if self.works else None
-        return repaired, answer(evidence, self.name, "repair", None, verdict)
+        return SimpleNamespace(artifact=repaired, finding=answer(evidence, self.name, "repair", None, verdict))
 
 
 @pytest.fixture(autouse=True)
@@ -347,7 +347,7 @@ def test_repair(measured: Callable[..., list[DefenseRecord]], finished: Desk, mo
     assert after.asr_before is not None
     assert after.asr_after is not None
     assert before.asr_before is None
-    assert poisoned.verdict is None
+    assert poisoned.verdict is Verdict.CLEAN  # its own word; what it is worth is in the metrics
     assert after.accuracy_before * 20 == pytest.approx(round(after.accuracy_before * 20))
 
 

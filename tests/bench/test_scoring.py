@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qdefense.bench.records import Rate
+from qdefense.bench.records import FilterMetrics, Rate
 from qdefense.bench.scoring import MOST_CORNERS, dataset_metrics, filter_metrics, roc_curve
 
 
@@ -56,24 +56,42 @@ def test_a_label_that_only_poisons_have_has_no_auroc_within() -> None:
     assert found.within_fpr.value is None
 
 
-@pytest.mark.parametrize("scores", [[1.0], [1.0, float("nan")]])
-def test_each_row_needs_a_finite_score(scores: list[float]) -> None:
+def test_each_row_needs_a_score() -> None:
     with pytest.raises(ValueError, match="each row needs one"):
-        dataset_metrics(scores, flagged=[], poisons=[0], labels=np.array([0, 1]))
+        dataset_metrics([1.0], flagged=[], poisons=[0], labels=np.array([0, 1]))
+
+
+def test_rows_of_a_class_that_was_not_measured_are_in_no_rate() -> None:
+    """Row 1 is poison without a score, row 4 clean without one."""
+    labels = np.array([1, 1, 1, 0, 0])
+    found = dataset_metrics([3.0, np.nan, 1.0, 9.0, np.nan], flagged=[0], poisons=[0, 1], labels=labels)
+    assert (found.auroc, found.within_auroc, found.unmeasured) == (0.5, 1.0, 2)
+    assert (found.tpr, found.fpr) == (Rate(hits=1, n=1), Rate(hits=0, n=2))
+    assert found.top_recall == Rate(hits=1, n=1)
+
+
+def test_poisons_none_of_which_was_measured_give_no_rate() -> None:
+    found = dataset_metrics([np.nan, 1.0], flagged=[], poisons=[0], labels=np.array([1, 0]))
+    assert (found.auroc, found.within_auroc, found.curve, found.unmeasured) == (None, None, None, 1)
+    assert (found.tpr, found.top_recall) == (Rate(hits=0, n=0), Rate(hits=0, n=0))
+
+
+def metrics_of(clean: list[float], rejected: list[bool], stamped: list[float], caught: list[bool]) -> FilterMetrics:
+    return filter_metrics(np.array(clean), np.array(rejected, np.bool_), np.array(stamped), np.array(caught, np.bool_))
 
 
 def test_filter_metrics_by_hand() -> None:
     """A low score is suspicious: 0.1 is below both clean ones, 0.6 is between; an input without a score is no hit."""
-    found = filter_metrics([0.5, 0.9], [True, False], [0.1, 0.6, None], [True, False, False])
+    found = metrics_of([0.5, 0.9], [True, False], [0.1, 0.6, np.nan], [True, False, False])
     assert found.auroc == (2 + 1) / 4
     assert (found.tpr, found.fpr, found.unmeasured) == (Rate(hits=1, n=2), Rate(hits=1, n=2), 1)
 
 
 def test_filter_metrics_of_a_clean_network() -> None:
-    found = filter_metrics([0.5, 0.9], [True, False], [], [])
+    found = metrics_of([0.5, 0.9], [True, False], [], [])
     assert (found.auroc, found.tpr, found.fpr) == (None, None, Rate(hits=1, n=2))
 
 
 def test_no_score_at_all_is_no_auroc() -> None:
-    found = filter_metrics([None, None], [False, False], [None], [False])
+    found = metrics_of([np.nan, np.nan], [False, False], [np.nan], [False])
     assert (found.auroc, found.tpr, found.fpr, found.unmeasured) == (None, Rate(hits=0, n=0), Rate(hits=0, n=0), 3)
