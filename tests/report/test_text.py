@@ -471,7 +471,10 @@ def test_print_report_shows_labels_and_flagged_rows_of_a_dataset_scan() -> None:
 
 def test_print_report_says_that_ranks_say_nothing_of_poison() -> None:
     text = " ".join(shown(samples.poisoned(), width=200).split())
-    assert "96 of 600 training images ranked highest of their class, which by itself says nothing of poison: rows 0" in text
+    assert (
+        "96 of 600 training images ranked highest of their class, which by itself says nothing of poison: rows 0"
+        in text
+    )
     assert ", 103 and 76 more" in text
 
 
