@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qdefense.converters.reading import node_label, safe_text, tensor_array
+from qdefense.converters.reading import bodies, node_label, safe_text, tensor_array
 from qdefense.converters.weighted_operators import WEIGHTED
 from qdefense.data.images import ImageSet, Pixels, to_pixels
 from qdefense.session import DeployedSession, Logits, SessionError
@@ -134,6 +134,8 @@ def _first_layers_behind(graph: onnx.GraphProto, output: str, moved: set[str]) -
         if node is None or name in seen:
             continue
         seen.add(name)
+        if any(bodies(node)):
+            raise FeatureError(f"the logits come out of a branch, '{node_label(node)}', into which no tap reaches")
         if _is_linear(node, moved):
             yield node
         elif node.op_type != "DynamicQuantizeLinear" or name == node.output[0]:  # its other outputs only scale

@@ -162,6 +162,23 @@ def test_find_penultimate_refuses_two_last_layers() -> None:
         find_penultimate(session_of(data))
 
 
+def test_find_penultimate_refuses_logits_that_come_out_of_a_branch() -> None:
+    branches = {}
+    for name in ("then", "else"):
+        value = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)
+        part = helper.make_node("MatMul", ["flat", name], [f"{name}_out"])
+        branches[f"{name}_branch"] = helper.make_graph([part], name, [], [value])
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("ReduceMax", ["flat"], ["largest"], keepdims=0),
+        helper.make_node("Greater", ["largest", "half"], ["bright"]),
+        helper.make_node("If", ["bright"], ["logits"], name="the switch", **branches),
+    ]
+    constants = {"then": random(48, CLASSES), "else": random(48, CLASSES, seed=1), "half": np.array(0.5, np.float32)}
+    with pytest.raises(FeatureError, match="the logits come out of a branch, 'the switch', into which no tap reaches"):
+        find_penultimate(session_of(model(nodes, constants)))
+
+
 def test_find_penultimate_refuses_codes_without_a_scale() -> None:
     nodes = [
         helper.make_node("Flatten", ["image"], ["flat"]),

@@ -47,8 +47,8 @@ def _setting(example: Any, name: str) -> dict[str, Any]:
 def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 1, 0))
     table.add_column(kind, no_wrap=True)
-    table.add_column("paper", overflow="fold", max_width=20)
-    table.add_column("needs", overflow="fold", max_width=16)
+    table.add_column("paper", overflow="fold", max_width=14)
+    table.add_column("needs", overflow="fold", max_width=12)
     table.add_column("settings and defaults", overflow="fold")
     for entry in entries:
         settings = [_shown(key, value["default"]) for key, value in entry["settings"].items()]

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn import config_context
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 
@@ -15,6 +16,8 @@ Reduction = Literal["ica", "pca"]
 
 SILHOUETTE_ROWS = 10_000
 """More rows than that are sampled for the silhouette, whose cost is their square."""
+_MEBIBYTES = 64
+"""Of distances held at a time; scikit-learn's own is a gibibyte."""
 
 
 class Clusters(NamedTuple):
@@ -69,15 +72,21 @@ def two_clusters(points: Matrix, *, starts: int, seed: int) -> Clusters:
     """
     fitted = KMeans(n_clusters=2, n_init=starts, random_state=seed).fit(points)
     smaller = fitted.labels_ == np.argmin(np.bincount(fitted.labels_, minlength=2))
-    sampled = SILHOUETTE_ROWS if len(points) > SILHOUETTE_ROWS else None
     distances = fitted.transform(points)
     near, far = (distances[:, int(fitted.labels_[rows.argmax()])] for rows in (smaller, ~smaller))
     return Clusters(
         smaller=smaller,
         relative_size=float(smaller.mean()),
-        silhouette=float(silhouette_score(points, smaller, sample_size=sampled, random_state=seed)),
+        silhouette=_silhouette(points, smaller, seed),
         margin=far - near,
     )
+
+
+def _silhouette(points: Matrix, smaller: NDArray[np.bool_], seed: int) -> float:
+    rows = np.random.default_rng(seed).permutation(len(points))[:SILHOUETTE_ROWS]
+    rows = np.union1d(rows, np.flatnonzero(smaller)[:2])  # one cluster alone has no silhouette
+    with config_context(working_memory=_MEBIBYTES):
+        return float(silhouette_score(points[rows], smaller[rows]))
 
 
 def count_reclassified(answers: NDArray[np.int64], label: int) -> Reclassified:

@@ -12,7 +12,7 @@ from qdefense.defenses.training_features import TrainingFeatures
 from qdefense.findings import DatasetClass, DatasetResult, Verdict
 
 MIN_ROWS = 50
-"""Images of a label; five for each of the ten dimensions of Activation Clustering."""
+"""Images of a label."""
 _DIGITS = 6
 _NAMED = 5
 
@@ -27,11 +27,11 @@ class Scored:
     flagged: NDArray[np.int64] | None = None
 
 
-def too_few(rows: NDArray[np.int64]) -> str | None:
+def too_few(rows: NDArray[np.int64], least: int = MIN_ROWS) -> str | None:
     """Why a label with these images is not measured, if so."""
     if not len(rows):
         return "no image carries this label"
-    return f"{len(rows)} images; at least {MIN_ROWS} are needed" if len(rows) < MIN_ROWS else None
+    return f"{len(rows)} images; at least {least} are needed" if len(rows) < least else None
 
 
 def unmeasured(training: TrainingFeatures, label: int, rows: NDArray[np.int64], reason: str) -> Scored:

@@ -348,7 +348,7 @@ def _not_applicable(report: Report) -> Iterator[Step]:
     names = [one.defense for one in report.findings if one.verdict is Verdict.NOT_APPLICABLE]
     if names:
         yield Step(
-            f"{', '.join(names)} cannot judge this file, or not with what was given. Require a check that can.",
+            f"{', '.join(names)} cannot judge this file with what was given. Require a check that can.",
             ("qdefense", "defenses"),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from qdefense.findings import DatasetClass, DatasetResult, Verdict
+from qdefense.findings import DatasetClass, DatasetResult
 
 ROWS_SHOWN = 20
 _NAMES = {
@@ -26,15 +26,16 @@ def ranked_classes(result: DatasetResult) -> list[DatasetClass]:
     return sorted(present, key=lambda entry: (not entry.suspicious, math.inf if entry.score is None else -entry.score))
 
 
-def describe_flagged(result: DatasetResult, verdict: Verdict) -> str:
+def describe_flagged(result: DatasetResult) -> str:
     """How many training images are flagged, and the first of them.
 
-    Without an alarm they are what a method takes away from clean data as well.
+    Where labels that are not suspicious have some, they are what the method takes away from clean data as well.
     """
     total, rows = len(result.sample_scores), result.flagged
     if not rows:
         return f"no row of {total:,} training images is flagged"
-    kind = "flagged" if verdict is Verdict.BACKDOORED else "ranked highest, which says nothing of poison"
+    suspected = all(entry.suspicious for entry in result.classes if entry.flagged)
+    kind = "flagged" if suspected else "ranked highest of their class, which by itself says nothing of poison"
     more = f" and {len(rows) - ROWS_SHOWN:,} more" if len(rows) > ROWS_SHOWN else ""
     return f"{len(rows):,} of {total:,} training images {kind}: rows {', '.join(map(str, rows[:ROWS_SHOWN]))}{more}"
 

@@ -238,9 +238,7 @@ def _scan_view(finding: Finding) -> ScanView:
 
 
 def _dataset_view(finding: Finding, result: DatasetResult) -> DatasetView:
-    return DatasetView(
-        finding=finding, classes=tuple(ranked_classes(result)), flagged=describe_flagged(result, finding.verdict)
-    )
+    return DatasetView(finding=finding, classes=tuple(ranked_classes(result)), flagged=describe_flagged(result))
 
 
 def _filter_view(finding: Finding) -> FilterView:

@@ -24,7 +24,6 @@ from qdefense.findings import (
     RepairResult,
     ScanResult,
     Threshold,
-    Verdict,
 )
 from qdefense.rates import rounded_up
 from qdefense.report.datasets import describe_flagged, describe_statistics, ranked_classes
@@ -96,7 +95,8 @@ def _facts(subject: Subject, environment: Environment) -> Table:
         rows.append(("clean accuracy", accuracy_text(subject.clean_accuracy)))
     if subject.training_data is not None:
         training = subject.training_data
-        rows.append(("training data", f"{training.source}: {training.images:,} images, {training.classes} classes"))
+        labels = f"{training.classes} classes" if training.labelled else "no labels"
+        rows.append(("training data", f"{training.source}: {training.images:,} images, {labels}"))
         rows += [("note", note) for note in training.notes]
     if subject.inputs is not None:
         rows.append(("inputs", f"{subject.inputs.source}: {subject.inputs.images} images"))
@@ -325,7 +325,7 @@ def _finding(finding: Finding) -> RenderableType:
             lines.append(_indented(Text(describe_restarts(finding.result), style="dim")))
         lines.append(_classes(finding.result))
     if isinstance(finding.result, DatasetResult):
-        lines += _dataset(finding.result, finding.verdict)
+        lines += _dataset(finding.result)
     if isinstance(finding.result, RepairResult):
         lines.append(_indented(fact_grid(repair_rows(finding.result))))
     return Group(*lines)
@@ -425,7 +425,7 @@ def _classes(result: ScanResult) -> RenderableType:
     return Group(_indented(table), *note)
 
 
-def _dataset(result: DatasetResult, verdict: Verdict) -> list[RenderableType]:
+def _dataset(result: DatasetResult) -> list[RenderableType]:
     table = plain_table("class", "images", "score", "flagged", "figures", left=("class", "figures"), fold="figures")
     entries = ranked_classes(result)
     for entry in entries[:_CLASSES_SHOWN]:
@@ -439,4 +439,4 @@ def _dataset(result: DatasetResult, verdict: Verdict) -> list[RenderableType]:
         )
     hidden = len(entries) - _CLASSES_SHOWN
     note = [Text(f"  and {hidden} more classes; --format json lists them all", style="dim")] if hidden > 0 else []
-    return [_indented(Text(describe_flagged(result, verdict))), _indented(table), *note]
+    return [_indented(Text(describe_flagged(result))), _indented(table), *note]

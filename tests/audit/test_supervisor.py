@@ -296,6 +296,23 @@ def test_audit_never_opens_the_truth_file(twice: tuple[list[bytes], dict[str, se
     assert not [path for paths in opened.values() for path in paths if "truth" in path]
 
 
+def test_audit_never_opens_the_truth_beside_the_training_data(toy: Toy, tmp_path: Path) -> None:
+    model, data = tmp_path / "model.onnx", tmp_path / "training.npz"
+    model.write_bytes(toy.clean.read_bytes())
+    data.write_bytes(toy.data.read_bytes())
+    for path in (model, data):
+        path.with_suffix(".truth.json").write_text('{"attack": null, "poison_indices": []}')
+    watched = Watched(tmp_path, model)
+    arguments = ("--data", str(toy.data), "--training-data", str(data), "--defense", "activation-clustering")
+    process = watched.start("audit", str(model), *arguments, "--format", "json")
+    output, _ = process.communicate(timeout=120)
+    report = json.loads(output)
+    assert report["findings"][0]["defense"] == "activation-clustering"
+    opened = watched.opened()
+    assert str(data) in {path for paths in opened.values() for path in paths}
+    assert not [path for paths in opened.values() for path in paths if "truth" in path]
+
+
 def test_audit_takes_no_stray_print_for_an_event_when_a_library_prints_in_the_worker(
     twice: tuple[list[bytes], dict[str, set[str]], Path],
 ) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from qdefense.audit import worker
 from qdefense.audit.events import Advanced, Answered, Certified, Described, Event, Finished, Found, Job, Opened
@@ -344,3 +345,79 @@ def test_main_ends_at_once_when_the_supervisor_is_gone_though_it_could_go_on(toy
     seen = [json.loads(line)["event"] for line in (tmp_path / "events").read_bytes().splitlines()]
     assert seen[:4] == ["opened", "described", "answered", "certified"]
     assert set(seen[4:]) == {"advanced"}
+
+
+# --- training data ----------------------------------------------------------------------------------------------------
+
+
+def training_job(toy: Toy, folder: Path, **changes: Any) -> Job:
+    """The clean toy and a training set of 640 images."""
+    images = toy_images(toy)
+    images = images.take(np.tile(np.arange(len(images)), 2))
+    save_npz(folder / "training.npz", images)
+    given = {"training_data": str(folder / "training.npz"), "defenses": ("activation-clustering",), **changes}
+    return Job(model=str(toy.clean), data=str(toy.data), **given)
+
+
+def test_run_asks_dataset_scans_about_the_training_data(toy: Toy, tmp_path: Path) -> None:
+    scans = ("activation-clustering", "spectral-signatures")
+    events = done(training_job(toy, tmp_path, defenses=scans))
+    findings = [event.finding for event in events if isinstance(event, Found)]
+    assert [(finding.defense, finding.kind) for finding in findings] == [(name, "dataset") for name in scans]
+    for finding in findings:
+        assert len(finding.result.sample_scores) == 640
+        assert [entry.n for entry in finding.result.classes] == [80] * 8
+    facts = of_kind(events, Described).subject.training_data
+    assert (facts.images, facts.source, facts.classes) == (640, "npz training.npz", 8)
+    assert {event.stage for event in events if isinstance(event, Advanced)} == {"activation-clustering"}
+    assert list(of_kind(events, Finished).seconds_per_stage) == ["load", "certificate", *scans]
+
+
+def test_run_reads_the_whole_training_data_whatever_the_limit_on_images(toy: Toy, tmp_path: Path) -> None:
+    events = done(training_job(toy, tmp_path, limit=300))
+    described = of_kind(events, Described).subject
+    assert (described.data.images, described.training_data.images) == (300, 640)
+
+
+def test_run_has_no_training_data_when_none_is_given(toy: Toy) -> None:
+    described = of_kind(done(Job(model=str(toy.clean), data=str(toy.data))), Described)
+    assert described.subject.training_data is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"training_data": None}, "activation-clustering judges the training data; name it with --training-data"),
+        ({"defenses": ("neural-cleanse",)}, "nothing reads --training-data: neural-cleanse judges the model alone"),
+        ({"training_data": "nowhere"}, "'nowhere': no such file or folder"),
+        ({"training_split": "odd"}, "no split 'odd'"),
+    ],
+)
+def test_run_refuses_before_anything_is_measured_when_the_training_data(
+    toy: Toy, tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    events: list[Event] = []
+    with pytest.raises(DataError, match=problem):
+        worker.run(training_job(toy, tmp_path, **changes), events.append)
+    assert [event.event for event in events] == ["opened"]
+
+
+def test_run_refuses_training_data_of_another_size(
+    toy: Toy, tmp_path: Path, make_noise: Callable[..., ImageSet]
+) -> None:
+    save_npz(tmp_path / "small.npz", make_noise(100, size=8, classes=8))
+    with pytest.raises(DataError, match="images are 8x8, the model takes 16x16"):
+        done(training_job(toy, tmp_path, training_data=str(tmp_path / "small.npz")))
+
+
+def test_run_says_not_applicable_of_a_dataset_scan_when_the_training_data_has_no_labels(
+    toy: Toy, tmp_path: Path
+) -> None:
+    images = toy_images(toy)
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for row in range(60):
+        Image.fromarray(images.images[row]).save(folder / f"{row}.png")
+    finding = of_kind(done(training_job(toy, tmp_path, training_data=str(folder))), Found).finding
+    assert (finding.verdict, finding.kind) == (Verdict.NOT_APPLICABLE, "dataset")
+    assert "has no labels" in finding.reason

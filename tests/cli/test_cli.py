@@ -17,9 +17,11 @@ import pytest
 
 from qdefense.artifact import Artifact
 from qdefense.cli import _COMMANDS, run
+from qdefense.cli.audit import DATASET_SCANS, RANKING
 from qdefense.cli.options import default_threads, progress_bar
 from qdefense.data.npz import load_npz, save_npz
 from qdefense.data.opening import training_split
+from qdefense.defenses import DEFENSES
 
 if TYPE_CHECKING:
     from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
@@ -362,6 +364,47 @@ def test_audit_requires_every_defense_named_whatever_its_settings(job_of: Callab
     asked = job_of(*(part for spec in defenses for part in ("--defense", spec)))
     assert asked["required"] == ("a", "b")
     assert asked["job"].defenses == tuple(defenses)
+
+
+def test_audit_adds_both_dataset_scans_to_training_data_and_requires_the_one_with_a_verdict(
+    job_of: Callable[..., Any],
+) -> None:
+    asked = job_of("--training-data", "set.npz", "--training-split", "old")
+    added = ("activation-clustering", "spectral-signatures")
+    assert asked["job"].defenses == ("neural-cleanse", *added)
+    assert asked["required"] == ("neural-cleanse", "activation-clustering")
+    assert (asked["job"].training_data, asked["job"].training_split) == ("set.npz", "old")
+    named = job_of("--defense", "neural-cleanse:budget=quick", "--training-data", "set.npz")
+    assert named["job"].defenses == ("neural-cleanse:budget=quick", *added)
+
+
+def test_audit_requires_a_ranking_scan_when_it_is_named(job_of: Callable[..., Any]) -> None:
+    asked = job_of("--defense", "spectral-signatures:threshold=9", "--training-data", "set.npz")
+    assert asked["job"].defenses == ("spectral-signatures:threshold=9",)
+    assert asked["required"] == ("spectral-signatures",)
+
+
+def test_audit_knows_every_dataset_scan() -> None:
+    kinds = {name: DEFENSES.create(name).kind for name in DEFENSES.names()}
+    assert sorted(DATASET_SCANS) == [name for name, kind in kinds.items() if kind == "dataset"]
+    assert set(DATASET_SCANS) >= RANKING
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            ["--defense", "activation-clustering:starts=5"],
+            "activation-clustering judges the training data; name it with",
+        ),
+        (["--training-split", "train"], "--training-split is of --training-data, which is not given"),
+    ],
+)
+def test_audit_exits_2_before_any_work_when_training_data_is_missing(
+    capfd: Capture, options: list[str], problem: str
+) -> None:
+    assert run(["audit", "nowhere.onnx", "--data", "signs", *options]) == 2
+    assert problem in capfd.readouterr().err
 
 
 def test_audit_passes_on_seed_split_limit_threads(job_of: Callable[..., Any]) -> None:

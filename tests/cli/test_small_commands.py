@@ -87,10 +87,19 @@ def test_attacks_gives_types_bounds_and_choices_as_json(capfd: Capture) -> None:
     assert found["blended"]["settings"]["alpha"]["exclusiveMinimum"] == 0
 
 
+def test_defenses_shows_the_kind_below_the_name(capfd: Capture) -> None:
+    lines = ran(capfd, "defenses").splitlines()
+    for name in DEFENSES.names():
+        (place,) = [index for index, line in enumerate(lines) if line.startswith(f"{name} ")]
+        assert lines[place + 1].startswith(DEFENSES.create(name).kind)
+
+
 def test_defenses_gives_needs_and_settings_as_json(capfd: Capture) -> None:
     found = {entry["name"]: entry for entry in json.loads(ran(capfd, "defenses", "--format", "json"))}
     scan = found["neural-cleanse"]
-    assert scan["needs"] == ["clean set", "gradients", "logits"]
+    assert (scan["kind"], scan["needs"]) == ("scan", ["clean set", "gradients", "logits"])
+    assert found["activation-clustering"]["kind"] == "dataset"
+    assert found["activation-clustering"]["needs"] == ["activations", "logits", "training set"]
     assert scan["settings"]["budget"]["default"] == DEFENSES.create("neural-cleanse").budget
 
 

@@ -6,6 +6,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import FastICA
 from sklearn.metrics import silhouette_score
 
+from qdefense.defenses import clustering
 from qdefense.defenses.clustering import count_reclassified, reduced, two_clusters
 from qdefense.defenses.spectra import FlatFeaturesError
 
@@ -78,3 +79,14 @@ def test_count_reclassified_gives_own_and_the_most_frequent_other(
     answers: list[int], label: int, expected: tuple[int, int, int]
 ) -> None:
     assert count_reclassified(np.array(answers), label) == expected
+
+
+def test_silhouette_of_more_rows_than_are_sampled_is_near_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    points = np.vstack([rng.normal(size=(900, 3)), rng.normal(size=(1, 3)) + 40])
+    whole = two_clusters(points, starts=2, seed=0)
+    monkeypatch.setattr(clustering, "SILHOUETTE_ROWS", 300)
+    sampled = two_clusters(points, starts=2, seed=0)
+    assert sampled.smaller.sum() == 1, "which no sample need hold"
+    assert sampled.silhouette == pytest.approx(whole.silhouette, abs=0.02)
+    assert sampled.silhouette != whole.silhouette

@@ -15,6 +15,8 @@ from PIL import Image
 
 from qdefense.fidelity import FidelityCertificate, MismatchCause
 from qdefense.findings import (
+    DatasetClass,
+    DatasetResult,
     FilterBoundary,
     FilterResult,
     Finding,
@@ -114,6 +116,73 @@ def scan(
         seed=3,
         result=result,
     )
+
+
+def dataset_result(
+    scores: list[float | None], *, suspicious: int = 0, images: int = 50, flagged: int | None = None
+) -> DatasetResult:
+    """One label for each score, the first ``suspicious`` of which are.
+
+    Their first five images are flagged, or ``flagged`` of every label.
+    """
+    counts = [(5 if place < suspicious else 0) if flagged is None else flagged for place in range(len(scores))]
+    classes = tuple(
+        DatasetClass(
+            target_class=place,
+            class_name=f"sign {place}",
+            n=images,
+            score=score,
+            suspicious=place < suspicious,
+            flagged=counts[place],
+            reason="49 images; at least 50 are needed" if score is None else "as it is",
+            statistics={} if score is None else {"relative_size": 0.2, "silhouette": score},
+        )
+        for place, score in enumerate(scores)
+    )
+    rows = [images * place + row for place, count in enumerate(counts) for row in range(count)]
+    values = [0.5 if score is None else score for score in scores for _ in range(images)]
+    return DatasetResult(
+        sample_scores=tuple(values),
+        flagged=tuple(rows),
+        score=max((score for score in scores if score is not None), default=None),
+        classes=classes,
+        layer="gemm",
+    )
+
+
+def dataset_finding(
+    verdict: Verdict, result: DatasetResult | None, *, defense: str = "activation-clustering", reason: str = "as it is"
+) -> Finding:
+    return Finding(
+        defense=defense,
+        kind="dataset",
+        verdict=verdict,
+        reason=reason,
+        settings={"rule": "silhouette"},
+        threshold=Threshold(value=0.15, source="paper"),
+        seed=3,
+        result=result,
+    )
+
+
+TRAINING = DataFacts(
+    source="npz training.npz", sha256="e" * 64, images=600, classes=12, detection="npz: it ends in .npz",
+    notes=("class names differ",),
+)  # fmt: skip
+
+
+def poisoned() -> Report:
+    """A training set with one suspicious label, one that was not measured, and ranks beside it."""
+    scores: list[float | None] = [0.4, None, *np.linspace(0.05, 0.12, 10).tolist()]
+    found = dataset_finding(Verdict.BACKDOORED, dataset_result(scores, suspicious=1), reason="class 0 falls in two")
+    ranks = dataset_finding(
+        Verdict.NOT_MEASURED,
+        dataset_result(scores, flagged=8),
+        defense="spectral-signatures",
+        reason="ranks only",
+    )
+    base = report("FAILED", found, ranks)
+    return base.model_copy(update={"subject": base.subject.model_copy(update={"training_data": TRAINING})})
 
 
 def report(outcome: str, *findings: Finding, **changes: Any) -> Report:
@@ -249,11 +318,16 @@ def hostile_filter() -> Report:
 def hostile(text: str = HOSTILE) -> Report:
     """Every string that a model file, a data set or the writer of a report.json chooses."""
     body = json.loads(failed().model_dump_json())
+    poison = json.loads(poisoned().model_dump_json())
+    body["findings"].append(poison["findings"][0])
+    body["findings"][1]["result"]["classes"][0]["statistics"] = {text: 1.0}
+    body["subject"]["training_data"] = poison["subject"]["training_data"]
     keep = {
         "gate.outcome", "subject.contract.layout", "subject.contract.channels", "subject.contract.dtype",
         "subject.contract.resize", "subject.contract.head", "subject.contract.source", "findings.0.kind",
         "subject.clean_accuracy.source", "findings.0.verdict", "findings.0.threshold.source",
-        "findings.0.result.kind", "certificate.source", "environment.profile.provider",
+        "findings.0.result.kind", "findings.1.kind", "findings.1.verdict", "findings.1.threshold.source",
+        "findings.1.result.kind", "certificate.source", "environment.profile.provider",
         "environment.profile.optimization", "environment.profile.arithmetic", "subject.inspection.scheme",
         "schema_version",
     }  # fmt: skip
@@ -315,6 +389,7 @@ SAMPLES: dict[str, Callable[[], Report]] = {
     "killed": killed,
     "refused": refused,
     "misread": misread,
+    "poisoned": poisoned,
     "unlabelled": unlabelled,
     "filtered": filtered,
     "hostile filter": hostile_filter,

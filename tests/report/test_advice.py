@@ -120,8 +120,7 @@ HINTS = {
     "clean images help too. [--defense neural-cleanse:budget=exhaustive --seed 4]",
     "equal": "At least half of the classes have the same norm, so none can stand out.",
     "replay": "does not follow the file on the stamped images",
-    "applicable": "neural-cleanse cannot judge this file, or not with what was given. "
-    "Require a check that can. [qdefense defenses]",
+    "applicable": "cannot judge this file with what was given. Require a check that can.",
     "gradients": "The shadow has no usable gradients",
     "saturation": "Quantize it again with --reduce-range",
     "unknown": "Put right what the reasons name.",
@@ -228,3 +227,22 @@ def test_not_checked_says_so_when_a_defense_has_no_description() -> None:
     text = gaps(samples.report("PASSED", finding))
     assert "What is beyond the reach of other. This version has no description of it." in text
     assert "The training data" not in text
+
+
+# --- training data ----------------------------------------------------------------------------------------------------
+
+
+def test_next_steps_say_where_the_flagged_images_are_and_not_to_calibrate_what_cannot_be() -> None:
+    text = steps(samples.poisoned())
+    assert "Look at the flagged training images of activation-clustering: report.json lists their rows" in text
+    assert "spectral-signatures" not in text
+    assert "Calibrate" not in text
+    assert "flagged training images" not in steps(samples.failed())
+
+
+def test_not_checked_names_what_dataset_scans_cannot_see() -> None:
+    text = gaps(samples.poisoned())
+    assert "Poison that activation-clustering does not tell apart." in text
+    assert "How often activation-clustering is wrong." in text
+    assert "Whatever spectral-signatures looks for. It gave no verdict on this file." in text
+    assert "The training data. No check of it ran." not in text

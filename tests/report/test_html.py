@@ -642,3 +642,31 @@ def test_render_lists_2000_rejected_inputs_at_most() -> None:
     page = render(samples.filtered(result=samples.filter_result(*[0.1] * 2100)))
     assert page.count("<td>reject</td>") == 2000
     assert "report.json has the other 100." in page
+
+
+# --- training data ----------------------------------------------------------------------------------------------------
+
+
+def test_render_shows_labels_and_flagged_rows_of_a_dataset_scan() -> None:
+    text = shown(samples.poisoned())
+    assert "activation-clustering: training images per label" in text
+    assert "5 of 600 training images flagged: rows 0, 1, 2, 3, 4." in text
+    assert "0sign 0500.405 smaller cluster 20%, silhouette 0.4suspicious 11sign 11" in text
+    assert "49 images; at least 50 are needed" in text
+    assert "96 of 600 training images ranked highest of their class, which by itself says nothing of poison" in text
+    assert "npz training.npz" in text
+
+
+def test_render_leaves_the_scores_of_images_out() -> None:
+    few, many = (
+        samples.report("FAILED", samples.dataset_finding(Verdict.BACKDOORED, samples.dataset_result([0.4], images=n)))
+        for n in (50, 50_000)
+    )
+    assert abs(len(render(many)) - len(render(few))) < 200
+    assert len(many.model_dump_json(indent=2)) < 2_000_000
+
+
+def test_render_says_so_when_a_dataset_scan_has_no_result() -> None:
+    report = samples.report("INCOMPLETE", samples.dataset_finding(Verdict.NOT_APPLICABLE, None, reason="no labels"))
+    assert "training images per label" not in render(report)
+    assert "no labels" in shown(report)

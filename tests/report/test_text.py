@@ -530,3 +530,32 @@ def test_describe_filter_tells_what_weakens_it_and_nothing_of_rows_that_are_fine
 
 def test_print_report_makes_a_filters_strings_harmless() -> None:
     assert not any(not char.isprintable() for char in shown(samples.hostile_filter()).replace("\n", ""))
+
+
+# --- training data ----------------------------------------------------------------------------------------------------
+
+
+def test_print_report_shows_labels_and_flagged_rows_of_a_dataset_scan() -> None:
+    text = shown(samples.poisoned(), width=120)
+    assert "activation-clustering BACKDOORED: class 0 falls in two" in text
+    assert "5 of 600 training images flagged: rows 0, 1, 2, 3, 4\n" in text
+    assert "npz training.npz: 600 images, 12 classes" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    head = lines.index("class images score flagged figures")
+    assert lines[head + 1] == "0 sign 0 50 0.40 5 SUSPICIOUS: smaller cluster 20%, silhouette 0.4"
+    assert lines[head + 12] == "1 sign 1 50 none 0 49 images; at least 50 are needed"
+
+
+def test_print_report_says_that_ranks_say_nothing_of_poison() -> None:
+    text = " ".join(shown(samples.poisoned(), width=200).split())
+    assert (
+        "96 of 600 training images ranked highest of their class, which by itself says nothing of poison: rows 0"
+        in text
+    )
+    assert ", 103 and 76 more" in text
+
+
+def test_print_report_shows_the_names_of_a_training_set_as_text_when_they_are_hostile() -> None:
+    text = shown(samples.hostile(HOSTILE), width=3000)
+    assert all(char.isprintable() for char in set(text) - {"\n"})
+    assert "SUSPICIOUS" in text

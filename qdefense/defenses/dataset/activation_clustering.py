@@ -15,7 +15,9 @@ rule compares, so that ``score > threshold`` and "suspicious" are one: silhouett
 
 What is known of the rules: the paper calls silhouettes of .10 to .15 a fair line; IBM's ART takes .10, and asks for a
 size below 35 % as well. No false-alarm rate is published. On ICA coordinates data without any structure scores about
-.07, but a clean class that has parts of its own (the 30 frames of each sign in GTSRB) passes any of these lines.
+.07, but a clean class that has parts of its own (the 30 frames of each sign in GTSRB) passes any of these lines. What
+ICA scales to variance 1 bounds the silhouette: a part that stands out in one direction, however far, reaches .23 if it
+is a tenth of its class, .15 if a fifth, .10 if a half. CLEAN says no more than that.
 
 Deviations from the paper, and limits:
 - ICA is the whitening alone: its last step is a rotation, which no distance and so no k-means and no silhouette sees.
@@ -26,7 +28,8 @@ Deviations from the paper, and limits:
   with 10 starts it depended on the seed whether it was found.
 - A sample's score is how much nearer it is to the smaller cluster's centre; the paper gives members only.
 - The method takes poison for the smaller part of its class: where it is the larger, the clean rows are flagged.
-- Fewer than 50 images of a label, features that do not differ, or values that are no numbers are NOT_MEASURED.
+- Fewer than 50 images of a label (5 for each dimension), features that do not differ, or values that are no numbers
+  are NOT_MEASURED.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ from qdefense.defenses.clustering import (
     reduced,
     two_clusters,
 )
-from qdefense.defenses.dataset_findings import Scored, gather, judge, too_few, unmeasured
+from qdefense.defenses.dataset_findings import MIN_ROWS, Scored, gather, judge, too_few, unmeasured
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.registered import DEFENSES
 from qdefense.defenses.spectra import FlatFeaturesError
@@ -58,6 +61,8 @@ from qdefense.evidence import Evidence
 from qdefense.findings import Cost, DatasetClass, DatasetResult, Finding, Threshold, Verdict
 
 Rule = Literal["silhouette", "relative-size", "exclusionary-reclassification"]
+ROWS_PER_DIMENSION = 5
+"""Fewer are not to be split in so many dimensions."""
 _NO_REFERENCE = (
     "exclusionary reclassification asks a network that was trained anew without the small clusters, and no such "
     "reference was given; the rules silhouette and relative-size need none"
@@ -110,7 +115,9 @@ class ActivationClustering:
             return self._finding(evidence, error.verdict, str(error))
         scores = [one.entry.score for one in scored if one.entry.score is not None]
         result = gather(training, scored, max(scores, default=None))
-        verdict, reason = judge(result.classes, f"no class is suspicious by {self.rule}")
+        line = self.threshold.value
+        clean = f"no class scores above {line:.2f} by {self.rule}; highest {max(scores, default=0):.2f}"
+        verdict, reason = judge(result.classes, clean)
         return self._finding(evidence, verdict, reason, training=training, result=result)
 
     @property
@@ -131,7 +138,7 @@ class ActivationClustering:
         ]
 
     def _split(self, training: TrainingFeatures, label: int, rows: NDArray[np.int64], seed: int) -> _Split | Scored:
-        problem = too_few(rows)
+        problem = too_few(rows, max(MIN_ROWS, ROWS_PER_DIMENSION * self.dimensions))
         if problem is not None:
             return unmeasured(training, label, rows, problem)
         try:
