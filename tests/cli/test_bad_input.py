@@ -1125,7 +1125,8 @@ case(
 case(
     "the defense is unknown",
     2,
-    "there is no defense 'xyzzy'; known: activation-clustering, fine-pruning, neural-cleanse, spectral-signatures, strip",
+    "there is no defense 'xyzzy'; known: activation-clustering, fine-pruning, neural-cleanse, spectral-signatures, "
+    "strip",
     lambda given: given.audit(None, "--defense", "xyzzy"),
 )
 case(
