@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ def remembered(name: str, build: Callable[[], Callable[[], object]]) -> PeakMemo
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdefense.bench.timing_run.peak_memory", remembered)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _paths_are_relative_to_the_matrix() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("QDEFENSE_DATA", raising=False)
+        yield
 
 
 def supplied(folder: Path, text: str = TIMED) -> Desk:
