@@ -1,15 +1,18 @@
-"""What the findings of dataset scans have in common: which classes can be measured, the verdict, the result."""
+"""What the findings of dataset scans have in common: which classes can be measured, the verdict, result and finding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qdefense.defenses.interfaces import DatasetScan
 from qdefense.defenses.training_features import TrainingFeatures
-from qdefense.findings import DatasetClass, DatasetResult, Verdict
+from qdefense.evidence import Evidence
+from qdefense.findings import Cost, DatasetClass, DatasetResult, Finding, Threshold, Verdict
 
 MIN_ROWS = 50
 """Images of a label."""
@@ -48,10 +51,11 @@ def unmeasured(training: TrainingFeatures, label: int, rows: NDArray[np.int64], 
     return Scored(rows=rows, entry=entry)
 
 
-def gather(training: TrainingFeatures, scored: Sequence[Scored], score: float | None) -> DatasetResult:
+def gather(training: TrainingFeatures, scored: Sequence[Scored]) -> DatasetResult:
     """The result: scores and flagged rows of all labels in the order of the training data.
 
-    Scores have six significant digits, so that a report of many images stays small.
+    The model's score is the highest of its classes. Those of images have six significant digits, so that a report of
+    many images stays small.
     """
     scores = np.full(len(training.labels), np.nan)
     for one in scored:
@@ -61,7 +65,7 @@ def gather(training: TrainingFeatures, scored: Sequence[Scored], score: float | 
     return DatasetResult(
         sample_scores=tuple(None if np.isnan(value) else float(f"{value:.{_DIGITS}g}") for value in scores),
         flagged=tuple(np.sort(flagged).tolist()),
-        score=score,
+        score=max((one.entry.score for one in scored if one.entry.score is not None), default=None),
         classes=tuple(one.entry for one in scored),
         layer=training.layer,
     )
@@ -81,6 +85,30 @@ def judge(classes: Iterable[DatasetClass], clean: str) -> tuple[Verdict, str]:
         first = f"class {describe(missing[0])}: {missing[0].reason}"
         return Verdict.NOT_MEASURED, f"{len(missing)} of {present} classes were not measured; {first}"
     return Verdict.CLEAN, clean
+
+
+def finding_of(
+    scan: DatasetScan,
+    evidence: Evidence,
+    verdict: Verdict,
+    reason: str,
+    *,
+    threshold: Threshold | None,
+    training: TrainingFeatures | None = None,
+    result: DatasetResult | None = None,
+) -> Finding:
+    """The finding of a scan whose settings are its fields; its cost is that of reading the training set."""
+    return Finding(
+        defense=scan.name,
+        kind=scan.kind,
+        verdict=verdict,
+        reason=reason,
+        settings=asdict(cast("Any", scan)),
+        threshold=threshold,
+        seed=evidence.seed,
+        cost=Cost(forwards=0 if training is None else training.forwards),
+        result=result,
+    )
 
 
 def describe(entry: DatasetClass) -> str:

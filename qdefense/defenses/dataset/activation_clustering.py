@@ -35,7 +35,7 @@ Deviations from the paper, and limits:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -52,13 +52,13 @@ from qdefense.defenses.clustering import (
     reduced,
     two_clusters,
 )
-from qdefense.defenses.dataset_findings import MIN_ROWS, Scored, gather, judge, too_few, unmeasured
+from qdefense.defenses.dataset_findings import MIN_ROWS, Scored, finding_of, gather, judge, too_few, unmeasured
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.registered import DEFENSES
 from qdefense.defenses.spectra import FlatFeaturesError
 from qdefense.defenses.training_features import NoFeaturesError, TrainingFeatures, read_training_set
 from qdefense.evidence import Evidence
-from qdefense.findings import Cost, DatasetClass, DatasetResult, Finding, Threshold, Verdict
+from qdefense.findings import DatasetClass, Finding, Threshold, Verdict
 
 Rule = Literal["silhouette", "relative-size", "exclusionary-reclassification"]
 ROWS_PER_DIMENSION = 5
@@ -106,19 +106,17 @@ class ActivationClustering:
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the training set, class by class; the reason of anything but a verdict is in the finding."""
         if self.rule == "exclusionary-reclassification" and evidence.reference is None:
-            return self._finding(evidence, Verdict.NOT_APPLICABLE, _NO_REFERENCE)
+            return finding_of(self, evidence, Verdict.NOT_APPLICABLE, _NO_REFERENCE, threshold=self.threshold)
         try:
             training = read_training_set(evidence, self.name)
             with threadpool_limits(1):  # the order of sums, and so the report, must not depend on the threads
                 scored = self._score_classes(training, evidence)
         except NoFeaturesError as error:
-            return self._finding(evidence, error.verdict, str(error))
-        scores = [one.entry.score for one in scored if one.entry.score is not None]
-        result = gather(training, scored, max(scores, default=None))
-        line = self.threshold.value
-        clean = f"no class scores above {line:.2f} by {self.rule}; highest {max(scores, default=0):.2f}"
+            return finding_of(self, evidence, error.verdict, str(error), threshold=self.threshold)
+        result, line = gather(training, scored), self.threshold
+        clean = f"no class scores above {line.value:.2f} by {self.rule}; highest {result.score or 0:.2f}"
         verdict, reason = judge(result.classes, clean)
-        return self._finding(evidence, verdict, reason, training=training, result=result)
+        return finding_of(self, evidence, verdict, reason, threshold=line, training=training, result=result)
 
     @property
     def threshold(self) -> Threshold:
@@ -173,27 +171,6 @@ class ActivationClustering:
             case "exclusionary-reclassification":
                 own, other = (0, 0) if split.reclassified is None else split.reclassified[:2]
                 return other / (own + other) if other else 0.0
-
-    def _finding(
-        self,
-        evidence: Evidence,
-        verdict: Verdict,
-        reason: str,
-        *,
-        training: TrainingFeatures | None = None,
-        result: DatasetResult | None = None,
-    ) -> Finding:
-        return Finding(
-            defense=self.name,
-            kind=self.kind,
-            verdict=verdict,
-            reason=reason,
-            settings=asdict(self),
-            threshold=self.threshold,
-            seed=evidence.seed,
-            cost=Cost(forwards=0 if training is None else training.forwards),
-            result=result,
-        )
 
 
 def _reclassified(evidence: Evidence, split: _Split) -> _Split:

@@ -24,7 +24,7 @@ Deviations from the paper, and limits:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -33,14 +33,22 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 from threadpoolctl import threadpool_limits
 
-from qdefense.defenses.dataset_findings import Scored, describe, gather, judge, too_few, unmeasured
+from qdefense.defenses.dataset_findings import (
+    Scored,
+    describe,
+    finding_of,
+    gather,
+    judge,
+    too_few,
+    unmeasured,
+)
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.outliers import high_side_indices
 from qdefense.defenses.registered import DEFENSES
 from qdefense.defenses.spectra import FlatFeaturesError, removed_rows, spectral_scores
 from qdefense.defenses.training_features import NoFeaturesError, TrainingFeatures, read_training_set
 from qdefense.evidence import Evidence
-from qdefense.findings import Cost, DatasetClass, DatasetResult, Finding, Threshold, Verdict
+from qdefense.findings import DatasetClass, DatasetResult, Finding, Threshold, Verdict
 
 MIN_CLASSES = 6
 REMOVED = 1.5
@@ -65,14 +73,17 @@ class SpectralSignatures:
         try:
             training = read_training_set(evidence, self.name)
         except NoFeaturesError as error:
-            return self._finding(evidence, error.verdict, str(error))
+            return finding_of(self, evidence, error.verdict, str(error), threshold=self._line)
         with threadpool_limits(1):  # the order of sums, and so the report, must not depend on the threads
             scored = [self._scored(training, label, rows) for label, rows in training.by_class()]
         scored, problem = self._indexed(scored)
-        scores = [one.entry.score for one in scored if one.entry.score is not None]
-        result = gather(training, scored, max(scores, default=None))
+        result = gather(training, scored)
         verdict, reason = self._verdict(result, problem)
-        return self._finding(evidence, verdict, reason, training=training, result=result)
+        return finding_of(self, evidence, verdict, reason, threshold=self._line, training=training, result=result)
+
+    @property
+    def _line(self) -> Threshold | None:
+        return None if self.threshold is None else Threshold(value=self.threshold, source="user")
 
     def _scored(self, training: TrainingFeatures, label: int, rows: NDArray[np.int64]) -> Scored:
         problem = too_few(rows)
@@ -126,25 +137,4 @@ class SpectralSignatures:
             f"ranks only: the method removes the top {REMOVED * self.expected_poison_share:.0%} of every class, "
             "whatever it holds, and has no rule to tell poison by; "
             f"highest index {result.score:.2f}, class {describe(highest)}"
-        )
-
-    def _finding(
-        self,
-        evidence: Evidence,
-        verdict: Verdict,
-        reason: str,
-        *,
-        training: TrainingFeatures | None = None,
-        result: DatasetResult | None = None,
-    ) -> Finding:
-        return Finding(
-            defense=self.name,
-            kind=self.kind,
-            verdict=verdict,
-            reason=reason,
-            settings=asdict(self),
-            threshold=None if self.threshold is None else Threshold(value=self.threshold, source="user"),
-            seed=evidence.seed,
-            cost=Cost(forwards=0 if training is None else training.forwards),
-            result=result,
         )
