@@ -41,12 +41,13 @@ from pydantic.dataclasses import dataclass as settings
 
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.data.selection import disjoint_parts
+from qdefense.defenses.admission import NOT_FINITE, near_chance
 from qdefense.defenses.entropies import mean_entropies, normal_boundary
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.registered import DEFENSES
 from qdefense.evidence import Evidence
 from qdefense.findings import Cost, FilterBoundary, FilterResult, Finding, Verdict
-from qdefense.rates import MIN_SKILL, skill, wilson_interval
+from qdefense.rates import wilson_interval
 from qdefense.session import DeployedSession
 
 Superimposition = Literal["add", "blend"]
@@ -284,12 +285,10 @@ def _refuse_accuracy(evidence: Evidence, parts: _Parts) -> None:
     judged = (parts.fitted, parts.held_out)
     logits = np.concatenate([evidence.session.logits_of(part) for part in judged])
     if not np.isfinite(logits.max(axis=1)).all():
-        raise _CannotFitError("the session's logits on clean images are not finite (NaN or infinite weights?)")
+        raise _CannotFitError(NOT_FINITE)
     accuracy = float(np.mean(logits.argmax(axis=1) == np.concatenate([part.labels for part in judged])))
     if evidence.stated_accuracy is not None and not evidence.clean.labelled:
         accuracy = evidence.stated_accuracy
-    classes = logits.shape[1]
-    if skill(accuracy, classes) < MIN_SKILL:
-        raise _CannotFitError(
-            f"clean accuracy {accuracy:.1%} is near chance ({1 / classes:.1%}): wrong labels, order or pixels?"
-        )
+    problem = near_chance(accuracy, logits.shape[1])
+    if problem is not None:
+        raise _CannotFitError(problem)

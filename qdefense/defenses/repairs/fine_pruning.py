@@ -41,6 +41,7 @@ from qdefense.converters.shadow import Shadow, ShadowError, build_shadow
 from qdefense.converters.writeback import Scales, write_back
 from qdefense.data.images import ImageSet
 from qdefense.data.selection import disjoint_parts
+from qdefense.defenses.admission import NOT_FINITE, near_chance
 from qdefense.defenses.channel_activations import ActivationError, ChannelActivations, mean_activations
 from qdefense.defenses.dormancy import Pruning, dormancy_order, prune_while_tolerated
 from qdefense.defenses.fine_tuning import TuningSchedule, fine_tune, silence
@@ -50,7 +51,6 @@ from qdefense.defenses.registered import DEFENSES
 from qdefense.evidence import Evidence
 from qdefense.fidelity import shadow_logits
 from qdefense.findings import Cost, Finding, PrunedChannels, RepairResult, Verdict
-from qdefense.rates import MIN_SKILL, skill
 from qdefense.session import DeployedSession
 
 MIN_PART = 100
@@ -298,21 +298,16 @@ def _refuse_accuracy(patient: _Patient) -> int:
     session = patient.evidence.session
     tuned, held_out = (_count_right(session, part) for part in (patient.tuned, patient.held_out))
     accuracy = (tuned + held_out) / (len(patient.tuned) + len(patient.held_out))
-    classes = session.artifact.contract.classes
-    if skill(accuracy, classes) < MIN_SKILL:
-        raise _CannotRepairError(
-            Verdict.NOT_MEASURED,
-            f"clean accuracy {accuracy:.1%} is near chance ({1 / classes:.1%}): wrong labels, order or pixels?",
-        )
+    problem = near_chance(accuracy, session.artifact.contract.classes)
+    if problem is not None:
+        raise _CannotRepairError(Verdict.NOT_MEASURED, problem)
     return held_out
 
 
 def _count_right(session: DeployedSession, images: ImageSet) -> int:
     logits = session.logits_of(images)
     if not np.isfinite(logits).all():
-        raise _CannotRepairError(
-            Verdict.NOT_MEASURED, "the session's logits on clean images are not finite (NaN or infinite weights?)"
-        )
+        raise _CannotRepairError(Verdict.NOT_MEASURED, NOT_FINITE)
     return int((logits.argmax(axis=1) == images.labels).sum())
 
 

@@ -36,6 +36,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from qdefense.calibration import Calibrations, Line, draw_line
 from qdefense.data.images import ImageSet, Pixels
+from qdefense.defenses.admission import NOT_FINITE, near_chance
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.inversion import MaskedPattern, NoGradientError, Schedule, invert_trigger
 from qdefense.defenses.outliers import low_side_indices, scaled_mad
@@ -45,7 +46,6 @@ from qdefense.defenses.scheduling import Plan, exhaustive_plan, lowest, screened
 from qdefense.evidence import Evidence
 from qdefense.fidelity import LogitComparison, compare_logits, finite_or_none, shadow_logits
 from qdefense.findings import Cost, Finding, InvertedTrigger, Restart, ScanResult, Suspect, TriggerPicture, Verdict
-from qdefense.rates import MIN_SKILL, skill
 from qdefense.session import DeployedSession
 
 Budget = Literal["quick", "gate", "exhaustive"]
@@ -456,14 +456,11 @@ def _refuse_accuracy(session: DeployedSession, halves: _Halves, stated: float | 
     parts = (halves.optimised, halves.held_out)
     logits = np.concatenate([session.logits(part.pixels) for part in parts])
     if not np.isfinite(logits).all():
-        return "the session's logits on clean images are not finite (NaN or infinite weights?)"
+        return NOT_FINITE
     accuracy = float(np.mean(logits.argmax(axis=1) == np.concatenate([part.labels for part in parts])))
     if stated is not None and not halves.optimised.labelled:
         accuracy = stated
-    classes = logits.shape[1]
-    if skill(accuracy, classes) < MIN_SKILL:
-        return f"clean accuracy {accuracy:.1%} is near chance ({1 / classes:.1%}): wrong labels, order or pixels?"
-    return None
+    return near_chance(accuracy, logits.shape[1])
 
 
 def _halve(clean: ImageSet, seed: int) -> _Halves:
