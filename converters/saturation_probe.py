@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+
+from qdefense.converters.lone_operator import run_alone
 
 _REDUCTION, _COLUMNS = 256, 8
 
@@ -36,20 +37,8 @@ def _codes_and_weights() -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
 def _run(
     node: onnx.NodeProto, constants: dict[str, NDArray[Any]], codes: NDArray[np.uint8], output: int
 ) -> NDArray[np.float64]:
-    graph = helper.make_graph(
-        [node],
-        "saturation-probe",
-        [helper.make_tensor_value_info("codes", TensorProto.UINT8, codes.shape)],
-        [helper.make_tensor_value_info("result", output, None)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"codes": codes})[0], dtype=np.float64).reshape(len(codes), _COLUMNS)
+    answer = run_alone(node, {"codes": codes}, constants, output=output)
+    return answer.astype(np.float64).reshape(len(codes), _COLUMNS)
 
 
 def _parameters(weights: NDArray[np.int8], y_scale: float) -> dict[str, NDArray[Any]]:

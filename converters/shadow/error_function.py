@@ -7,18 +7,27 @@ from __future__ import annotations
 
 from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qdefense.converters.shadow.summation_order import fused
 
+
+def _single(*numbers: float) -> tuple[float, ...]:
+    """The numbers as float32 holds them."""
+    return tuple(float(np.float32(number)) for number in numbers)
+
+
 _SPLIT = 0.921875
 _SATURATED = 10.0
-_SMALL = (-5.99104969e-4, 4.99339588e-3, -2.67667342e-2, 1.12818025e-1, -3.76124859e-1, 1.28379151e-1)
-_LARGE = (1.72948930e-5, -3.83208680e-4, 3.88393435e-3, -2.42545605e-2, 1.06777847e-1, 6.34846687e-1, 1.28717512e-1)
-_EXPONENTIAL = (1.38319808e-3, 8.37550033e-3, 4.16689515e-2, 1.66664466e-1, 4.99999851e-1, 1.0, 1.0)
-_LOG2_E = 1.44269504088896341
-_MINUS_LN_2 = (-6.93145752e-1, -1.42860677e-6)
+_SMALL = _single(-5.99104969e-4, 4.99339588e-3, -2.67667342e-2, 1.12818025e-1, -3.76124859e-1, 1.28379151e-1)
+_LARGE = _single(
+    1.72948930e-5, -3.83208680e-4, 3.88393435e-3, -2.42545605e-2, 1.06777847e-1, 6.34846687e-1, 1.28717512e-1
+)
+_EXPONENTIAL = _single(1.38319808e-3, 8.37550033e-3, 4.16689515e-2, 1.66664466e-1, 4.99999851e-1, 1.0, 1.0)
+(_LOG2_E,) = _single(1.44269504088896341)
+_MINUS_LN_2 = _single(-6.93145752e-1, -1.42860677e-6)
 
 
 def gelu_in_order(x: Tensor) -> Tensor:
@@ -35,19 +44,15 @@ def error_function(x: Tensor) -> Tensor:
 
 
 def _exponential(x: Tensor) -> Tensor:
-    power = (_single(_LOG2_E) * x.double()).round().float().detach()
+    power = (_LOG2_E * x.double()).round().float().detach()
     rest = x
     for part in _MINUS_LN_2:
-        rest = fused(power, torch.tensor(part), rest)
+        rest = fused(power, part, rest)
     return torch.ldexp(_polynomial(_EXPONENTIAL, rest), power)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        value = fused(value, x, torch.tensor(coefficient))
+        value = fused(value, x, coefficient)
     return value
-
-
-def _single(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))

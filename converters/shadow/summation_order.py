@@ -11,12 +11,12 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-import onnxruntime
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 from torch import Tensor
 from torch.nn import functional
 
+from qdefense.converters.lone_operator import run_alone
 from qdefense.converters.shadow.windows import Window
 
 _BLOCKS = (16, 8)
@@ -48,19 +48,9 @@ def convolve_in_order(
 def _convolved(tensors: dict[str, Tensor], given: tuple[str, ...]) -> Tensor:
     """What the runtime answers; tensors that are not `given` at run time are stored in the graph."""
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "weight"], ["y"], pads=[1, 1, 1, 1])],
-        "order-probe",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, arrays[name].shape) for name in given],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items() if name not in given],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {name: arrays[name] for name in given})[0])
+    node = helper.make_node("Conv", ["x", "weight"], ["y"], pads=[1, 1, 1, 1])
+    stored = {name: array for name, array in arrays.items() if name not in given}
+    return torch.from_numpy(run_alone(node, {name: arrays[name] for name in given}, stored))
 
 
 def _probe_tensors(channels: int) -> dict[str, Tensor]:
@@ -240,6 +230,6 @@ def layer_norm_in_order(x: Tensor, scale: Tensor, bias: Tensor, epsilon: float) 
     return fused(deviation * (1 / (lanes / length + epsilon).sqrt()), scale, bias)
 
 
-def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``a b + c`` rounded once, but for the rare double rounding of a float64 sum."""
+def fused(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """``a b + c`` rounded once, but for the rare double rounding of a float64 sum; numbers are taken as they are."""
     return (a.double() * b + c).float()
