@@ -64,15 +64,9 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormChart:
-    """A row per class, the smallest norm first. Horizontal places are percent of the width, which is free."""
+class _Chart:
+    """One axis, between ``head`` and ``bottom``; horizontal places are percent of the width, which is free."""
 
-    marks: tuple[Mark, ...]
-    strip: tuple[float, ...]
-    hidden: int
-    hidden_censored: int
-    median: Line | None
-    limit: Line | None
     ticks: tuple[tuple[float, str], ...]
     head: int
     bottom: int
@@ -83,6 +77,18 @@ class NormChart:
     def height(self) -> int:
         """In pixels."""
         return self.bottom + FOOT
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormChart(_Chart):
+    """A row per class, the smallest norm first."""
+
+    marks: tuple[Mark, ...]
+    strip: tuple[float, ...]
+    hidden: int
+    hidden_censored: int
+    median: Line | None
+    limit: Line | None
 
 
 def norm_chart(result: ScanResult, threshold: Threshold | None) -> NormChart | None:
@@ -127,22 +133,12 @@ class Panel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreChart:
+class ScoreChart(_Chart):
     """Histograms of scores, one above the other, on one axis and one scale of shares."""
 
     panels: tuple[Panel, ...]
     bar_width: float
     boundary: Line | None
-    ticks: tuple[tuple[float, str], ...]
-    head: int
-    bottom: int
-    left: float = _LEFT
-    right: float = _RIGHT
-
-    @property
-    def height(self) -> int:
-        """In pixels."""
-        return self.bottom + FOOT
 
 
 def score_chart(result: FilterResult) -> ScoreChart | None:
