@@ -6,12 +6,11 @@ differences themselves; Student's t says how little three are.
 
 from __future__ import annotations
 
-from math import cos, pi, sin, sqrt, tan
+from math import sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
-
-_HALVINGS = 200
+from scipy.special import stdtrit
 
 
 def mean_difference(
@@ -56,20 +55,4 @@ def student_quantile(probability: float, degrees: int) -> float:
     """
     if not 0.5 <= probability < 1 or degrees < 1:
         raise ValueError(f"no quantile at {probability} with {degrees} degrees of freedom")
-    low, high = 0.0, pi / 2
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if 0.5 + _central(middle, degrees) / 2 < probability else (low, middle)
-    return tan(low) * sqrt(degrees)
-
-
-def _central(angle: float, degrees: int) -> float:
-    """``P(|t| < tan(angle) * sqrt(degrees))``, a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    odd = degrees % 2
-    term = total = cos(angle) if odd else 1.0
-    for step in range(2 if odd else 1, degrees - 1, 2):
-        term *= step / (step + 1) * cos(angle) ** 2
-        total += term
-    if odd:
-        return 2 / pi * (angle + (sin(angle) * total if degrees > 1 else 0.0))
-    return sin(angle) * total
+    return float(stdtrit(degrees, probability))
