@@ -17,9 +17,10 @@ Records of one file are joined by ``artifact_sha256`` and, of the last two stage
 whole path that led to it (``network``, ``precision``, ``calibration``), so that no join is needed to label it.
 
 ``key`` is a sha256 over what the answer depends on: the digests of artifact, settings, data and session profile, and
-the seed. The CPU and the library versions are no part of it, so that a run resumes on any machine; they stand in
-``runtime`` and ``versions``. A later line of the same key replaces an earlier one. ``volatile`` holds all that differs
-between two equal runs, and is left out of comparisons (`stable`).
+the seed; and over what the record says of the file, since two recipes may give equal bytes. The CPU and the library
+versions are no part of it, so that a run resumes on any machine; they stand in ``runtime`` and ``versions``. A later
+line of the same key replaces an earlier one. ``volatile`` holds all that differs between two equal runs, and is left
+out of comparisons (`stable`).
 """
 
 from __future__ import annotations

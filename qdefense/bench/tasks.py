@@ -180,12 +180,21 @@ class TrialKey:
 
     @property
     def key(self) -> str:
-        """The key of the record: artifact, settings, data, session profile and seed."""
-        defense, network = self.cell.defense, self.plan.network
+        """The key of the record: artifact, what the record says of it, settings, data, session profile and seed.
+
+        Two recipes may give equal bytes; each has a record of its own, which names it.
+        """
+        defense, network, recipe = self.cell.defense, self.plan.network, self.plan.recipe("")
         truth = {"attack": network.attack, "settings": network.attack_settings, "seed": network.seed}
         asked = None if defense is None else {"name": defense.name, "settings": defense.settings}
         return digest_of(
             artifact=self.artifact_sha256,
+            file=digest_of(
+                data=network.data,
+                precision=self.plan.precision,
+                calibration=recipe["calibration"],
+                calibration_sha256=recipe["calibration_sha256"],
+            ),
             settings=digest_of(defense=asked, access=self.cell.access, truth=truth),
             data=self.data_sha256,
             profile=digest_of(**self.profile.model_dump(mode="json")),

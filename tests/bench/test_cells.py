@@ -115,7 +115,13 @@ def test_unknown_names(new_desk: NewDesk, old: str, new: str, error: type[Except
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-def keys(desk: Desk, rules: Evaluation | None = None, artifact: str = "a" * 64, batch: int = 64) -> list[str]:
+def keys(
+    desk: Desk,
+    rules: Evaluation | None = None,
+    artifact: str = "a" * 64,
+    batch: int = 64,
+    scheme: str | None = "fp32",
+) -> list[str]:
     return [
         TrialKey(
             plan=file,
@@ -128,7 +134,7 @@ def keys(desk: Desk, rules: Evaluation | None = None, artifact: str = "a" * 64, 
         ).key
         for network in plan_of(desk)
         for file, cell in network.cells
-        if file.scheme == "fp32"
+        if scheme is None or file.scheme == scheme
     ]
 
 
@@ -157,3 +163,17 @@ def test_keys_differ_by_artifact_settings_data_profile_and_seed(new_desk: NewDes
     assert keys(new_desk(), Evaluation(seed=0, clean_images=40, held_out_images=11)) == changed["as it is"]
     assert changed["seed"][0] == changed["as it is"][0]
     assert rules.seed == 0
+
+
+def test_files_of_equal_bytes_have_a_record_each(new_desk: NewDesk) -> None:
+    """Clipping nothing, 16 and 17 images may read the same ranges, and two spellings of a precision write one file."""
+    text = TINY.replace("images = 16\n", "images = 16\n[calibrations.more]\nimages = 17\n")
+    text = text.replace('"fp32", "int8-dynamic"', '"int8-static", "int4", "int4:block-size=16"')
+    text += 'calibrations = ["few", "more"]\n'
+    table = text[text.index("[data.signs]") : text.index("[calibrations.few]")]
+    twin = text.replace(table, table + table.replace("data.signs", "data.twin")).replace(
+        '["signs"]', '["signs", "twin"]'
+    )
+    found = keys(new_desk(twin), scheme=None)
+    assert len(found) == 2 * 2 * 4 * 2  # tables of data, networks, files, cells
+    assert len(set(found)) == len(found)
