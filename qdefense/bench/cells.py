@@ -26,6 +26,7 @@ class DefenseSpec:
     text: str
     name: str
     kind: Kind
+    revision: int
     settings: dict[str, Any]
     needs_gradients: bool
 
@@ -288,6 +289,7 @@ def defense_spec(text: str) -> DefenseSpec:
         text=text,
         name=defense.name,
         kind=defense.kind,
+        revision=defense.revision,
         settings={**dataclasses.asdict(defense), **derived},
         needs_gradients=Need.GRADIENTS in defense.needs,
     )

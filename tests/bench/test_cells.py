@@ -8,10 +8,12 @@ import pytest
 
 from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
 from qdefense.bench.matrix import MatrixError, read_matrix
+from qdefense.bench.revisions import EVALUATION_REVISION
 from qdefense.bench.running import evaluation_of, sources_of
 from qdefense.bench.store import Store
 from qdefense.bench.tasks import Evaluation, TrialKey
 from qdefense.converters.quantize import QuantizationError
+from qdefense.defenses.scans.neural_cleanse import NeuralCleanse
 from qdefense.registry import SpecError
 
 from .conftest import CELLS, TINY, Desk
@@ -163,6 +165,17 @@ def test_keys_differ_by_artifact_settings_data_profile_and_seed(new_desk: NewDes
     assert keys(new_desk(), Evaluation(seed=0, clean_images=40, held_out_images=11)) == changed["as it is"]
     assert changed["seed"][0] == changed["as it is"][0]
     assert rules.seed == 0
+
+
+def test_mended_code_is_asked_again(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defense's answers only, where the defense was mended; all of them where the evaluator was."""
+    before = keys(new_desk())
+    with monkeypatch.context() as patch:
+        patch.setattr(NeuralCleanse, "revision", NeuralCleanse.revision + 1)
+        mended = keys(new_desk())
+    assert [new == old for new, old in zip(mended, before, strict=True)] == [True, False] * 2
+    monkeypatch.setattr("qdefense.bench.tasks.EVALUATION_REVISION", EVALUATION_REVISION + 1)
+    assert not set(keys(new_desk())) & set(before)
 
 
 def test_files_of_equal_bytes_have_a_record_each(new_desk: NewDesk) -> None:
