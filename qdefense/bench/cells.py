@@ -107,7 +107,8 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
     """Every cell of the matrix once, by network and file, in the order of the matrix.
 
     Raises:
-        MatrixError: an architecture or precision is unknown, or calibrations are missing.
+        MatrixError: an architecture or precision is unknown, calibrations are missing, or training and test images are
+            the same.
         SpecError: an attack or a defense is unknown or has no such setting.
         DataError: the images cannot be read.
     """
