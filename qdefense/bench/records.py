@@ -73,7 +73,7 @@ class Calibration(_Record):
     """The images that ranges of activations are read off."""
 
     name: str
-    images: int = 256
+    images: int = Field(default=256, description="how many there were, where the matrix asks for more")
     split: str | None = Field(default=None, description="null: the training split")
     triggered: float = Field(default=0.0, description="share of the images that carry the trigger of the attack")
     seed: int = 0

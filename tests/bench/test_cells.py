@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 
 from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
@@ -16,6 +17,7 @@ from qdefense.converters.quantize import QuantizationError
 from qdefense.defenses.scans.neural_cleanse import NeuralCleanse
 from qdefense.registry import SpecError
 
+from ..defenses.filters.corner_nets import images  # noqa: TID252 (images in closed form)
 from .conftest import CELLS, TINY, Desk
 
 NewDesk = Callable[..., Desk]
@@ -112,6 +114,27 @@ def test_unknown_names(new_desk: NewDesk, old: str, new: str, error: type[Except
     with pytest.raises(error) as caught:
         plan_of(new_desk(TINY.replace(old, new)))
     assert told in str(caught.value)
+
+
+def calibrated(new_desk: NewDesk, there: int) -> Desk:
+    """A matrix that asks for 300 calibration images of data that have fewer."""
+    text = TINY.replace('path = "signs"\ntrain_limit = 128\ntest_limit = 60', 'path = "given.npz"')
+    text = text.replace("target_class = 7", "target_class = 2").replace("images = 16", "images = 300")
+    made = new_desk(text.replace('"int8-dynamic"', '"int8-static"') + 'calibrations = ["few"]\n', name=f"of {there}")
+    train, test = images(there), images(20, seed=1)
+    arrays = {"x_train": train.images, "y_train": train.labels, "x_test": test.images, "y_test": test.labels}
+    np.savez(made.folder / "given.npz", allow_pickle=False, **arrays)
+    return made
+
+
+def test_records_say_how_many_calibration_images_there_were(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QDEFENSE_DATA", raising=False)
+    found = [file.calibration for network in plan_of(calibrated(new_desk, 17)) for file in network.files.values()]
+    assert [one and one.images for one in found] == [None, 17] * 2
+    with pytest.raises(
+        MatrixError, match=r"^calibrations.few: 'npz given.npz/train' has 15 images, fewer than 16; name a larger"
+    ):
+        plan_of(calibrated(new_desk, 15))
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
