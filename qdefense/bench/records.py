@@ -16,10 +16,12 @@ stage          one record per                                             says
 Records of one file are joined by ``artifact_sha256`` and, of the last two stages, ``arithmetic``. Every record says the
 whole path that led to it (``network``, ``precision``, ``calibration``), so that no join is needed to label it.
 
-``key`` is a sha256 over what the answer depends on: the digests of artifact, settings, data and session profile, and
-the seed. The CPU and the library versions are no part of it, so that a run resumes on any machine; they stand in
-``runtime`` and ``versions``. A later line of the same key replaces an earlier one. ``volatile`` holds all that differs
-between two equal runs, and is left out of comparisons (`stable`).
+``key`` is a sha256 over what the answer depends on: the digests of artifact, settings, data and session profile, the
+seed, and the revisions of defense and evaluator; and over what the record says of the file, since two recipes may give
+equal bytes. The CPU and the library versions are no part of it, so that a run resumes on any machine; they stand in
+``runtime`` and ``versions``, and there under ``qdefense-sources`` a digest of the code (`source_digest`). A later line
+of the same key replaces an earlier one. ``volatile`` holds all that differs between two equal runs, and is left out of
+comparisons (`stable`).
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class Calibration(_Record):
     """The images that ranges of activations are read off."""
 
     name: str
-    images: int = 256
+    images: int = Field(default=256, description="how many there were, where the matrix asks for more")
     split: str | None = Field(default=None, description="null: the training split")
     triggered: float = Field(default=0.0, description="share of the images that carry the trigger of the attack")
     seed: int = 0
@@ -126,12 +128,32 @@ class QuantizationRecord(_OfFile):
     integer_weight_share: float | None = None
 
 
+class EvaluationRules(_Record):
+    """The part of ``[bench]`` that a defense's answer depends on; answers under other rules are not comparable."""
+
+    seed: int = Field(description="of the evaluation's draws and of the defense")
+    clean_images: int = Field(description="clean test images that the defense was given, at most")
+    held_out_images: int | None = Field(description="others that a filter decided on, at most; null of other kinds")
+
+
 class _Trial(_OfFile):
     artifact_sha256: str
     arithmetic: Arithmetic
-    data_sha256: str = Field(description="digest of the images that it was measured on")
+    data_sha256: str = Field(
+        description="digest of the images that it was measured on, and of those of a defense of how many it was given"
+    )
+    test_sha256: str | None = Field(
+        default=None,
+        description="digest of the test split: of one file, joins defenses and behaviour; null in old lines",
+    )
+    evaluation: EvaluationRules | None = Field(
+        default=None, description="null of a behaviour, which depends on no rules, and in lines older than the field"
+    )
     profile: SessionProfile | None = Field(default=None, description="null where the file could not be opened")
     runtime: Runtime | None = None
+    evaluation_revision: int | None = Field(
+        default=None, description="of the evaluator's code (`EVALUATION_REVISION`); null in lines older than the field"
+    )
     replica: int = Field(default=0, description="0 is the first network of its recipe, 1 one that was trained again")
 
 
@@ -247,6 +269,7 @@ class DefenseRecord(_Trial):
     stage: Literal["defense"] = "defense"
     defense: str
     settings: dict[str, Any] = Field(description="every default filled in")
+    revision: int | None = Field(default=None, description="of the defense's code; null in lines older than the field")
     access: Access = "session"
     seed: int
     kind: Literal["scan", "dataset", "filter", "repair"] | None = None

@@ -18,11 +18,13 @@ from qdefense.bench.records import (
     BehaviourRecord,
     DatasetMetrics,
     DefenseRecord,
+    EvaluationRules,
     FilterMetrics,
     Rate,
     RepairMetrics,
     ScanMetrics,
 )
+from qdefense.bench.revisions import EVALUATION_REVISION, SOURCES, source_digest
 from qdefense.data.images import Images, Pixels, to_images
 from qdefense.defenses import DEFENSES, Need
 from qdefense.evidence import Evidence
@@ -65,6 +67,7 @@ class PlantedScan:
     kind: ClassVar[str] = "scan"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.GRADIENTS})
+    revision: ClassVar[int] = 1
 
     target: int = 7
 
@@ -97,6 +100,7 @@ class PlantedDatasetScan:
     kind: ClassVar[str] = "dataset"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ACTIVATIONS, Need.TRAINING_SET})
+    revision: ClassVar[int] = 1
 
     blind: bool = False
 
@@ -123,6 +127,7 @@ class PlantedFilter:
     kind: ClassVar[str] = "filter"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS})
+    revision: ClassVar[int] = 1
 
     fits: bool = True
 
@@ -146,6 +151,7 @@ class PlantedRepair:
     kind: ClassVar[str] = "repair"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.WEIGHTS})
+    revision: ClassVar[int] = 1
 
     file: ClassVar[bytes] = b""
     works: bool = True
@@ -318,6 +324,20 @@ def test_filter(measured: Callable[..., list[DefenseRecord]]) -> None:
 def test_filter_that_cannot_be_fitted(measured: Callable[..., list[DefenseRecord]]) -> None:
     _, poisoned = measured("planted-filter:fits=false")
     assert (poisoned.verdict, poisoned.metrics) == (Verdict.NOT_MEASURED, None)
+
+
+def test_records_say_under_which_rules_they_were_made(
+    measured: Callable[..., list[DefenseRecord]], finished: Desk
+) -> None:
+    """Without them a reader takes answers on 40 clean images and on 20 for answers to the same question."""
+    (scan, *_), (fitted, *_) = measured("planted-scan"), measured("planted-filter")
+    assert scan.evaluation == EvaluationRules(seed=0, clean_images=40, held_out_images=None)
+    assert fitted.evaluation == EvaluationRules(seed=0, clean_images=40, held_out_images=10)
+    assert (scan.revision, scan.evaluation_revision) == (1, EVALUATION_REVISION)
+    assert {record.versions[SOURCES] for record in finished.records.values()} == {source_digest()}
+    behaviours = [record for record in finished.records.values() if isinstance(record, BehaviourRecord)]
+    assert {record.evaluation for record in behaviours} == {None}  # on the whole test split, whatever the rules
+    assert {record.data_sha256 for record in behaviours} == {scan.test_sha256} == {fitted.test_sha256}
 
 
 def test_filter_without_held_out_images(new_desk: NewDesk, finished: Desk) -> None:
