@@ -8,6 +8,7 @@ elsewhere, and for other shapes, a pass computes as torch does.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -89,7 +90,14 @@ def adds_in_chains() -> bool:
 
 def _blocked(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tensor | None:
     size = _channels_at_once(weight, sliding, groups)
-    return None if size is None else _in_parts(x, weight, sliding, groups, size)
+    if size is None or (sliding.kernel == (1, 1) and not _is_matrix_product(x, weight, sliding, groups)):
+        return None
+    return _in_parts(x, weight, sliding, groups, size)
+
+
+def _is_matrix_product(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> bool:
+    """Whether torch adds a kernel of one cell as it adds larger ones: not in products of a vector, or few columns."""
+    return groups == 1 and len(weight) > 1 and math.prod(_positions(x, sliding)) >= _BLOCKS[0]
 
 
 def _channels_at_once(weight: Tensor, sliding: Window, groups: int) -> int | None:
@@ -110,6 +118,8 @@ def _channels_at_once(weight: Tensor, sliding: Window, groups: int) -> int | Non
 
 def _in_parts(x: Tensor, weight: Tensor, sliding: Window, groups: int, size: int) -> Tensor:
     """The products of `size` channels are added in one chain, then the sums of the channels' parts."""
+    if len(x) == 1:  # torch has another kernel for one image alone, which adds in another order
+        return _in_parts(x.expand(2, -1, -1, -1), weight, sliding, groups, size)[:1]
     x = sliding.padding(x.shape[2:]).apply(x)
     grouped = x.reshape(len(x), groups, weight.shape[1], *x.shape[2:])
     parts = []
@@ -131,16 +141,21 @@ def _added(parts: list[Tensor]) -> Tensor:
 
 
 def _expanded(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tensor | None:
-    return _as_product(x, weight, sliding, groups) if adds_in_chains() else None
+    one_row = len(weight) == groups and weight.shape[1] > 1
+    one_column = max(_positions(x, sliding)) == 1
+    known = adds_in_chains() and not one_row and not one_column  # a vector's product is added in yet another order
+    return _as_product(x, weight, sliding, groups) if known else None
+
+
+def _positions(x: Tensor, sliding: Window) -> tuple[int, ...]:
+    sizes = x.shape[2:]
+    return sliding.outputs(sizes, sliding.padding(sizes))
 
 
 def _as_product(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tensor:
     """The weight's matrix times the image's windows, one group of a few images at a time."""
+    sizes = _positions(x, sliding)
     x = sliding.padding(x.shape[2:]).apply(x)
-    sizes = [
-        (size - extent) // stride + 1
-        for size, extent, stride in zip(x.shape[2:], sliding.extent, sliding.strides, strict=True)
-    ]
     depth, columns = weight[0].numel(), sizes[0] * sizes[1]
     images = max(1, _LARGEST_EXPANSION // (depth * columns))
     matrices = weight.flatten(1).chunk(groups)

@@ -26,6 +26,7 @@ class Job(_Message):
     limit: int | None = None
     training_data: str | None = Field(default=None, description="judged by the dataset scans, read whole")
     training_split: str | None = None
+    reference: str | None = Field(default=None, description="a network trained without the rows that a scan flagged")
     inputs: str | None = Field(default=None, description="what the model was given, judged by the filters")
     inputs_split: str | None = None
     defenses: tuple[str, ...] = ()

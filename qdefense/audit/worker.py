@@ -55,7 +55,7 @@ from qdefense.findings import Finding, Kind, Verdict
 from qdefense.rates import MIN_SKILL, skill
 from qdefense.registry import SpecError
 from qdefense.report.escaping import harmless_lines, internal_error, shortened
-from qdefense.report.model import MISREAD_MARGIN, Accuracy, DataFacts, Environment, Subject
+from qdefense.report.model import MISREAD_MARGIN, Accuracy, DataFacts, Environment, ReferenceFile, Subject
 from qdefense.session import DeployedSession, Logits, SessionError, profile_for
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def run(job: Job, emit: Emit) -> None:
         calibrations=loaded.calibrations,
         training_set=loaded.training_set,
         inputs=loaded.inputs,
+        reference=loaded.reference,
     )
     for defense in loaded.defenses:
         with stages.measure(defense.name):
@@ -180,6 +181,7 @@ class _Loaded:
     clean: ImageSet
     training_set: ImageSet | None
     inputs: ImageSet | None
+    reference: DeployedSession | None
     defenses: list[Audited]
     repairs: list[Repair]
     calibrations: Calibrations
@@ -193,6 +195,7 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     repairs = [] if job.repair is None else [_create_repair(job.repair)]
     training_set = _training_set(job, artifact.contract, defenses)
     inputs = _inputs(job, artifact.contract, defenses)
+    reference = _reference(job, artifact)
     session = DeployedSession(artifact, profile_for(artifact, arithmetic=job.arithmetic))
     surroundings = environment(session.profile, _limited(job))
     calibrations = _calibrations(job, artifact, read.digest, surroundings)
@@ -201,6 +204,7 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
         "data": _data_facts(read, clean),
         "training_data": None if training_set is None else _data_facts(training_set, training_set),
         "inputs": None if inputs is None else _data_facts(inputs, inputs),
+        "reference": None if reference is None else _named(job, reference),
     }
     subject = _with_runtime_facts(job, artifact).model_copy(update=facts)
     emit(Described(subject=subject, environment=surroundings))
@@ -209,6 +213,7 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
         clean=clean,
         training_set=training_set,
         inputs=inputs,
+        reference=reference,
         defenses=defenses,
         repairs=repairs,
         calibrations=calibrations,
@@ -252,6 +257,38 @@ def _inputs(job: Job, contract: InputContract, defenses: list[Audited]) -> Image
         raise DataError(f"nothing reads --inputs: {names} is no filter; add --defense strip")
     read = open_data(job.inputs, split=job.inputs_split, seed=job.seed, resize=resize_for(contract))
     return fit_images(contract, read.without_labels())
+
+
+def _reference(job: Job, artifact: Artifact) -> DeployedSession | None:
+    """The network that was trained without what a dataset scan flagged.
+
+    Raises:
+        DataError: it cannot be run, is the audited file, or does not answer the same images with the same classes.
+    """
+    if job.reference is None:
+        return None
+    path = Path(job.reference)
+    try:
+        other = Artifact.from_bytes(read_file(path), folder=path.parent)
+        session = DeployedSession(other, profile_for(other, arithmetic=job.arithmetic))
+    except (FileRefusedError, RuntimeGraphError, SessionError, ContractError, UnsupportedArithmeticError) as error:
+        raise DataError(f"--reference {path.name}: {error}") from error
+    if other.sha256 == artifact.sha256:
+        raise DataError(
+            f"--reference {path.name} is the audited file; name one that was trained without the flagged rows"
+        )
+    mine, its = _asked(artifact.contract), _asked(other.contract)
+    if its != mine:
+        raise DataError(f"--reference {path.name} answers {its}, the audited file {mine}; both must do the same")
+    return session
+
+
+def _asked(contract: InputContract) -> str:
+    return f"images of {contract.height}x{contract.width} with {contract.classes} classes"
+
+
+def _named(job: Job, reference: DeployedSession) -> ReferenceFile:
+    return ReferenceFile(file=Path(job.reference or "").name, sha256=reference.artifact.sha256)
 
 
 def _answer(job: Job, loaded: _Loaded, emit: Emit) -> ImageSet:

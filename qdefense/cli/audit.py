@@ -49,6 +49,13 @@ RANKING = frozenset({"spectral-signatures"})
 )
 @click.option("--training-split", help="Which split of it.  [default: train, or all of what has no splits]")
 @click.option(
+    "--reference",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A network trained without the rows that Activation Clustering flagged: asked what they are (its rule "
+    "exclusionary-reclassification).",
+)
+@click.option(
     "--calibration",
     "calibrations",
     multiple=True,
@@ -74,6 +81,7 @@ def command(
     inputs_split: str | None,
     training_data: str | None,
     training_split: str | None,
+    reference: Path | None,
     calibrations: tuple[Path, ...],
     false_alarm_rate: float | None,
     formats: tuple[str, ...],
@@ -93,7 +101,10 @@ def command(
     chosen = _with_dataset_scans(defenses or DEFAULT_DEFENSES, training_data, training_split)
     chosen = _with_filter(chosen, inputs, inputs_split)
     asked = {"calibrations": tuple(map(str, calibrations)), "false_alarm_rate": false_alarm_rate}
+    if reference is not None and training_data is None:
+        raise click.UsageError("--reference is asked about the training data; name it with --training-data")
     training = {"training_data": training_data, "training_split": training_split}
+    training["reference"] = None if reference is None else str(reference)
     judged = {"inputs": inputs, "inputs_split": inputs_split}
     job = job.model_copy(update={"defenses": chosen, **training, **judged, **asked})
     named = {_name(spec) for spec in defenses}

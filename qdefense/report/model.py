@@ -52,6 +52,13 @@ class CandidateContract(_Record):
     images: int
 
 
+class ReferenceFile(_Record):
+    """Another network on the same images, which a dataset scan may ask."""
+
+    file: str
+    sha256: str
+
+
 class Subject(_Record):
     """What was audited; a refused file has no contract and no inspection."""
 
@@ -67,6 +74,9 @@ class Subject(_Record):
     data: DataFacts | None = None
     inputs: DataFacts | None = Field(default=None, description="what the model was given, judged by the filters")
     training_data: DataFacts | None = Field(default=None, description="judged by the dataset scans")
+    reference: ReferenceFile | None = Field(
+        default=None, description="trained without the rows that a dataset scan flagged, asked what these are"
+    )
     clean_accuracy: Accuracy | None = None
     candidates: tuple[CandidateContract, ...] = Field(
         default=(), description="other contracts that fit the graph, largest gain first, with their accuracy"

@@ -98,6 +98,8 @@ def _facts(subject: Subject, environment: Environment) -> Table:
         labels = f"{training.classes} classes" if training.labelled else "no labels"
         rows.append(("training data", f"{training.source}: {training.images:,} images, {labels}"))
         rows += [("note", note) for note in training.notes]
+    if subject.reference is not None:
+        rows.append(("reference", f"{subject.reference.file}, sha256 {subject.reference.sha256[:16]}"))
     if subject.inputs is not None:
         rows.append(("inputs", f"{subject.inputs.source}: {subject.inputs.images} images"))
         rows += [("note", note) for note in subject.inputs.notes]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -400,6 +401,44 @@ def test_run_refuses_before_anything_is_measured_when_the_training_data(
     with pytest.raises(DataError, match=problem):
         worker.run(training_job(toy, tmp_path, **changes), events.append)
     assert [event.event for event in events] == ["opened"]
+
+
+def test_run_asks_the_reference_what_the_smaller_clusters_are(toy: Toy, tmp_path: Path) -> None:
+    rule = ("activation-clustering:rule=exclusionary-reclassification",)
+    blind = of_kind(done(training_job(toy, tmp_path, defenses=rule)), Found).finding
+    assert blind.verdict is Verdict.NOT_APPLICABLE
+    events = done(training_job(toy, tmp_path, defenses=rule, reference=str(toy.backdoored)))
+    digest = hashlib.sha256(toy.backdoored.read_bytes()).hexdigest()
+    named = of_kind(events, Described).subject.reference
+    assert (named.file, named.sha256) == ("backdoored.onnx", digest)
+    statistics = [entry.statistics for entry in of_kind(events, Found).finding.result.classes]
+    assert any("reclassified_own" in found for found in statistics)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("clean.onnx", "clean.onnx is the audited file; name one that was trained without the flagged rows"),
+        ("toy.npz", "--reference toy.npz: "),
+        ("other.onnx", "answers images of 16x16 with 7 classes, the audited file images of 16x16 with 8 classes"),
+    ],
+)
+def test_run_refuses_a_reference_that_cannot_be_asked(toy: Toy, tmp_path: Path, name: str, problem: str) -> None:
+    if name == "other.onnx":
+        changed_model(toy, tmp_path / name, one_class_less)
+    folder = tmp_path if name == "other.onnx" else toy.clean.parent
+    with pytest.raises(DataError, match=re.escape(problem)):
+        done(training_job(toy, tmp_path, reference=str(folder / name)))
+
+
+def one_class_less(model: onnx.ModelProto) -> None:
+    last = model.graph.node[-1]
+    for index, tensor in enumerate(model.graph.initializer):
+        if tensor.name in last.input:
+            values = onnx.numpy_helper.to_array(tensor)[..., :-1]
+            model.graph.initializer[index].CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value = 7
+    del model.metadata_props[:]
 
 
 def test_run_refuses_training_data_of_another_size(

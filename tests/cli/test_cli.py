@@ -374,7 +374,8 @@ def test_audit_adds_both_dataset_scans_to_training_data_and_requires_the_one_wit
     assert asked["job"].defenses == ("neural-cleanse", *added)
     assert asked["required"] == ("neural-cleanse", "activation-clustering")
     assert (asked["job"].training_data, asked["job"].training_split) == ("set.npz", "old")
-    named = job_of("--defense", "neural-cleanse:budget=quick", "--training-data", "set.npz")
+    named = job_of("--defense", "neural-cleanse:budget=quick", "--training-data", "set.npz", "--reference", "r.onnx")
+    assert named["job"].reference == "r.onnx"
     assert named["job"].defenses == ("neural-cleanse:budget=quick", *added)
 
 
@@ -398,6 +399,7 @@ def test_audit_knows_every_dataset_scan() -> None:
             "activation-clustering judges the training data; name it with",
         ),
         (["--training-split", "train"], "--training-split is of --training-data, which is not given"),
+        (["--reference", "clean.onnx"], "--reference is asked about the training data; name it with --training-data"),
     ],
 )
 def test_audit_exits_2_before_any_work_when_training_data_is_missing(

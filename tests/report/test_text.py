@@ -15,7 +15,7 @@ from qdefense.converters.inspection import Inspection
 from qdefense.converters.precision import Granularity, file_granularity
 from qdefense.findings import Restart, ScanResult, Threshold
 from qdefense.report.escaping import harmless, harmless_lines, internal_error, shortened
-from qdefense.report.model import Accuracy, Environment, Report
+from qdefense.report.model import Accuracy, Environment, ReferenceFile, Report
 from qdefense.report.reading import read_report
 from qdefense.report.text import (
     accuracy_text,
@@ -155,6 +155,13 @@ def test_print_report_shows_what_the_verdict_rests_on_when_failed() -> None:
         "budget quick, 480 gradient steps",
     ):
         assert part in text
+
+
+def test_print_report_names_the_reference_that_was_asked() -> None:
+    report = Report.model_validate(golden("failed"))
+    asked = ReferenceFile(file="without\x1b.onnx", sha256="0123456789abcdef" * 4)
+    text = shown(report.model_copy(update={"subject": report.subject.model_copy(update={"reference": asked})}))
+    assert "reference       without\\x1b.onnx, sha256 0123456789abcdef" in text
 
 
 def test_print_report_shows_no_accuracy_and_no_numbers_when_logits_are_not_finite() -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qdefense.converters.shadow import build_shadow, summation_order
+from qdefense.converters.shadow import build_shadow, convolutions, summation_order
 from qdefense.converters.shadow.summation_order import adds_in_chains, channel_block
 
 Floats = NDArray[np.float32]
@@ -81,7 +81,7 @@ def both(file: bytes, x: Floats) -> tuple[Floats, Floats]:
 
 
 @pytest.mark.parametrize("codes", [False, True], ids=["stored", "dequantized"])
-@pytest.mark.parametrize("size", [12, 4])
+@pytest.mark.parametrize("size", [12, 8])
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolution(case: str, size: int, codes: bool) -> None:
     attributes = dict(CONVOLUTIONS[case])
@@ -91,6 +91,52 @@ def test_convolution(case: str, size: int, codes: bool) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     if channel_block() == 16:  # the order was found with AVX-512; elsewhere it is followed where the probes find it
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("codes", [False, True], ids=["stored", "dequantized"])
+def test_random_shapes_have_the_runtimes_bits_wherever_an_order_is_claimed(
+    codes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed: list[bool] = []
+
+    def observe(*given: Any, **named: Any) -> torch.Tensor | None:
+        found = summation_order.convolve_in_order(*given, **named)
+        claimed.append(found is not None)
+        return found
+
+    monkeypatch.setattr(convolutions, "convolve_in_order", observe)
+    differing = [shape for shape in random_shapes(seed=0, count=120) if not same_bits(shape, codes, claimed)]
+    assert len(claimed) == 120
+    assert differing == []
+    if channel_block() == 16:
+        assert sum(claimed) > 30
+
+
+def random_shapes(seed: int, count: int) -> list[dict[str, int]]:
+    """Batches of one image, single outputs, single positions and small groups among them."""
+    random = np.random.default_rng(seed)
+    ranges = {
+        "images": [1, 2, 3],
+        "groups": [1, 1, 2, 16],
+        "channels": [1, 3, 8, 16, 24, 64],
+        "outputs": [1, 2, 8, 16, 24],
+        "kernel": [1, 1, 2, 3],
+        "size": [3, 4, 8, 12],
+        "pad": [0, 1],
+        "stride": [1, 2],
+    }
+    return [{name: int(random.choice(values)) for name, values in ranges.items()} for _ in range(count)]
+
+
+def same_bits(shape: dict[str, int], codes: bool, claimed: list[bool]) -> bool:
+    """Whether shadow and runtime agree, or no order was claimed."""
+    groups, kernel = shape["groups"], shape["kernel"]
+    weight = draw(1, shape["outputs"] * groups, shape["channels"], kernel, kernel)
+    x = draw(0, shape["images"], shape["channels"] * groups, shape["size"], shape["size"])
+    attributes = {"group": groups, "pads": [shape["pad"]] * 4, "strides": [shape["stride"]] * 2}
+    expected, found = both(model("Conv", x, [weight, draw(2, len(weight))], codes=codes, **attributes), x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    return channel_block() != 16 or not claimed[-1] or bool(np.array_equal(found, expected))
 
 
 def test_convolution_without_bias_and_gradient() -> None:
