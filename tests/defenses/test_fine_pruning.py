@@ -200,8 +200,8 @@ def test_the_finding_tells_what_was_done_and_measured(backdoored: Evidence, imag
     assert finding.cost.gradient_steps == 5
     assert result.pruning is not None
     tried = len(result.pruning.accuracies)
-    # 320 images before; tapped once with the logits beside; each trial; the new file twice
-    assert finding.cost.forwards == 320 + 2 * 160 + tried * 160 + 2 * 160
+    # 320 images before; tapped once with the logits beside; each trial; the new file
+    assert finding.cost.forwards == 320 + 2 * 160 + tried * 160 + 160
     assert (result.pruning.measured_on, result.pruning.tensor, result.pruning.channels) == ("session", "positive", 6)
     assert result.training_agreement == 1.0
     assert finding.reason.startswith(

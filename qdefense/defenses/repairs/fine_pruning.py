@@ -305,20 +305,23 @@ def _refuse_accuracy(patient: _Patient) -> int:
 
 
 def _count_right(session: DeployedSession, images: ImageSet) -> int:
+    return int((_answers(session, images) == images.labels).sum())
+
+
+def _answers(session: DeployedSession, images: ImageSet) -> NDArray[np.int64]:
     logits = session.logits_of(images)
     if not np.isfinite(logits).all():
         raise _CannotRepairError(Verdict.NOT_MEASURED, NOT_FINITE)
-    return int((logits.argmax(axis=1) == images.labels).sum())
+    return logits.argmax(axis=1)
 
 
 def _judge(artifact: Artifact, patient: _Patient) -> tuple[int, float]:
     """How many held-out images the new file answers rightly, and how often the trained shadow agrees with it."""
     session, images = DeployedSession(artifact, patient.evidence.session.profile), patient.held_out
-    right = _count_right(session, images)
-    answers = [shadow_logits(patient.student, pixels).argmax(axis=1) for pixels in images.in_pixels()]
-    agreement = float(np.mean(session.logits_of(images).argmax(axis=1) == np.concatenate(answers)))
+    answers = _answers(session, images)
     patient.forwards += session.forwards
-    return right, agreement
+    trained = [shadow_logits(patient.student, pixels).argmax(axis=1) for pixels in images.in_pixels()]
+    return int((answers == images.labels).sum()), float(np.mean(answers == np.concatenate(trained)))
 
 
 def _told(patient: _Patient, activations: ChannelActivations, pruning: Pruning) -> PrunedChannels:
