@@ -26,6 +26,7 @@ Deviations from the paper and its code:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -130,7 +131,7 @@ class FinePruning:
         except _CannotRepairError as error:
             verdict, reason = error.verdict, str(error)
         else:
-            verdict, reason = Verdict.REPAIRED, self._reason(result)
+            verdict, reason = self._judgement(result)
         forwards = patient.forwards + evidence.session.forwards - before
         cost = Cost(forwards=forwards, gradient_steps=patient.gradient_steps)
         return Repaired(artifact=artifact, finding=self._finding(evidence, verdict, reason, cost, result))
@@ -240,6 +241,15 @@ class FinePruning:
             raise _CannotRepairError(Verdict.NOT_MEASURED, f"no gradient: {error}") from error
         except ShadowError as error:
             raise _CannotRepairError(Verdict.NOT_MEASURED, f"the shadow can't be trained: {error}") from error
+
+    def _judgement(self, result: RepairResult) -> tuple[Verdict, str]:
+        """A file that lost more than the tolerance is no repair, whichever step cost it."""
+        # The decimal number that it is written as, as in pruning: 100 * 0.07 is a little more than 7.
+        tolerated = float(100 * Fraction(repr(float(self.tolerance))))
+        if result.accuracy_drop <= tolerated:
+            return Verdict.REPAIRED, self._reason(result)
+        told = f"clean accuracy fell by {result.accuracy_drop:.2f} points, where {tolerated:g} are tolerated"
+        return Verdict.NOT_REPAIRED, f"{told}: {self._reason(result)}"
 
     def _reason(self, result: RepairResult) -> str:
         assert result.pruning is not None  # noqa: S101 (made with it)
