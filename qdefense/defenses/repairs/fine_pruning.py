@@ -322,7 +322,8 @@ def _answers(session: DeployedSession, images: ImageSet) -> NDArray[np.int64]:
     logits = session.logits_of(images)
     if not np.isfinite(logits).all():
         raise _CannotRepairError(Verdict.NOT_MEASURED, NOT_FINITE)
-    return logits.argmax(axis=1)
+    answers: NDArray[np.int64] = logits.argmax(axis=1)
+    return answers
 
 
 def _judge(artifact: Artifact, patient: _Patient) -> tuple[int, float]:
