@@ -7,7 +7,8 @@ by the tolerance (section 3.1); then the network is fine-tuned on clean images (
 All of it happens to the file that ships: activations are tapped from its session; each step of the pruning is written
 into the file, and its accuracy measured on a session of that very file; the fine-tuning goes through the shadow of the
 graph as shipped, which rounds to the file's own grid, and is written back into the same graph. The accuracy before and
-after is measured on sessions too, on images that neither step has seen. Whether a backdoor is gone only somebody with
+after is measured on sessions too, on images that neither step has seen; a file that lost more than the tolerance there is
+NOT_REPAIRED. Whether a backdoor is gone only somebody with
 the trigger can measure.
 
 Deviations from the paper and its code:
@@ -20,7 +21,8 @@ Deviations from the paper and its code:
   identity shortcut up to the one that it starts from. Where a normalization ends the map, that is pruned.
 - Pruned channels stay pruned in fine-tuning. The schedule is BackdoorBench's (100 epochs of SGD at 0.01 on a cosine,
   momentum 0.9, weight decay 5e-4, batches of 256), without augmentation.
-- Normalizations are folded into the file or keep their statistics.
+- Normalizations are folded into the file or keep their statistics. The schedule was made for networks that normalize
+  each batch, and can run away where none does (docs/decisions/0018).
 """
 
 from __future__ import annotations
