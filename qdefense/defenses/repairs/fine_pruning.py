@@ -7,9 +7,8 @@ by the tolerance (section 3.1); then the network is fine-tuned on clean images (
 All of it happens to the file that ships: activations are tapped from its session; each step of the pruning is written
 into the file, and its accuracy measured on a session of that very file; the fine-tuning goes through the shadow of the
 graph as shipped, which rounds to the file's own grid, and is written back into the same graph. The accuracy before and
-after is measured on sessions too, on images that neither step has seen; a file that lost more than the tolerance there is
-NOT_REPAIRED. Whether a backdoor is gone only somebody with
-the trigger can measure.
+after is measured on sessions too, on images that neither step has seen; a file that lost more than the tolerance there
+is NOT_REPAIRED. Whether a backdoor is gone only somebody with the trigger can measure.
 
 Deviations from the paper and its code:
 - The clean images are shuffled by the seed and cut in halves, images that show the same thing (`ImageSet.groups`)
