@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class Verdict(StrEnum):
     """What a defense says of a file; of an audit, only CLEAN can lead to exit code 0.
 
-    REPAIRED says that a repair made another file, not that a backdoor was there, nor that it is gone.
+    REPAIRED says that a repair made another file, not that a backdoor was there, nor that it is gone; NOT_REPAIRED that
+    the file it made lost more clean accuracy than it tolerates, as was measured.
     """
 
     CLEAN = "CLEAN"
@@ -19,6 +20,7 @@ class Verdict(StrEnum):
     NOT_APPLICABLE = "NOT_APPLICABLE"
     NOT_MEASURED = "NOT_MEASURED"
     REPAIRED = "REPAIRED"
+    NOT_REPAIRED = "NOT_REPAIRED"
 
 
 Kind = Literal["scan", "dataset", "filter", "repair"]

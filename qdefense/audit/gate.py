@@ -29,13 +29,14 @@ def decide(findings: Sequence[Finding], required: Sequence[str], interruptions: 
 def decide_repair(findings: Sequence[Finding], repair: str, max_drop: float, interruptions: Sequence[str] = ()) -> Gate:
     """Judge a repair by what it cost: more than ``max_drop`` percentage points of clean accuracy fail it.
 
+    So does a NOT_REPAIRED answer, whatever is allowed here: more was lost than the repair itself tolerates.
     Passing needs a REPAIRED answer with its accuracies, and no interruption.
     """
     found = next((finding for finding in findings if finding.defense == repair), None)
     missing = list(interruptions)
     if found is None:
         missing.append(f"{repair}: gave no answer")
-    elif found.verdict is not Verdict.REPAIRED or not isinstance(found.result, RepairResult):
+    elif found.verdict not in _MADE or not isinstance(found.result, RepairResult):
         missing.append(f"{repair}: {found.verdict}: {found.reason}")
     elif not found.result.images:
         missing.append(f"{repair}: the clean accuracy was not measured")
@@ -45,6 +46,9 @@ def decide_repair(findings: Sequence[Finding], repair: str, max_drop: float, int
             f"{found.result.images} held-out images, at most {max_drop:g} were allowed"
         )
         return Gate(outcome="FAILED", exit_code=FAILED, reasons=(told, found.reason, *missing), required=(repair,))
+    elif found.verdict is Verdict.NOT_REPAIRED:
+        told = f"{repair} is refused: {found.reason}"
+        return Gate(outcome="FAILED", exit_code=FAILED, reasons=(told, *missing), required=(repair,))
     if missing or found is None:
         return Gate(outcome="INCOMPLETE", exit_code=INCOMPLETE, reasons=tuple(missing), required=(repair,))
     return Gate(outcome="PASSED", exit_code=PASSED, reasons=(f"{repair}: {found.reason}",), required=(repair,))
@@ -69,3 +73,4 @@ def _unmeasured(findings: Sequence[Finding], name: str) -> list[str]:
 
 
 _MEASURED = frozenset({Verdict.CLEAN, Verdict.BACKDOORED})
+_MADE = frozenset({Verdict.REPAIRED, Verdict.NOT_REPAIRED})

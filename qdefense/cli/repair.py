@@ -36,7 +36,7 @@ USUAL_DROP = 4.0
     show_default=True,
     metavar="POINTS",
     help="Refuse a result that loses more clean accuracy than this, in percentage points, on the half of the images "
-    "that it was not made with.",
+    "that it was not made with; the method's own tolerance holds as well.",
 )
 @click.option(
     "-o", "output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Where the new file goes."

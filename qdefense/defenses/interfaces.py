@@ -112,7 +112,8 @@ class Repaired:
     """What a repair gives: the new file, and the finding that reports store of it.
 
     Both, because a finding holds no bytes, and a missing file could not say why it is missing. ``artifact`` is there
-    exactly where the verdict is REPAIRED. It is a file like any other: nothing known of the old one holds for it.
+    exactly where the verdict is REPAIRED, or NOT_REPAIRED: whoever has the trigger may want to see what became of it.
+    It is a file like any other: nothing known of the old one holds for it.
     """
 
     artifact: Artifact | None

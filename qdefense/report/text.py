@@ -38,6 +38,7 @@ _VERDICTS = {
     "NOT_MEASURED": "yellow",
     "NOT_APPLICABLE": "yellow",
     "REPAIRED": "bold",
+    "NOT_REPAIRED": "bold red",
 }
 _CLASSES_SHOWN = 12
 _NAMES_SHOWN = 5

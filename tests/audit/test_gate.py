@@ -148,6 +148,14 @@ REPAIRS = {
             *("because REPAIRED", "killed"),
         ],
     ),
+    "it says itself that it costs too much": (
+        [repair(verdict=Verdict.NOT_REPAIRED)],
+        *((), 1, ["mender is refused: because NOT_REPAIRED"]),
+    ),
+    "it says so and the worker died": (
+        [repair(verdict=Verdict.NOT_REPAIRED)],
+        *(("killed",), 1, ["mender is refused: because NOT_REPAIRED", "killed"]),
+    ),
     "the worker died after it": ([repair()], ("killed",), 3, ["killed"]),
     "it gave no answer": ([], (), 3, ["mender: gave no answer"]),
     "another one answered": ([finding(CLEAN)], (), 3, ["mender: gave no answer"]),

@@ -157,7 +157,7 @@ class PlantedRepair:
     works: bool = True
 
     def repair(self, evidence: Evidence) -> Any:
-        verdict = Verdict.CLEAN if self.works else Verdict.NOT_APPLICABLE
+        verdict = Verdict.NOT_REPAIRED if self.works else Verdict.NOT_APPLICABLE
         repaired = Artifact.from_bytes(type(self).file) if self.works else None
         return SimpleNamespace(artifact=repaired, finding=answer(evidence, self.name, "repair", None, verdict))
 
@@ -367,7 +367,7 @@ def test_repair(measured: Callable[..., list[DefenseRecord]], finished: Desk, mo
     assert after.asr_before is not None
     assert after.asr_after is not None
     assert before.asr_before is None
-    assert poisoned.verdict is Verdict.CLEAN  # its own word; what it is worth is in the metrics
+    assert poisoned.verdict is Verdict.NOT_REPAIRED  # its own word; what became of the file stands there all the same
     assert after.accuracy_before * 20 == pytest.approx(round(after.accuracy_before * 20))
 
 

@@ -224,6 +224,19 @@ def test_repair_without_a_new_file_is_not_measured() -> None:
     assert row.accuracy_before is None
 
 
+def test_repair_that_cost_too_much_is_measured_and_its_loss_is_in_the_row() -> None:
+    metrics = RepairMetrics(
+        accuracy_before=0.97, accuracy_after=0.07, asr_before=0.93, asr_after=0.0,
+        activity_before=Activity.ACTIVE, activity_after=Activity.DORMANT,
+    )  # fmt: skip
+    trial = defense(network("badnets"), metrics=metrics, name="fp", kind="repair", verdict=Verdict.NOT_REPAIRED)
+    assert status_of(trial) == "measured"
+    (row,) = repair_rows(cohort([behaviour(network("badnets")), trial]))
+    assert row.answers == Answers(measured=1)
+    assert row.accuracy_change is not None
+    assert row.accuracy_change.mean == pytest.approx(-0.9)
+
+
 # --- behaviour, and which records count -------------------------------------------------------------------------------
 
 

@@ -72,6 +72,16 @@ def test_repair_is_refused_and_writes_nothing_when_it_costs_too_much(toy: Toy, t
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
 
 
+def test_repair_that_costs_more_than_its_own_tolerance_is_refused(toy: Toy, tmp_path: Path, capfd: Capture) -> None:
+    target, method = tmp_path / "out.onnx", "fine-pruning:epochs=3,learning_rate=50"
+    assert repair(toy.clean, "--data", toy.data, "--method", method, "--max-accuracy-drop", "100", "-o", target) == 1
+    text = " ".join(capfd.readouterr().out.split())
+    assert text.startswith("FAILED (exit code 1) fine-pruning is refused: clean accuracy fell by ")
+    assert "fine-pruning NOT_REPAIRED: " in text
+    assert text.endswith("out.onnx: not written")
+    assert not list(tmp_path.iterdir())
+
+
 def test_repair_is_written_when_as_much_is_allowed(toy: Toy, tmp_path: Path) -> None:
     target = tmp_path / "out.onnx"
     assert repair(toy.clean, "--data", toy.data, "--method", BROKEN, "--max-accuracy-drop", "100", "-o", target) == 0

@@ -139,6 +139,38 @@ def test_a_trained_backdoor_is_weakened(
     assert after.asr < before.asr - 0.05
 
 
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+DIVERGING = FinePruning(epochs=3, learning_rate=50)
+"""At such a rate the weights run away without becoming NaN, as those of a real file did at the default one."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_lost_more_than_the_tolerance_is_not_repaired(
+    clean: Mapping[str, Evidence], images: ImageSet, form: str
+) -> None:
+    made = DIVERGING.repair(clean[form])
+    result = result_of(made)
+    assert result.accuracy_drop > 100 * DIVERGING.tolerance
+    assert made.finding.verdict is Verdict.NOT_REPAIRED
+    _, held_out = fine_pruning._halve(clean[form])
+    behaviour = measure_behaviour(session_of(made.artifact.data).logits, held_out, None)
+    assert result.after["clean_accuracy"] == behaviour.clean_accuracy, "the loss is told, of the file that has it"
+    told = f"clean accuracy fell by {result.accuracy_drop:.2f} points, where 4 are tolerated: "
+    assert re.match(rf"{told}\d of 6 channels pruned, 3 epochs", made.finding.reason), made.finding.reason
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(0, Verdict.REPAIRED), (8, Verdict.REPAIRED), (9, Verdict.NOT_REPAIRED)])
+def test_what_is_tolerated_is_still_a_repair(
+    clean: Mapping[str, Evidence], monkeypatch: pytest.MonkeyPatch, lost: int, verdict: Verdict
+) -> None:
+    """5 points of accuracy are 8 of the 160 held-out images, and not more than the tolerance."""
+    right = [160, 160 - lost]
+    monkeypatch.setattr(fine_pruning, "_refuse_accuracy", lambda _: right[0])
+    monkeypatch.setattr(fine_pruning, "_judge", lambda *_: (right[1], 1.0))
+    assert replace(SHORT, tolerance=0.05).repair(clean["fp32"]).finding.verdict is verdict
+
+
 # --- what is in the new file ------------------------------------------------------------------------------------------
 
 
@@ -200,8 +232,8 @@ def test_the_finding_tells_what_was_done_and_measured(backdoored: Evidence, imag
     assert finding.cost.gradient_steps == 5
     assert result.pruning is not None
     tried = len(result.pruning.accuracies)
-    # 320 images before; tapped once with the logits beside; each trial; the new file twice
-    assert finding.cost.forwards == 320 + 2 * 160 + tried * 160 + 2 * 160
+    # 320 images before; tapped once with the logits beside; each trial; the new file
+    assert finding.cost.forwards == 320 + 2 * 160 + tried * 160 + 160
     assert (result.pruning.measured_on, result.pruning.tensor, result.pruning.channels) == ("session", "positive", 6)
     assert result.training_agreement == 1.0
     assert finding.reason.startswith(

@@ -7,8 +7,8 @@ by the tolerance (section 3.1); then the network is fine-tuned on clean images (
 All of it happens to the file that ships: activations are tapped from its session; each step of the pruning is written
 into the file, and its accuracy measured on a session of that very file; the fine-tuning goes through the shadow of the
 graph as shipped, which rounds to the file's own grid, and is written back into the same graph. The accuracy before and
-after is measured on sessions too, on images that neither step has seen. Whether a backdoor is gone only somebody with
-the trigger can measure.
+after is measured on sessions too, on images that neither step has seen; a file that lost more than the tolerance there
+is NOT_REPAIRED. Whether a backdoor is gone only somebody with the trigger can measure.
 
 Deviations from the paper and its code:
 - The clean images are shuffled by the seed and cut in halves, images that show the same thing (`ImageSet.groups`)
@@ -20,12 +20,14 @@ Deviations from the paper and its code:
   identity shortcut up to the one that it starts from. Where a normalization ends the map, that is pruned.
 - Pruned channels stay pruned in fine-tuning. The schedule is BackdoorBench's (100 epochs of SGD at 0.01 on a cosine,
   momentum 0.9, weight decay 5e-4, batches of 256), without augmentation.
-- Normalizations are folded into the file or keep their statistics.
+- Normalizations are folded into the file or keep their statistics. The schedule was made for networks that normalize
+  each batch, and can run away where none does (docs/decisions/0018).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -131,7 +133,7 @@ class FinePruning:
         except _CannotRepairError as error:
             verdict, reason = error.verdict, str(error)
         else:
-            verdict, reason = Verdict.REPAIRED, self._reason(result)
+            verdict, reason = self._judgement(result)
         forwards = patient.forwards + evidence.session.forwards - before
         cost = Cost(forwards=forwards, gradient_steps=patient.gradient_steps)
         return Repaired(artifact=artifact, finding=self._finding(evidence, verdict, reason, cost, result))
@@ -242,6 +244,15 @@ class FinePruning:
         except ShadowError as error:
             raise _CannotRepairError(Verdict.NOT_MEASURED, f"the shadow can't be trained: {error}") from error
 
+    def _judgement(self, result: RepairResult) -> tuple[Verdict, str]:
+        """A file that lost more than the tolerance is no repair, whichever step cost it."""
+        # The decimal number that it is written as, as in pruning: 100 * 0.07 is a little more than 7.
+        tolerated = float(100 * Fraction(repr(float(self.tolerance))))
+        if result.accuracy_drop <= tolerated:
+            return Verdict.REPAIRED, self._reason(result)
+        told = f"clean accuracy fell by {result.accuracy_drop:.2f} points, where {tolerated:g} are tolerated"
+        return Verdict.NOT_REPAIRED, f"{told}: {self._reason(result)}"
+
     def _reason(self, result: RepairResult) -> str:
         assert result.pruning is not None  # noqa: S101 (made with it)
         return (
@@ -306,20 +317,24 @@ def _refuse_accuracy(patient: _Patient) -> int:
 
 
 def _count_right(session: DeployedSession, images: ImageSet) -> int:
+    return int((_answers(session, images) == images.labels).sum())
+
+
+def _answers(session: DeployedSession, images: ImageSet) -> NDArray[np.int64]:
     logits = session.logits_of(images)
     if not np.isfinite(logits).all():
         raise _CannotRepairError(Verdict.NOT_MEASURED, NOT_FINITE)
-    return int((logits.argmax(axis=1) == images.labels).sum())
+    answers: NDArray[np.int64] = logits.argmax(axis=1)
+    return answers
 
 
 def _judge(artifact: Artifact, patient: _Patient) -> tuple[int, float]:
     """How many held-out images the new file answers rightly, and how often the trained shadow agrees with it."""
     session, images = DeployedSession(artifact, patient.evidence.session.profile), patient.held_out
-    right = _count_right(session, images)
-    answers = [shadow_logits(patient.student, pixels).argmax(axis=1) for pixels in images.in_pixels()]
-    agreement = float(np.mean(session.logits_of(images).argmax(axis=1) == np.concatenate(answers)))
+    answers = _answers(session, images)
     patient.forwards += session.forwards
-    return right, agreement
+    trained = [shadow_logits(patient.student, pixels).argmax(axis=1) for pixels in images.in_pixels()]
+    return int((answers == images.labels).sum()), float(np.mean(answers == np.concatenate(trained)))
 
 
 def _told(patient: _Patient, activations: ChannelActivations, pruning: Pruning) -> PrunedChannels:
