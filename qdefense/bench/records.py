@@ -187,7 +187,8 @@ class DatasetMetrics(_Record):
     Scores are comparable among rows of one label. So ``within_*`` and ``curve`` look only at rows with a label that
     poisons have; ``auroc`` and ``fpr`` are of all rows. Rows without a score are in no rate.
     ``top`` are the ``round(1.5 * poisons)`` rows of these with the highest scores: ``top_recall`` is the share of all
-    poisons that they hold, ``top_precision`` the share of poison among them, which cannot exceed 2/3.
+    poisons that they hold, ``top_precision`` the share of poison among them, which cannot exceed 2/3. Where poison is
+    most of its label, any order scores high: a random one has a recall of ``top_precision.n / (tpr.n + within_fpr.n)``.
     """
 
     kind: Literal["dataset"] = "dataset"
