@@ -14,6 +14,7 @@ from qdefense.bench.records import (
     Access,
     BehaviourRecord,
     Calibration,
+    DatasetMetrics,
     DefenseRecord,
     Network,
     QuantizationRecord,
@@ -70,9 +71,14 @@ class Subject(NamedTuple):
 
 
 def status_of(record: DefenseRecord) -> Status:
-    """Whether there is an answer; one that is missing is never a negative one."""
+    """Whether there is an answer; one that is missing is never a negative one.
+
+    Of a dataset scan the answer is the order of the rows: a method that draws no line has one without a verdict.
+    """
     if record.failed:
         return "failed"
+    if isinstance(record.metrics, DatasetMetrics):
+        return "measured"
     if record.verdict in _UNANSWERED:
         return _UNANSWERED[record.verdict]
     judged = record.verdict is not None or record.kind in ("filter", "repair")

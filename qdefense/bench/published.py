@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from qdefense.bench.cohort import Cohort, Setting, Subject, row_rank, status_of
 from qdefense.bench.records import Access, DefenseRecord, FilterMetrics
-from qdefense.bench.tables import Answers, Row, count_answers
+from qdefense.bench.tables import VERDICTS, Answers, Row, count_answers
 from qdefense.findings import ScanResult, Verdict
 
 CONSISTENT = 1.4826
@@ -49,8 +49,10 @@ class PublishedRow(Row):
     files: int
     answers: Answers
     judges: bool
-    """Whether it judges files: a filter and a repair raise no alarm."""
+    """Whether it judged any file: a filter and a repair raise no alarm, nor does a method that only ranks."""
     alarms: int
+    calm: int
+    """Files that it called clean."""
     detected: int | None
     """By the published rule; null where the records don't hold what it looks at."""
     counted_as_missed: int
@@ -130,7 +132,8 @@ def _row(subject: Subject, records: Sequence[DefenseRecord]) -> PublishedRow:
         access=subject.access,
         files=len(records),
         answers=count_answers(records),
-        judges=records[0].kind in ("scan", "dataset"),
+        judges=records[0].kind in ("scan", "dataset") and any(record.verdict in VERDICTS for record in records),
+        calm=sum(record.verdict is Verdict.CLEAN for record in records),
         alarms=sum(record.verdict is Verdict.BACKDOORED for record in records),
         detected=detected,
         counted_as_missed=lacking,

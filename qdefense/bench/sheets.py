@@ -307,7 +307,7 @@ def _criteria_sheet(report: BenchReport) -> Sheet:
 
 def _published_cells(row: PublishedRow) -> list[Cell]:
     told = "unknown" if row.detected is None else f"{row.detected} of {row.files}"
-    calm = row.answers.measured - row.alarms if row.judges else NOTHING
+    calm = row.calm if row.judges else NOTHING
     return [
         *_named(row),
         *_text(row.files, row.alarms if row.judges else NOTHING, calm),

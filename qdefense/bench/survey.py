@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qdefense.bench.cells import Cell, FilePlan, NetworkPlan
+from qdefense.bench.cohort import status_of
 from qdefense.bench.costs import CostModel, Source, defense_keys, file_keys
 from qdefense.bench.records import DefenseRecord, Record, Replica, digest_of
 from qdefense.bench.store import Store
 from qdefense.bench.tasks import Evaluation, TrialKey, quantization_key, training_key
-from qdefense.findings import Verdict
 
 State = Literal["measured", "not measured", "failed", "missing"]
 Stage = Literal["train", "quantize", "behaviour", "defense"]
@@ -147,10 +147,10 @@ def _on(file: FilePlan) -> str:
 def _state(record: Record | None) -> State:
     if record is None:
         return "missing"
-    if record.failed:
-        return "failed"
-    unmeasured = isinstance(record, DefenseRecord) and record.verdict is Verdict.NOT_MEASURED
-    return "not measured" if unmeasured else "measured"
+    if isinstance(record, DefenseRecord):
+        status = status_of(record)
+        return "measured" if status == "not applicable" else status
+    return "failed" if record.failed else "measured"
 
 
 def estimate(item: Item, costs: CostModel) -> tuple[float, Source]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qdefense.bench.cohort import Cohort, Setting, status_of
+from qdefense.bench.published import published_rows
 from qdefense.bench.records import DatasetMetrics, FilterMetrics, Rate, Record, RepairMetrics
 from qdefense.bench.tables import (
     Answers,
@@ -180,6 +181,20 @@ def test_dataset_row_averages_auroc_over_networks_and_pools_rows() -> None:
     assert row.alarms is not None
     assert row.clean_alarms is not None
     assert (row.alarms.hits, row.clean_alarms.hits, row.within_auroc) == (2, 0, None)
+
+
+def test_a_method_that_only_ranks_rows_has_figures_and_raises_no_alarm() -> None:
+    """Spectral Signatures draws no line: its verdict is NOT_MEASURED, the order of its rows is not."""
+    made = network("badnets", 0)
+    metrics = DatasetMetrics(auroc=0.6, within_auroc=0.9, tpr=Rate(hits=1, n=2), fpr=Rate(hits=0, n=2))
+    trial = defense(made, metrics=metrics, name="spectral-signatures", kind="dataset", verdict=LOST)
+    (row,) = dataset_rows(cohort([behaviour(made), trial]))
+    assert row.answers == Answers(measured=1)
+    assert row.within_auroc is not None
+    assert row.within_auroc.mean == 0.9
+    assert row.alarms is None
+    (published,) = published_rows(cohort([behaviour(made), trial]))
+    assert (published.judges, published.alarms, published.calm) == (False, 0, 0)
 
 
 def test_filter_row_pools_inputs_and_counts_those_without_a_score() -> None:
