@@ -126,10 +126,27 @@ class QuantizationRecord(_OfFile):
     integer_weight_share: float | None = None
 
 
+class EvaluationRules(_Record):
+    """The part of ``[bench]`` that a defense's answer depends on; answers under other rules are not comparable."""
+
+    seed: int = Field(description="of the evaluation's draws and of the defense")
+    clean_images: int = Field(description="clean test images that the defense was given, at most")
+    held_out_images: int | None = Field(description="others that a filter decided on, at most; null of other kinds")
+
+
 class _Trial(_OfFile):
     artifact_sha256: str
     arithmetic: Arithmetic
-    data_sha256: str = Field(description="digest of the images that it was measured on")
+    data_sha256: str = Field(
+        description="digest of the images that it was measured on, and of those of a defense of how many it was given"
+    )
+    test_sha256: str | None = Field(
+        default=None,
+        description="digest of the test split: of one file, joins defenses and behaviour; null in old lines",
+    )
+    evaluation: EvaluationRules | None = Field(
+        default=None, description="null of a behaviour, which depends on no rules, and in lines older than the field"
+    )
     profile: SessionProfile | None = Field(default=None, description="null where the file could not be opened")
     runtime: Runtime | None = None
     replica: int = Field(default=0, description="0 is the first network of its recipe, 1 one that was trained again")

@@ -16,6 +16,7 @@ from qdefense.bench.records import (
     BehaviourRecord,
     Calibration,
     DefenseRecord,
+    EvaluationRules,
     Network,
     QuantizationRecord,
     Record,
@@ -153,6 +154,18 @@ class TrialKey:
         return SessionProfile(threads=1, batch=self.batch, arithmetic=self.cell.arithmetic)
 
     @property
+    def rules(self) -> EvaluationRules | None:
+        """What of the evaluation the answer depends on: nothing of what a file does."""
+        if self.cell.defense is None:
+            return None
+        rules = self.evaluation
+        return EvaluationRules(
+            seed=rules.seed,
+            clean_images=rules.clean_images,
+            held_out_images=rules.held_out_images if self.cell.defense.kind == "filter" else None,
+        )
+
+    @property
     def data_sha256(self) -> str:
         """Digest of the images that this kind of trial looks at, and of how they are chosen."""
         rules = self.evaluation
@@ -232,6 +245,8 @@ class TrialTask:
             "artifact_sha256": trial.artifact_sha256,
             "arithmetic": trial.cell.arithmetic,
             "data_sha256": trial.data_sha256,
+            "test_sha256": trial.test_sha256,
+            "evaluation": trial.rules,
             "profile": trial.profile,
             "replica": self.replica,
             "versions": versions(),

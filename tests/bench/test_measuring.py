@@ -18,6 +18,7 @@ from qdefense.bench.records import (
     BehaviourRecord,
     DatasetMetrics,
     DefenseRecord,
+    EvaluationRules,
     FilterMetrics,
     Rate,
     RepairMetrics,
@@ -318,6 +319,18 @@ def test_filter(measured: Callable[..., list[DefenseRecord]]) -> None:
 def test_filter_that_cannot_be_fitted(measured: Callable[..., list[DefenseRecord]]) -> None:
     _, poisoned = measured("planted-filter:fits=false")
     assert (poisoned.verdict, poisoned.metrics) == (Verdict.NOT_MEASURED, None)
+
+
+def test_records_say_under_which_rules_they_were_made(
+    measured: Callable[..., list[DefenseRecord]], finished: Desk
+) -> None:
+    """Without them a reader takes answers on 40 clean images and on 20 for answers to the same question."""
+    (scan, *_), (fitted, *_) = measured("planted-scan"), measured("planted-filter")
+    assert scan.evaluation == EvaluationRules(seed=0, clean_images=40, held_out_images=None)
+    assert fitted.evaluation == EvaluationRules(seed=0, clean_images=40, held_out_images=10)
+    behaviours = [record for record in finished.records.values() if isinstance(record, BehaviourRecord)]
+    assert {record.evaluation for record in behaviours} == {None}  # on the whole test split, whatever the rules
+    assert {record.data_sha256 for record in behaviours} == {scan.test_sha256} == {fitted.test_sha256}
 
 
 def test_filter_without_held_out_images(new_desk: NewDesk, finished: Desk) -> None:
