@@ -35,6 +35,8 @@ _UNANSWERED: dict[Verdict, Status] = {
     Verdict.NOT_MEASURED: "not measured",
     Verdict.NOT_APPLICABLE: "not applicable",
 }
+_DIGITS = 12
+"""Of a digest that tells one set of images from another in a label."""
 _Trial = TypeVar("_Trial", BehaviourRecord, DefenseRecord)
 
 
@@ -96,6 +98,7 @@ class Cohort:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._attacks = _labels((one.network.data, one.network.attack, one.network.attack_settings) for one in records)
+        self._architectures = _labels(_making_of(one.network) for one in records)
         trials = [one for one in records if isinstance(one, DefenseRecord)]
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
@@ -120,12 +123,18 @@ class Cohort:
             self._calibrations[label] = record.calibration
         return Setting(
             data=record.network.data,
-            architecture=architecture_of(record.network),
+            architecture=self.architecture(record.network),
             attack=self.attack(record.network),
             precision=self.precisions[record.precision],
             calibration=label,
             arithmetic="as-run" if isinstance(record, QuantizationRecord) else record.arithmetic,
         )
+
+    def architecture(self, network: Network) -> str:
+        """``resnet8, width 16``, with what of recipe and training images differs among those on the same data."""
+        data, name, making = _making_of(network)
+        label: str = self._architectures[data, name, _text(making)]
+        return label
 
     def attack(self, network: Network) -> str:
         """The attack, with the settings in which it differs from others of the name on the same data."""
@@ -184,9 +193,10 @@ def network_id(network: Network) -> str:
     return digest_of(network=network.model_dump(mode="json"))
 
 
-def architecture_of(network: Network) -> str:
-    """``resnet8, width 16``."""
-    return f"{network.architecture}, width {network.width}"
+def _making_of(network: Network) -> tuple[str, str, dict[str, Any]]:
+    """Data, architecture, and what else but attack and seed decides the weights: networks of one row share all."""
+    making = {**network.recipe, "train_sha256": network.train_sha256[:_DIGITS]}
+    return network.data, f"{network.architecture}, width {network.width}", making
 
 
 def rank_of(setting: Setting) -> tuple[Any, ...]:
@@ -217,7 +227,7 @@ def _networks(cohort: Cohort, records: Sequence[Record]) -> dict[tuple[str, str,
     known: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
     for record in records:
         network = record.network
-        known[network.data, architecture_of(network), cohort.attack(network)].add(network_id(network))
+        known[network.data, cohort.architecture(network), cohort.attack(network)].add(network_id(network))
     return {place: frozenset(found) for place, found in known.items()}
 
 

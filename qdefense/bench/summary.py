@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdefense.bench.cohort import Cohort, Status, architecture_of, network_id, status_of
+from qdefense.bench.cohort import Cohort, Status, network_id, status_of
 from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows
 from qdefense.bench.figures import told_runtime
 from qdefense.bench.matrix import read_matrix
@@ -230,7 +230,7 @@ def _networks(records: Sequence[Record], cohort: Cohort) -> tuple[NetworksRow, .
 
 
 def _place(record: Record, cohort: Cohort) -> tuple[str, str, str]:
-    return record.network.data, architecture_of(record.network), cohort.attack(record.network)
+    return record.network.data, cohort.architecture(record.network), cohort.attack(record.network)
 
 
 def _failed_makings(records: Sequence[Record]) -> list[TrainingRecord | QuantizationRecord]:

@@ -6,7 +6,7 @@ import pytest
 
 from qdefense.bench.cohort import Cohort, Setting, status_of
 from qdefense.bench.published import published_rows
-from qdefense.bench.records import DatasetMetrics, FilterMetrics, Rate, Record, RepairMetrics
+from qdefense.bench.records import DatasetMetrics, FilterMetrics, Network, Rate, Record, RepairMetrics
 from qdefense.bench.tables import (
     Answers,
     behaviour_rows,
@@ -289,6 +289,36 @@ def test_cohort_names_the_settings_in_which_attacks_and_defenses_differ() -> Non
         "neural-cleanse (budget=gate)",
         "neural-cleanse (budget=quick)",
     }
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({"recipe": {"epochs": 10, "flip": True}}, "resnet8, width 16 (flip=True)"),
+        ({"recipe": {"epochs": 2, "flip": False}}, "resnet8, width 16 (epochs=2)"),
+        ({"recipe": {"epochs": 2, "flip": True}}, "resnet8, width 16 (epochs=2, flip=True)"),
+        ({"train_sha256": "ab" * 32}, "resnet8, width 16 (train_sha256=abababababab)"),
+        ({"width": 8}, "resnet8, width 8"),
+    ],
+)
+def test_networks_made_by_another_recipe_are_no_replicates(change: dict[str, object], label: str) -> None:
+    """They differ in more than the seed: a mean over both is of neither, and their clean twins are others."""
+    recipe = {"recipe": {"epochs": 10, "flip": False}}
+    made, spotless = (network(attack, 0).model_copy(update=recipe) for attack in ("badnets", None))
+    other = network("badnets", 1).model_copy(update={**recipe, **change})
+    found = cohort(
+        [record for one, score in ((made, 3.0), (other, 2.0), (spotless, 1.0)) for record in scanned(one, score)]
+    )
+    assert [row.measured for row in behaviour_rows(found)] == [1, 1, 1]
+    assert label in {setting.architecture for setting in found.behaviours}
+    aurocs = {row.setting.architecture: row.auroc for row in scan_rows(found) if row.setting.attack == "badnets"}
+    assert len(aurocs) == 2
+    assert aurocs[label] is None
+    assert all(row.unrecorded == 0 for row in scan_rows(found))
+
+
+def scanned(made: Network, score: float) -> list[Record]:
+    return [behaviour(made), defense(made, metrics=scan_metrics(score))]
 
 
 def test_cohort_says_the_scheme_alone_where_only_one_quantization_has_it() -> None:
