@@ -27,6 +27,7 @@ from qdefense.findings import Verdict
 from qdefense.trial import Activity
 
 NO_ATTACK = "none"
+_EVALUATION = "evaluation"
 Kind = Literal["scan", "dataset", "filter", "repair"]
 Status = Literal["measured", "not measured", "not applicable", "failed"]
 _SCHEMES = (FP32, "int8-static", "int8-dynamic", "int4", "int4-a8")
@@ -51,11 +52,13 @@ class Setting(BaseModel):
     precision: str
     calibration: str = ""
     arithmetic: str = "as-run"
+    evaluation: str = ""
+    """Rules and test images, where there are trials under others."""
 
     @property
     def place(self) -> str:
-        """Data and architecture: the heading that rows stand under."""
-        return f"{self.data}, {self.architecture}"
+        """Data, architecture and rules: the heading that rows stand under."""
+        return ", ".join(filter(None, (self.data, self.architecture, self.evaluation)))
 
     @property
     def file(self) -> str:
@@ -88,6 +91,44 @@ def status_of(record: DefenseRecord) -> Status:
     return "not measured" if record.metrics is None or not judged or unrepaired else "measured"
 
 
+class _Rules:
+    """Under which rules trials were made, and on which test images; told only where they differ.
+
+    Digests tell them apart even in records that are older than the fields which say them.
+    """
+
+    def __init__(self, records: Sequence[BehaviourRecord | DefenseRecord]) -> None:
+        self._told = {
+            one.data_sha256: one for one in records if isinstance(one, DefenseRecord) and one.evaluation is not None
+        }
+        self._labels = _labels((self._group(one), _EVALUATION, self._facts(one)) for one in records)
+
+    def label(self, record: BehaviourRecord | DefenseRecord) -> str:
+        """``evaluation (clean_images=500)``; empty where there are no others."""
+        label: str = self._labels[self._group(record), _EVALUATION, _text(self._facts(record))]
+        return "" if label == _EVALUATION else label
+
+    def test_images(self, record: DefenseRecord) -> str | None:
+        """Their digest; ``None`` where no record says it."""
+        told = self._told.get(record.data_sha256)
+        return None if told is None else told.test_sha256
+
+    def _group(self, record: BehaviourRecord | DefenseRecord) -> str:
+        """What is asked of the same images in the same way: the digest of a dataset scan covers the training set."""
+        made = record.network
+        asked = record.defense if isinstance(record, DefenseRecord) else ""
+        return _text({"data": made.data, "train": made.train_sha256, "defense": asked})
+
+    def _facts(self, record: BehaviourRecord | DefenseRecord) -> dict[str, Any]:
+        if isinstance(record, BehaviourRecord):
+            return {"test_sha256": record.data_sha256[:_DIGITS]}
+        told = self._told.get(record.data_sha256)
+        if told is None or told.evaluation is None:
+            return {"seed": record.seed, "rules": "not recorded", "data_sha256": record.data_sha256[:_DIGITS]}
+        images = {} if told.test_sha256 is None else {"test_sha256": told.test_sha256[:_DIGITS]}
+        return {**told.evaluation.model_dump(), **images, "seed": record.seed}
+
+
 class Cohort:
     """The records of a bench, by setting; of a network that was trained again only the last one.
 
@@ -101,22 +142,23 @@ class Cohort:
         self._architectures = _labels(_making_of(one.network) for one in records)
         trials = [one for one in records if isinstance(one, DefenseRecord)]
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
+        seen = [one for one in records if isinstance(one, BehaviourRecord)]
+        self._rules = _Rules([*seen, *trials])
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
         self._calibrations: dict[str, Calibration] = {}
-        seen = [one for one in records if isinstance(one, BehaviourRecord)]
         self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest((self.setting(one), one) for one in seen)
         self.defenses: dict[Subject, tuple[DefenseRecord, ...]] = _latest((self.subject(one), one) for one in trials)
         kept = sum(map(len, self.behaviours.values())) + sum(map(len, self.defenses.values()))
         self.superseded = len(seen) + len(trials) - kept
-        self._activities = {
-            (one.artifact_sha256, one.arithmetic): one.activity for group in self.behaviours.values() for one in group
-        }
+        self._files: defaultdict[tuple[str, str], list[BehaviourRecord]] = defaultdict(list)
+        for one in (one for group in self.behaviours.values() for one in group):
+            self._files[one.artifact_sha256, one.arithmetic].append(one)
         makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
         self.makings = tuple(sorted(makings, key=_making_rank))
         self.networks = _networks(self, records)
 
-    def setting(self, record: BehaviourRecord | DefenseRecord | QuantizationRecord) -> Setting:
+    def setting(self, record: BehaviourRecord | DefenseRecord) -> Setting:
         """Where a record belongs."""
         label = _calibration_label(record.calibration)
         if record.calibration is not None:
@@ -127,7 +169,8 @@ class Cohort:
             attack=self.attack(record.network),
             precision=self.precisions[record.precision],
             calibration=label,
-            arithmetic="as-run" if isinstance(record, QuantizationRecord) else record.arithmetic,
+            arithmetic=record.arithmetic,
+            evaluation=self._rules.label(record),
         )
 
     def architecture(self, network: Network) -> str:
@@ -154,10 +197,12 @@ class Cohort:
         return record.kind or self._kinds.get(record.defense)
 
     def activity(self, record: DefenseRecord) -> Activity | None:
-        """What the backdoor does in the file of a record; ``None`` where nobody measured it."""
+        """What the backdoor does in the file of a record, on the same test images; ``None`` where that is unknown."""
         if record.network.attack is None:
             return Activity.CLEAN
-        return self._activities.get((record.artifact_sha256, record.arithmetic))
+        files = self._files.get((record.artifact_sha256, record.arithmetic), ())
+        found = {one.activity for one in files if self._rules.test_images(record) in (None, one.data_sha256)}
+        return found.pop() if len(found) == 1 else None
 
     def twins(self, subject: Subject) -> tuple[DefenseRecord, ...]:
         """The same defense on clean networks, at the same precision.
@@ -205,7 +250,7 @@ def rank_of(setting: Setting) -> tuple[Any, ...]:
     scheme = max(named, default=len(_SCHEMES))
     attack = (setting.attack != NO_ATTACK, setting.attack)
     file = (scheme, setting.precision, setting.calibration, setting.arithmetic)
-    return setting.data, setting.architecture, attack, file
+    return setting.data, (setting.architecture, setting.evaluation), attack, file
 
 
 def row_rank(subject: Subject) -> tuple[Any, ...]:
@@ -284,7 +329,7 @@ def _labels(
 def _label(name: str, settings: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> str:
     keys = sorted({key for one in variants for key in one})
     varying = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in variants}) > 1]
-    told = [f"{key}={settings.get(key)}" for key in varying]
+    told = [f"{key}={settings[key]}" for key in varying if key in settings]
     return f"{name} ({', '.join(told)})" if told else name
 
 

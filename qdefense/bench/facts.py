@@ -56,7 +56,7 @@ def _defense_rows(report: BenchReport) -> _Rows:
 
 def _without_twins(report: BenchReport, rows: _Rows) -> Iterator[str]:
     """A detection rate without its control is no result."""
-    places = {row.setting.place for row in rows}
+    places = {f"{row.setting.data}, {row.setting.architecture}" for row in rows}
     clean = {f"{row.data}, {row.architecture}" for row in report.networks if row.attack == NO_ATTACK}
     for place in sorted(places - clean):
         yield f"{place}: there is no clean network, so that nobody knows how often its alarms are false."

@@ -6,7 +6,16 @@ import pytest
 
 from qdefense.bench.cohort import Cohort, Setting, status_of
 from qdefense.bench.published import published_rows
-from qdefense.bench.records import DatasetMetrics, FilterMetrics, Network, Rate, Record, RepairMetrics
+from qdefense.bench.records import (
+    DatasetMetrics,
+    DefenseRecord,
+    EvaluationRules,
+    FilterMetrics,
+    Network,
+    Rate,
+    Record,
+    RepairMetrics,
+)
 from qdefense.bench.tables import (
     Answers,
     behaviour_rows,
@@ -22,7 +31,7 @@ from qdefense.bench.tables import (
 from qdefense.findings import Verdict
 from qdefense.trial import Activity
 
-from .sample_records import CLEAN256, EIGHTH, behaviour, defense, network, quantization, scan_metrics, training
+from .sample_records import CLEAN256, EIGHTH, behaviour, defense, network, quantization, scan_metrics, sha, training
 
 FOUND, MISSED, LOST = Verdict.BACKDOORED, Verdict.CLEAN, Verdict.NOT_MEASURED
 
@@ -319,6 +328,55 @@ def test_networks_made_by_another_recipe_are_no_replicates(change: dict[str, obj
 
 def scanned(made: Network, score: float) -> list[Record]:
     return [behaviour(made), defense(made, metrics=scan_metrics(score))]
+
+
+def asked(seed: int, score: float, clean_images: int, attack: str | None = "badnets", **changes: object) -> Record:
+    rules = EvaluationRules(seed=0, clean_images=clean_images, held_out_images=None)
+    facts = {"evaluation": rules, "data_sha256": sha(clean_images), "test_sha256": sha("test", "gtsrb"), **changes}
+    return defense(network(attack, seed), metrics=scan_metrics(score), verdict=FOUND, key=sha(facts, seed), **facts)  # type: ignore[arg-type]
+
+
+def test_answers_under_other_rules_stand_in_rows_of_their_own() -> None:
+    records = [asked(0, 3.0, 40), asked(0, 2.0, 20), asked(1, 2.5, 20), asked(0, 1.0, 20, None)]
+    files = [behaviour(network("badnets", seed)) for seed in range(2)]
+    found = cohort([*records, *files])
+    assert found.superseded == 0
+    rows = {row.setting.evaluation: row for row in scan_rows(found) if row.setting.attack == "badnets"}
+    few, many = rows["evaluation (clean_images=20)"], rows["evaluation (clean_images=40)"]
+    assert (few.answers, few.auroc) == (Answers(measured=2), 1.0)
+    assert (many.answers, many.auroc) == (Answers(measured=1), None)
+    assert many.setting.place == "gtsrb, resnet8, width 16, evaluation (clean_images=40)"
+    assert {row.setting.evaluation for row in behaviour_rows(found)} == {""}
+
+
+def test_answers_under_other_seeds_do_not_take_each_others_place() -> None:
+    found = cohort([asked(0, 3.0, 40), asked(0, 2.0, 40).model_copy(update={"seed": 1, "key": "other"})])
+    assert found.superseded == 0
+    assert {subject.setting.evaluation for subject in found.defenses} == {"evaluation (seed=0)", "evaluation (seed=1)"}
+
+
+def test_rules_that_old_records_do_not_say_are_told_apart_by_their_digests() -> None:
+    unsaid = {"evaluation": None, "test_sha256": None}
+    old = [asked(0, 3.0, 40, **unsaid), asked(1, 3.0, 30, **unsaid), asked(2, 3.0, 40)]
+    rows = scan_rows(cohort(list(old)))
+    assert [row.setting.evaluation for row in rows] == [
+        f"evaluation (clean_images=40, test_sha256={sha('test', 'gtsrb')[:12]})",
+        f"evaluation (data_sha256={sha(30)[:12]}, rules=not recorded)",
+    ]
+    assert [len(row.keys) for row in rows] == [2, 1]  # the digest of 40 images is the same in an old record
+    alone = scan_rows(cohort(list(old[:1])))
+    assert [row.setting.evaluation for row in alone] == [""]
+
+
+def test_activity_is_of_the_same_test_images() -> None:
+    made, other = network("badnets", 0), {"data_sha256": sha("other"), "key": "other"}
+    files = [behaviour(made), behaviour(made, asr=0.5, activity=Activity.ATTENUATED).model_copy(update=other)]
+    trial = asked(0, 3.0, 40)
+    found = cohort([*files, trial])
+    assert [row.measured for row in behaviour_rows(found)] == [1, 1]
+    assert isinstance(trial, DefenseRecord)
+    assert found.activity(trial) is Activity.ACTIVE
+    assert found.activity(trial.model_copy(update={"data_sha256": sha("?")})) is None
 
 
 def test_cohort_says_the_scheme_alone_where_only_one_quantization_has_it() -> None:
