@@ -24,10 +24,11 @@ from qdefense.bench.records import (
     digest_of,
 )
 from qdefense.findings import Verdict
+from qdefense.profile import Runtime
 from qdefense.trial import Activity
 
 NO_ATTACK = "none"
-_EVALUATION = "evaluation"
+_EVALUATION, _RUNTIME = "evaluation", "runtime"
 Kind = Literal["scan", "dataset", "filter", "repair"]
 Status = Literal["measured", "not measured", "not applicable", "failed"]
 _SCHEMES = (FP32, "int8-static", "int8-dynamic", "int4", "int4-a8")
@@ -52,6 +53,8 @@ class Setting(BaseModel):
     precision: str
     calibration: str = ""
     arithmetic: str = "as-run"
+    runtime: str = ""
+    """Version and instruction set, where there are trials on others: they give other logits (law 5)."""
     evaluation: str = ""
     """Rules and test images, where there are trials under others."""
 
@@ -64,7 +67,7 @@ class Setting(BaseModel):
     def file(self) -> str:
         """How the file was made and is run."""
         arithmetic = "" if self.arithmetic == "as-run" else f"{self.arithmetic} arithmetic"
-        return ", ".join(filter(None, (self.precision, self.calibration, arithmetic)))
+        return ", ".join(filter(None, (self.precision, self.calibration, arithmetic, self.runtime)))
 
 
 class Subject(NamedTuple):
@@ -144,6 +147,8 @@ class Cohort:
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
         seen = [one for one in records if isinstance(one, BehaviourRecord)]
         self._rules = _Rules([*seen, *trials])
+        named = [one.runtime for one in (*seen, *trials) if one.runtime is not None]
+        self._runtimes = _labels(("", _RUNTIME, _runtime_facts(one)) for one in named)
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
         self._calibrations: dict[str, Calibration] = {}
@@ -170,6 +175,7 @@ class Cohort:
             precision=self.precisions[record.precision],
             calibration=label,
             arithmetic=record.arithmetic,
+            runtime=self.runtime(record.runtime),
             evaluation=self._rules.label(record),
         )
 
@@ -178,6 +184,15 @@ class Cohort:
         data, name, making = _making_of(network)
         label: str = self._architectures[data, name, _text(making)]
         return label
+
+    def runtime(self, runtime: Runtime | None) -> str:
+        """``runtime (isa=avx2 fma)``; empty where all records that name one are of the same."""
+        if len(self._runtimes) < 2:
+            return ""
+        if runtime is None:
+            return "runtime not recorded"
+        facts = _runtime_facts(runtime)
+        return self._runtimes.get(("", _RUNTIME, _text(facts))) or _label(_RUNTIME, facts, (facts, {}))
 
     def attack(self, network: Network) -> str:
         """The attack, with the settings in which it differs from others of the name on the same data."""
@@ -197,11 +212,16 @@ class Cohort:
         return record.kind or self._kinds.get(record.defense)
 
     def activity(self, record: DefenseRecord) -> Activity | None:
-        """What the backdoor does in the file of a record, on the same test images; ``None`` where that is unknown."""
+        """What the backdoor does in the file, on the same runtime and test images; ``None`` where that is unknown."""
         if record.network.attack is None:
             return Activity.CLEAN
         files = self._files.get((record.artifact_sha256, record.arithmetic), ())
-        found = {one.activity for one in files if self._rules.test_images(record) in (None, one.data_sha256)}
+        images, runtime = self._rules.test_images(record), self.runtime(record.runtime)
+        found = {
+            one.activity
+            for one in files
+            if images in (None, one.data_sha256) and (record.runtime is None or self.runtime(one.runtime) == runtime)
+        }
         return found.pop() if len(found) == 1 else None
 
     def twins(self, subject: Subject) -> tuple[DefenseRecord, ...]:
@@ -233,6 +253,10 @@ class Cohort:
         return min(others, default=label)
 
 
+def _runtime_facts(runtime: Runtime) -> dict[str, Any]:
+    return {"onnxruntime": runtime.onnxruntime, "machine": runtime.machine, "isa": " ".join(runtime.isa)}
+
+
 def network_id(network: Network) -> str:
     """The digest of how a network is made."""
     return digest_of(network=network.model_dump(mode="json"))
@@ -249,7 +273,7 @@ def rank_of(setting: Setting) -> tuple[Any, ...]:
     named = [place for place, name in enumerate(_SCHEMES) if f"{setting.precision}-".startswith(f"{name}-")]
     scheme = max(named, default=len(_SCHEMES))
     attack = (setting.attack != NO_ATTACK, setting.attack)
-    file = (scheme, setting.precision, setting.calibration, setting.arithmetic)
+    file = (scheme, setting.precision, setting.calibration, setting.arithmetic, setting.runtime)
     return setting.data, (setting.architecture, setting.evaluation), attack, file
 
 

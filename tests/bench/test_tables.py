@@ -29,9 +29,21 @@ from qdefense.bench.tables import (
     spread,
 )
 from qdefense.findings import Verdict
+from qdefense.profile import Runtime
 from qdefense.trial import Activity
 
-from .sample_records import CLEAN256, EIGHTH, behaviour, defense, network, quantization, scan_metrics, sha, training
+from .sample_records import (
+    CLEAN256,
+    EIGHTH,
+    RUNTIME,
+    behaviour,
+    defense,
+    network,
+    quantization,
+    scan_metrics,
+    sha,
+    training,
+)
 
 FOUND, MISSED, LOST = Verdict.BACKDOORED, Verdict.CLEAN, Verdict.NOT_MEASURED
 
@@ -377,6 +389,59 @@ def test_activity_is_of_the_same_test_images() -> None:
     assert isinstance(trial, DefenseRecord)
     assert found.activity(trial) is Activity.ACTIVE
     assert found.activity(trial.model_copy(update={"data_sha256": sha("?")})) is None
+
+
+VNNI, AVX2 = RUNTIME, RUNTIME.model_copy(update={"isa": ("avx2", "fma")})
+
+
+def ran_on(runtime: Runtime | None, made: Network, score: float, **changes: object) -> list[Record]:
+    trial = defense(made, metrics=scan_metrics(score), verdict=FOUND, runtime=runtime)
+    return [behaviour(made, **changes).model_copy(update={"runtime": runtime}), trial]
+
+
+def test_records_of_other_instruction_sets_stand_in_rows_of_their_own() -> None:
+    """Law 5: the same file gives other logits there, so that neither figures nor clean twins are shared."""
+    found = cohort(
+        ran_on(VNNI, network("badnets", 0), 3.0),
+        ran_on(AVX2, network("badnets", 1), 2.0),
+        ran_on(AVX2, network(None, 0), 1.0),
+    )
+    rows = {row.setting.file: row for row in scan_rows(found) if row.setting.attack == "badnets"}
+    assert {file: row.auroc for file, row in rows.items()} == {
+        "fp32, runtime (isa=avx2 fma avx512_vnni)": None,
+        "fp32, runtime (isa=avx2 fma)": 1.0,
+    }
+    assert [row.measured for row in behaviour_rows(found)] == [1, 1, 1]
+    newer = VNNI.model_copy(update={"onnxruntime": "1.25.0"})
+    assert {*map(cohort(ran_on(VNNI, network(), 1.0), ran_on(newer, network(), 1.0)).runtime, (VNNI, newer))} == {
+        "runtime (onnxruntime=1.24.1)",
+        "runtime (onnxruntime=1.25.0)",
+    }
+
+
+def test_runtime_is_told_only_where_there_is_more_than_one() -> None:
+    other_system = VNNI.model_copy(update={"system": "Windows"})
+    found = cohort(*(ran_on(one, network("badnets", 0), 1.0) for one in (VNNI, other_system, None)))
+    assert [row.setting.file for row in scan_rows(found)] == ["fp32"]
+
+
+def test_trial_that_names_no_runtime_is_in_no_row_of_one() -> None:
+    groups = [ran_on(one, network("badnets", seed), 1.0) for seed, one in enumerate((VNNI, AVX2, None))]
+    assert {row.setting.runtime: len(row.keys) for row in scan_rows(cohort(*groups))} == {
+        "runtime (isa=avx2 fma avx512_vnni)": 1,
+        "runtime (isa=avx2 fma)": 1,
+        "runtime not recorded": 1,
+    }
+
+
+def test_activity_is_of_the_same_runtime() -> None:
+    """A file that saturates on one instruction set may be dormant there, and a defense that is silent on it right."""
+    made = network("badnets", 0)
+    found = cohort(ran_on(VNNI, made, 3.0), ran_on(AVX2, made, 3.0, activity=Activity.DORMANT))
+    rows = {row.setting.runtime: row for row in scan_rows(found)}
+    assert [(row.answers.measured, row.inactive.measured) for row in rows.values()] == [(1, 0), (0, 1)]
+    (row,) = (one for one in scan_rows(cohort(ran_on(VNNI, made, 3.0)[:1], ran_on(AVX2, made, 3.0)[1:])))
+    assert row.unknown_activity == 1
 
 
 def test_cohort_says_the_scheme_alone_where_only_one_quantization_has_it() -> None:
