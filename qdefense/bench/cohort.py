@@ -161,6 +161,10 @@ class Cohort:
             self._files[one.artifact_sha256, one.arithmetic].append(one)
         makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
         self.makings = tuple(sorted(makings, key=_making_rank))
+        self._sources: defaultdict[str, set[str]] = defaultdict(set)
+        for made in makings:
+            if isinstance(made, QuantizationRecord) and made.artifact_sha256 is not None:
+                self._sources[made.artifact_sha256].add(made.network_sha256)
         self.networks = _networks(self, records)
 
     def setting(self, record: BehaviourRecord | DefenseRecord) -> Setting:
@@ -238,6 +242,11 @@ class Cohort:
     def baseline(self, setting: Setting) -> Setting:
         """The FP32 files of the same networks."""
         return setting.model_copy(update={"precision": FP32, "calibration": "", "arithmetic": "as-run"})
+
+    def sources(self, record: BehaviourRecord | DefenseRecord) -> frozenset[str]:
+        """Digests of the FP32 files that the file of a record was made of, or is; none where no record says it."""
+        own = record.artifact_sha256
+        return frozenset({own} if record.precision == FP32 else self._sources.get(own, ()))
 
     def unrecorded(self, setting: Setting, records: Sequence[BehaviourRecord | DefenseRecord]) -> int:
         """How many networks of this data, architecture and attack have no record here, whether asked for or not."""

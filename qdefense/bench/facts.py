@@ -43,6 +43,11 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
             sum(row.unknown_activity for row in rows),
             "Trials of files whose activity was not measured: {}. They are in no rate.",
         ),
+        (
+            report.unpaired,
+            "Trials of quantized files that were not made of the FP32 file beside them, as far as records say: {}. "
+            "They are in no difference to FP32.",
+        ),
         (report.superseded, "Trials of networks or files that a later one replaced, left out of the tables: {}."),
     )
 

@@ -159,7 +159,8 @@ CONTRASTS = Form(
         "and both have an answer. The interval is of the mean over networks, by Student's t: with three networks it "
         "reaches 4.3 standard errors to each side, and a rate of 3 of 3 has a Wilson interval of [0.44, 1] at best. A "
         "bootstrap would look far surer than three networks are.",
-        "Alarms lost and gained: networks whose two files got different verdicts.",
+        "Alarms lost and gained: networks whose two files got different verdicts. Unpaired: files that were not made "
+        "of the FP32 file beside them, as where the network was trained again; they are in no difference.",
     ),
     empty="No network has both an FP32 and a quantized file with a figure.",
     columns=(*_ROW, "figure", "networks", "FP32", "quantized", "difference", "alarms lost", "alarms gained"),
