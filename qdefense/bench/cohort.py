@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qdefense.bench.records import (
     FP32,
+    GRADIENTS_WITHHELD,
     Access,
     BehaviourRecord,
     Calibration,
@@ -92,6 +93,12 @@ def status_of(record: DefenseRecord) -> Status:
     judged = record.verdict is not None or record.kind in ("filter", "repair")
     unrepaired = isinstance(record.metrics, RepairMetrics) and record.metrics.accuracy_after is None
     return "not measured" if record.metrics is None or not judged or unrepaired else "measured"
+
+
+def lost_for_gradients(record: DefenseRecord) -> bool:
+    """Whether what keeps it from an answer is that the gradients were withheld: what that access is tried for."""
+    withheld = record.access == "no-gradients" and GRADIENTS_WITHHELD in record.reason
+    return withheld and status_of(record) in ("not measured", "not applicable")
 
 
 class _Rules:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from qdefense.bench.cohort import Cohort, Setting, Subject, network_id, rank_of, row_rank, status_of
+from qdefense.bench.cohort import Cohort, Setting, Subject, lost_for_gradients, network_id, rank_of, row_rank, status_of
 from qdefense.bench.records import FP32, Access, BehaviourRecord, DefenseRecord
 from qdefense.bench.tables import (
     Answers,
@@ -82,7 +82,10 @@ class GapRow(Row):
     signal_loss: Difference | None
     """FP32 session minus session: both together."""
     api_lost: Proportion | None
-    """Files measured on the session and no longer measured without gradients; null where that was not tried."""
+    """Files measured on the session and, the gradients withheld, no longer; null where that was not tried.
+
+    What has no answer there for another reason is in neither number.
+    """
     api_loss: Difference | None
     """Session minus no gradients, where both have a figure."""
     unpaired: int
@@ -235,7 +238,8 @@ def _loss(pairs: Iterable[_Pair[DefenseRecord]], of: Callable[[DefenseRecord], f
 
 def _unmeasured_without_gradients(pairs: Iterable[_Pair[DefenseRecord]]) -> Proportion | None:
     tried = [other for one, other in pairs if status_of(one) == "measured"]
-    return share(status_of(other) != "measured" for other in tried)
+    told = [other for other in tried if status_of(other) == "measured" or lost_for_gradients(other)]
+    return share(map(lost_for_gradients, told))
 
 
 _Trial = TypeVar("_Trial", BehaviourRecord, DefenseRecord)

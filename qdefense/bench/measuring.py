@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.audit.fit import fit_images
-from qdefense.bench.records import FilterMetrics, Metrics, RepairMetrics, ScanMetrics
+from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Metrics, RepairMetrics, ScanMetrics
 from qdefense.bench.scoring import dataset_metrics, filter_metrics
 from qdefense.bench.shadow_session import ShadowSession
 from qdefense.bench.tasks import Clock, Outcome, TrialTask
@@ -122,12 +122,12 @@ def _evidence(bench: Bench) -> tuple[Any, Evidence]:
     if cell.access == "shadow" or (cell.access == "session" and cell.defense.needs_gradients):
         evidence = gather_evidence(bench.session, bench.seen, seed=bench.seed)
     else:
-        why = "none was asked for" if cell.defense.needs_gradients else f"{defense.name} needs no gradients"
+        unneeded = f"no shadow was built: {defense.name} needs no gradients"
         blind = bench.session.artifact.inspection.gradient_blind_nodes
         evidence = Evidence(
             session=bench.session,
             shadow=None,
-            certificate=uncertified(f"no shadow was built: {why}"),
+            certificate=uncertified(GRADIENTS_WITHHELD if cell.defense.needs_gradients else unneeded),
             clean=bench.seen,
             seed=bench.seed,
             gradient_blind_nodes=tuple(node.name for node in blind),

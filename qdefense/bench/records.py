@@ -43,6 +43,9 @@ Access = Literal["session", "shadow", "no-gradients"]
 A column each, so that what the missing gradients cost (API loss) is told from what quantization costs (signal loss).
 """
 
+GRADIENTS_WITHHELD = "no shadow was built: none was asked for"
+"""In the reason of a defense that needs gradients and was given none."""
+
 
 class _Record(BaseModel):
     # Readers ignore unknown fields: a newer minor version may add some.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qdefense.bench.cells import Cell, FilePlan, NetworkPlan
-from qdefense.bench.cohort import status_of
+from qdefense.bench.cohort import lost_for_gradients, status_of
 from qdefense.bench.costs import CostModel, Source, defense_keys, file_keys
 from qdefense.bench.records import DefenseRecord, Record, Replica, digest_of
 from qdefense.bench.store import Store
@@ -37,8 +37,8 @@ class Item:
 
     @property
     def incomplete(self) -> bool:
-        """Whether it keeps the matrix from being complete; that nothing is found without gradients is the point."""
-        expected = self.cell is not None and self.cell.access == "no-gradients" and self.state == "not measured"
+        """Whether it keeps the matrix from being complete; what is lost for want of gradients is the point."""
+        expected = isinstance(self.record, DefenseRecord) and lost_for_gradients(self.record)
         return self.state != "measured" and not expected
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.contrasts import contrast_rows, gap_rows, unpaired_trials
-from qdefense.bench.records import FilterMetrics, Rate, Record
+from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Rate, Record
 from qdefense.bench.tables import Answers
 from qdefense.findings import Verdict
 from qdefense.trial import Activity
@@ -20,10 +22,14 @@ def pair(seed: int, before: float, after: float, activity: Activity = Activity.A
     return [*files, quantization(made, "int4")]
 
 
-def scanned(seed: int, scheme: str, score: float, verdict: Verdict = FOUND, access: str = "session") -> Record:
-    return defense(
-        network("badnets", seed), scheme, scan_metrics(score, target=12, found=True), verdict=verdict, access=access
-    )
+def scanned(
+    seed: int, scheme: str, score: float, verdict: Verdict = FOUND, access: str = "session", **changes: Any
+) -> Record:
+    metrics = scan_metrics(score, target=12, found=True)
+    return defense(network("badnets", seed), scheme, metrics, verdict=verdict, access=access, **changes)
+
+
+WITHHELD = f"the shadow is not certified: {GRADIENTS_WITHHELD}"
 
 
 def test_contrast_is_the_paired_difference_over_networks_that_have_both_files() -> None:
@@ -118,7 +124,7 @@ def test_gap_row_tells_signal_loss_from_api_loss() -> None:
             scanned(seed, "fp32", 4.0),
             scanned(seed, "int4", 3.5, access="shadow"),
             scanned(seed, "int4", 3.0 + seed / 10),
-            scanned(seed, "int4", 0.0, LOST, access="no-gradients"),
+            scanned(seed, "int4", 0.0, LOST, access="no-gradients", reason=WITHHELD),
         ]
     (row,) = gap_rows(Cohort(records))
     assert row.figure == "score"
@@ -136,6 +142,22 @@ def test_gap_row_tells_signal_loss_from_api_loss() -> None:
     assert row.session is not None
     assert row.session.alarms is not None
     assert row.session.alarms.hits == 2
+
+
+def test_api_loss_is_of_missing_gradients_alone() -> None:
+    """Neither a crash nor too few images says that gradients were missed."""
+    blind = [
+        {"verdict": LOST, "reason": WITHHELD},
+        {"verdict": LOST, "reason": "40 clean images; at least 200 are needed"},
+        {"verdict": LOST, "reason": "internal error: MemoryError", "failed": True},
+    ]
+    records: list[Record] = []
+    for seed, why in enumerate(blind):
+        cut = scanned(seed, "int4", 0.0, access="no-gradients").model_copy(update=why)
+        records += [*pair(seed, 0.9, 0.9), scanned(seed, "int4", 3.0), cut]
+    (row,) = gap_rows(Cohort(records))
+    assert row.api_lost is not None
+    assert (row.api_lost.hits, row.api_lost.n) == (1, 1)
 
 
 def test_gap_row_has_auroc_against_clean_twins_of_the_same_access() -> None:
