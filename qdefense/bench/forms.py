@@ -200,7 +200,8 @@ PUBLISHED = Form(
     title="The same files under the published criteria",
     notes=(
         "Files of every activity, clean ones among them. Decided by the criterion alone: the rule cannot fire whatever "
-        "is measured, or there was no answer and the published code writes that down as not detected.",
+        "is measured, or there was no answer and the published code writes that down as not detected. Unknown: the "
+        "rule looks at what records don't hold, as the norm of a class whose trigger did not converge on the session.",
     ),
     empty="None of the study's five defenses was run.",
     columns=(

@@ -310,13 +310,14 @@ def _criteria_sheet(report: BenchReport) -> Sheet:
 
 
 def _published_cells(row: PublishedRow) -> list[Cell]:
-    told = "unknown" if row.detected is None else f"{row.detected} of {row.files}"
+    told = [] if row.detected is None else [f"{row.detected} of {row.files - row.unknown}"]
+    told += [f"{row.unknown} unknown"] * (row.unknown > 0)
     calm = row.calm if row.judges else NOTHING
     return [
         *_named(row),
         *_text(row.files, row.alarms if row.judges else NOTHING, calm),
         *_text(row.answers.not_measured, row.answers.not_applicable, row.answers.failed),
-        *_text(told, row.counted_as_missed, row.decided_by),
+        *_text(", ".join(told), row.counted_as_missed, row.decided_by),
     ]
 
 
