@@ -213,8 +213,12 @@ def _judge_dataset(bench: Bench) -> _Judged:
 
 
 def _judge_filter(bench: Bench) -> _Judged:
-    """Fitted on the images a defense sees; decides on others, as they are and, of eligible ones, with the trigger."""
-    fitted = fit_filter(bench)
+    """Fitted on the images a defense sees; decides on others, as they are and, of eligible ones, with the trigger.
+
+    What the attacker gets is told by the session that the filter was fitted to: of the shadow, what the shadow answers.
+    """
+    defense, evidence = _evidence(bench)
+    fitted: FittedFilter | Finding = defense.fit(evidence)
     if isinstance(fitted, Finding):
         return _Judged(verdict=fitted.verdict, reason=fitted.reason, finding=fitted)
     held_out = _held_out(bench)
@@ -224,7 +228,7 @@ def _judge_filter(bench: Bench) -> _Judged:
         eligible = held_out.take(np.flatnonzero(bench.trigger.eligible(held_out.labels)))
         pixels = bench.trigger.stamp(eligible.pixels)
         stamped = _decide(fitted, pixels)
-        answers = bench.session.logits(pixels).argmax(axis=1)
+        answers = evidence.session.logits(pixels).argmax(axis=1)
         let_in = _are(stamped, "accept")
         succeeded = let_in & (answers == bench.trigger.goal(eligible.labels))
         asr = {"hits": int(succeeded.sum()), "n": len(succeeded)}

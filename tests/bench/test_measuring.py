@@ -334,6 +334,16 @@ def test_filter(measured: Callable[..., list[DefenseRecord]]) -> None:
     assert clean.metrics == FilterMetrics(fpr=Rate(hits=0, n=10), boundary={"value": 0.5})
 
 
+def test_filter_on_the_shadow_is_judged_by_what_the_shadow_answers(
+    measured: Callable[..., list[DefenseRecord]],
+) -> None:
+    """Its decisions held against the deployed file's answers are a rate of neither."""
+    _, poisoned = measured("planted-filter", accesses='["shadow"]')
+    assert isinstance(poisoned.metrics, FilterMetrics)
+    assert poisoned.metrics.asr_after is not None
+    assert [evidence.session.forwards for evidence in SEEN] == [0, poisoned.metrics.asr_after.n]
+
+
 def test_filter_that_cannot_be_fitted(measured: Callable[..., list[DefenseRecord]]) -> None:
     _, poisoned = measured("planted-filter:fits=false")
     assert (poisoned.verdict, poisoned.metrics) == (Verdict.NOT_MEASURED, None)
