@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qdefense.bench.datasets import PinnedData
 from qdefense.bench.matrix import DataTable, Grid, Matrix, MatrixError
 from qdefense.bench.records import FP32, Access, Calibration, Network, digest_of
-from qdefense.converters.quantize import Settings, settings_of
+from qdefense.converters.quantize import MINIMUM_IMAGES, Settings, settings_of
 from qdefense.converters.runtime_graph import Arithmetic
 
 Kind = Literal["scan", "dataset", "filter", "repair"]
@@ -26,6 +26,7 @@ class DefenseSpec:
     text: str
     name: str
     kind: Kind
+    revision: int
     settings: dict[str, Any]
     needs_gradients: bool
 
@@ -106,7 +107,8 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
     """Every cell of the matrix once, by network and file, in the order of the matrix.
 
     Raises:
-        MatrixError: an architecture or precision is unknown, or calibrations are missing.
+        MatrixError: an architecture or precision is unknown, calibrations are missing or too small, or training and
+            test images are the same.
         SpecError: an attack or a defense is unknown or has no such setting.
         DataError: the images cannot be read.
     """
@@ -248,11 +250,16 @@ def _file_plan(
 ) -> FilePlan:
     if name is None:
         return FilePlan(network=plan.network, quantization=quantization, calibration=None, calibration_data=None)
-    table = matrix.calibrations[name]
+    table, data = matrix.calibrations[name], sources.calibration(plan.network.data, name)
+    there = data.facts.images
+    if there < MINIMUM_IMAGES:
+        raise MatrixError(
+            f"calibrations.{name}: {data.facts.source!r} has {there} images, fewer than {MINIMUM_IMAGES}; name a "
+            "larger split, or leave the calibration out of the grids of that data"
+        )
     calibration = Calibration(
-        name=name, images=table.images, split=table.split, triggered=table.triggered, seed=matrix.bench.seed
+        name=name, images=there, split=table.split, triggered=table.triggered, seed=matrix.bench.seed
     )
-    data = sources.calibration(plan.network.data, name)
     return FilePlan(network=plan.network, quantization=quantization, calibration=calibration, calibration_data=data)
 
 
@@ -288,6 +295,7 @@ def defense_spec(text: str) -> DefenseSpec:
         text=text,
         name=defense.name,
         kind=defense.kind,
+        revision=defense.revision,
         settings={**dataclasses.asdict(defense), **derived},
         needs_gradients=Need.GRADIENTS in defense.needs,
     )

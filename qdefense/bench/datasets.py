@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from qdefense.bench.matrix import Matrix
+from qdefense.bench.matrix import Matrix, MatrixError
 from qdefense.bench.records import DataFacts
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.opening import open_data, training_split
@@ -81,6 +82,39 @@ def read_images(request: DataRequest) -> ImageSet:
     if not images.labelled:
         raise DataError(f"{images.source}: a matrix needs labelled images; put those of each class into a folder")
     return images
+
+
+def require_apart(train: DataFacts, test: DataFacts) -> None:
+    """Refuse test images that networks are trained on: what a file does on them says nothing of others.
+
+    Raises:
+        MatrixError: both are one set, or drawn from one; other limits do not part them.
+    """
+    if test.sha256 == train.sha256 or test.source == train.source:
+        raise MatrixError(_not_apart(test.name, f"training and test images both come from {train.source!r}"))
+
+
+@lru_cache(maxsize=_SETS_KEPT)
+def require_unseen(train: DataRequest, test: DataRequest) -> None:
+    """The same, told from the pixels: both sets are read.
+
+    Raises:
+        MatrixError: every test image is a training image, too, whatever its label.
+        DataError: as `read_images`.
+    """
+    if _pixel_digests(test) <= _pixel_digests(train):
+        raise MatrixError(_not_apart(test.name, "every test image is among the training images"))
+
+
+def _pixel_digests(request: DataRequest) -> set[bytes]:
+    return {hashlib.sha256(image.tobytes()).digest() for image in read_images(request).images}
+
+
+def _not_apart(name: str, problem: str) -> str:
+    return (
+        f"data.{name}: {problem}; name two splits with train_split and test_split, or divide the images into folders "
+        "train and test (train_limit and test_limit draw from all of a split, and part nothing)"
+    )
 
 
 def facts_of(request: DataRequest) -> DataFacts:

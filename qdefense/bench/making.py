@@ -11,8 +11,8 @@ import numpy as np
 
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS
-from qdefense.audit.versions import versions
 from qdefense.bench.records import Replica
+from qdefense.bench.revisions import SOURCES, source_digest, versions
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, TrainTask
 from qdefense.converters.quantize import quantize_as
 from qdefense.data.images import Pixels
@@ -42,7 +42,8 @@ def train_network(task: TrainTask, clock: Clock) -> Outcome:
         )
         model, written = target.read_bytes(), truth_path(target).read_bytes()
     volatile = clock.read().model_copy(update={"origin": "trained"})
-    record = task.record(truth.artifact_sha256, volatile, size_bytes=len(model), versions=_of_training(truth))
+    made_with = {**_of_training(truth), SOURCES: source_digest()}
+    record = task.record(truth.artifact_sha256, volatile, size_bytes=len(model), versions=made_with)
     replica = replica_of(model, _of_training(truth))
     return Outcome(task_id=task.id, record=record, model=model, truth=written, replica=replica)
 

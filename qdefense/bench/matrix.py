@@ -84,7 +84,7 @@ class DataTable(_Table):
 class CalibrationTable(_Table):
     """``[calibrations.NAME]``: the images that ranges of activations are read off."""
 
-    images: Annotated[int, Field(ge=16)] = 256
+    images: Annotated[int, Field(ge=16)] = Field(default=256, description="at most; records say how many there were")
     split: str | None = Field(default=None, description="null: the training split")
     triggered: Annotated[float, Field(ge=0, le=1, strict=False)] = Field(
         default=0.0, description="share of the images that carry the trigger of the network's attack"

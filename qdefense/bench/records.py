@@ -16,10 +16,12 @@ stage          one record per                                             says
 Records of one file are joined by ``artifact_sha256`` and, of the last two stages, ``arithmetic``. Every record says the
 whole path that led to it (``network``, ``precision``, ``calibration``), so that no join is needed to label it.
 
-``key`` is a sha256 over what the answer depends on: the digests of artifact, settings, data and session profile, and
-the seed. The CPU and the library versions are no part of it, so that a run resumes on any machine; they stand in
-``runtime`` and ``versions``. A later line of the same key replaces an earlier one. ``volatile`` holds all that differs
-between two equal runs, and is left out of comparisons (`stable`).
+``key`` is a sha256 over what the answer depends on: the digests of artifact, settings, data and session profile, the
+seed, and the revisions of defense and evaluator; and over what the record says of the file, since two recipes may give
+equal bytes. The CPU and the library versions are no part of it, so that a run resumes on any machine; they stand in
+``runtime`` and ``versions``, and there under ``qdefense-sources`` a digest of the code (`source_digest`). A later line
+of the same key replaces an earlier one. ``volatile`` holds all that differs between two equal runs, and is left out of
+comparisons (`stable`).
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class Calibration(_Record):
     """The images that ranges of activations are read off."""
 
     name: str
-    images: int = 256
+    images: int = Field(default=256, description="how many there were, where the matrix asks for more")
     split: str | None = Field(default=None, description="null: the training split")
     triggered: float = Field(default=0.0, description="share of the images that carry the trigger of the attack")
     seed: int = 0
@@ -152,6 +154,9 @@ class _Trial(_OfFile):
     )
     profile: SessionProfile | None = Field(default=None, description="null where the file could not be opened")
     runtime: Runtime | None = None
+    evaluation_revision: int | None = Field(
+        default=None, description="of the evaluator's code (`EVALUATION_REVISION`); null in lines older than the field"
+    )
     replica: int = Field(default=0, description="0 is the first network of its recipe, 1 one that was trained again")
 
 
@@ -268,6 +273,7 @@ class DefenseRecord(_Trial):
     stage: Literal["defense"] = "defense"
     defense: str
     settings: dict[str, Any] = Field(description="every default filled in")
+    revision: int | None = Field(default=None, description="of the defense's code; null in lines older than the field")
     access: Access = "session"
     seed: int
     kind: Literal["scan", "dataset", "filter", "repair"] | None = None

@@ -12,6 +12,8 @@ from qdefense.bench.datasets import (
     PinnedData,
     calibration_request,
     facts_of,
+    require_apart,
+    require_unseen,
     test_request,
     train_request,
 )
@@ -34,7 +36,10 @@ def evaluation_of(matrix: Matrix) -> Evaluation:
 
 
 def sources_of(matrix: Matrix, store: Store, *, pin: bool) -> Sources:
-    """Digests from the manifest; images that it does not know are read, and with ``pin`` their digest is kept."""
+    """Digests from the manifest; images that it does not know are read, and with ``pin`` their digest is kept.
+
+    What comes of it raises a MatrixError where networks would be tested on images that they were trained on.
+    """
     read: dict[DataRequest, PinnedData] = {}
 
     def find(request: DataRequest) -> PinnedData:
@@ -42,9 +47,17 @@ def sources_of(matrix: Matrix, store: Store, *, pin: bool) -> Sources:
             read[request] = PinnedData(request=request, facts=_facts(request, store, pin=pin))
         return read[request]
 
+    def find_apart(name: str) -> tuple[PinnedData, PinnedData]:
+        train, test = train_request(matrix, name), test_request(matrix, name)
+        # Images that are named by the manifest were apart when they were read first.
+        if store.data_facts(train) is None or store.data_facts(test) is None:
+            require_unseen(train, test)
+        require_apart(find(train).facts, find(test).facts)
+        return read[train], read[test]
+
     return Sources(
-        train=lambda name: find(train_request(matrix, name)),
-        test=lambda name: find(test_request(matrix, name)),
+        train=lambda name: find_apart(name)[0],
+        test=lambda name: find_apart(name)[1],
         calibration=lambda name, calibration: find(calibration_request(matrix, name, calibration)),
     )
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from qdefense.audit.versions import versions
 from qdefense.bench.cells import Cell, FilePlan, NetworkPlan
 from qdefense.bench.datasets import PinnedData
 from qdefense.bench.records import (
@@ -25,6 +24,7 @@ from qdefense.bench.records import (
     Volatile,
     digest_of,
 )
+from qdefense.bench.revisions import EVALUATION_REVISION, versions
 from qdefense.findings import Verdict
 from qdefense.profile import SessionProfile
 
@@ -180,16 +180,28 @@ class TrialKey:
 
     @property
     def key(self) -> str:
-        """The key of the record: artifact, settings, data, session profile and seed."""
-        defense, network = self.cell.defense, self.plan.network
+        """The key of the record: artifact, what it says of that, settings, data, session profile, seed and revisions.
+
+        Two recipes may give equal bytes; each has a record of its own, which names it.
+        """
+        defense, network, recipe = self.cell.defense, self.plan.network, self.plan.recipe("")
         truth = {"attack": network.attack, "settings": network.attack_settings, "seed": network.seed}
-        asked = None if defense is None else {"name": defense.name, "settings": defense.settings}
+        asked = None
+        if defense is not None:
+            asked = {"name": defense.name, "settings": defense.settings, "revision": defense.revision}
         return digest_of(
             artifact=self.artifact_sha256,
+            file=digest_of(
+                data=network.data,
+                precision=self.plan.precision,
+                calibration=recipe["calibration"],
+                calibration_sha256=recipe["calibration_sha256"],
+            ),
             settings=digest_of(defense=asked, access=self.cell.access, truth=truth),
             data=self.data_sha256,
             profile=digest_of(**self.profile.model_dump(mode="json")),
             seed=None if defense is None else self.evaluation.seed,
+            evaluation_revision=EVALUATION_REVISION,
         )
 
 
@@ -222,6 +234,7 @@ class TrialTask:
             **self._common(volatile),
             defense=cell.defense.name,
             settings=cell.defense.settings,
+            revision=cell.defense.revision,
             kind=cell.defense.kind,
             access=cell.access,
             seed=self.trial.evaluation.seed,
@@ -247,6 +260,7 @@ class TrialTask:
             "data_sha256": trial.data_sha256,
             "test_sha256": trial.test_sha256,
             "evaluation": trial.rules,
+            "evaluation_revision": EVALUATION_REVISION,
             "profile": trial.profile,
             "replica": self.replica,
             "versions": versions(),

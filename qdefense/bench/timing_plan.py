@@ -14,6 +14,7 @@ from typing import Literal
 from qdefense.bench.cells import Cell, FilePlan, NetworkPlan
 from qdefense.bench.matrix import Matrix
 from qdefense.bench.records import digest_of
+from qdefense.bench.revisions import EVALUATION_REVISION
 from qdefense.bench.store import Store
 from qdefense.bench.survey import current_file, trial_key
 from qdefense.bench.tasks import Evaluation, TrialKey
@@ -107,7 +108,8 @@ def _filters(candidates: Sequence[_Candidate]) -> Mapping[str, Cell]:
     found: dict[str, Cell] = {}
     for cell in (cell for one in candidates for cell in one.cells):
         if cell.defense is not None and cell.defense.kind == "filter" and cell.access == "session":
-            found.setdefault(digest_of(name=cell.defense.name, settings=cell.defense.settings), cell)
+            asked = cell.defense
+            found.setdefault(digest_of(name=asked.name, settings=asked.settings, revision=asked.revision), cell)
     return found
 
 
@@ -160,4 +162,5 @@ def _key(trial: TrialKey, filters: Mapping[str, Cell], rounds: Rounds) -> str:
         seed=trial.evaluation.seed,
         rounds=rounds.model_dump(mode="json"),
         runtime=runtime().model_dump(mode="json"),
+        evaluation_revision=EVALUATION_REVISION,
     )

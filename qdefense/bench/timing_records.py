@@ -107,7 +107,7 @@ class FileLatency(LatencyRecord):
     """A line of ``latency.jsonl``; a later one of the same key replaces an earlier one."""
 
     schema_version: str = SCHEMA_VERSION
-    key: str = Field(description="sha256 of artifact, profile, filters, images, seed, rounds and runtime")
+    key: str = Field(description="sha256 of artifact, profile, filters, images, seed, rounds, runtime and revisions")
     data_sha256: str = Field(
         description="digest of the test images, and of how many of them the filters were fitted on"
     )

@@ -112,9 +112,17 @@ def _planned(table: Matrix, store: Store, only: str | None, limit: int | None, *
     whole = plan_cells(table, sources_of(table, store, pin=pin))
     plan = chosen(whole, only=only, limit=limit)
     if not plan:
-        title = next(cell.title for network in whole for _, cell in network.cells)
-        raise MatrixError(f"no cell has {only!r} in its title; the first one is {title!r}")
+        raise MatrixError(_none_chosen([cell.title for network in whole for _, cell in network.cells], only))
     return plan
+
+
+def _none_chosen(titles: Sequence[str], only: str | None) -> str:
+    if titles:
+        return f"no cell has {only!r} in its title; there are {len(titles)}, the first one is {titles[0]!r}"
+    return (
+        "the matrix has no cells: each of its precisions needs calibration images, and on those that are named "
+        "there is a trigger, which networks without an attack do not have; name clean ones in calibrations = [...]"
+    )
 
 
 def _complete(run: Run, scheduler: str | None, workers: int) -> str | None:

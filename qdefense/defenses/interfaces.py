@@ -1,4 +1,9 @@
-"""The four protocols of a defense, and what each may say it needs."""
+"""The four protocols of a defense, and what each may say it needs.
+
+``revision`` is 1 at first, and raised by one in each change after which a defense may answer the same file, evidence,
+settings and seed otherwise, be the change in its own code or in what it computes with. `qdefense bench` keeps answers
+by it: those of an older revision are asked for again.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +36,7 @@ class ModelScan(Protocol):
     kind: ClassVar[Literal["scan"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    revision: ClassVar[int]
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the model."""
@@ -62,6 +68,7 @@ class DatasetScan(Protocol):
     kind: ClassVar[Literal["dataset"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    revision: ClassVar[int]
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the training set."""
@@ -88,6 +95,7 @@ class InputFilter(Protocol):
     kind: ClassVar[Literal["filter"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    revision: ClassVar[int]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -119,6 +127,7 @@ class Repair(Protocol):
     kind: ClassVar[Literal["repair"]]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    revision: ClassVar[int]
 
     def repair(self, evidence: Evidence) -> Repaired:
         """Repair the file."""

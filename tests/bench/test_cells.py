@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 
 from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
 from qdefense.bench.matrix import MatrixError, read_matrix
+from qdefense.bench.revisions import EVALUATION_REVISION
 from qdefense.bench.running import evaluation_of, sources_of
 from qdefense.bench.store import Store
 from qdefense.bench.tasks import Evaluation, TrialKey
 from qdefense.converters.quantize import QuantizationError
+from qdefense.defenses.scans.neural_cleanse import NeuralCleanse
 from qdefense.registry import SpecError
 
+from ..defenses.filters.corner_nets import images  # noqa: TID252 (images in closed form)
 from .conftest import CELLS, TINY, Desk
 
 NewDesk = Callable[..., Desk]
@@ -112,10 +116,37 @@ def test_unknown_names(new_desk: NewDesk, old: str, new: str, error: type[Except
     assert told in str(caught.value)
 
 
+def calibrated(new_desk: NewDesk, there: int) -> Desk:
+    """A matrix that asks for 300 calibration images of data that have fewer."""
+    text = TINY.replace('path = "signs"\ntrain_limit = 128\ntest_limit = 60', 'path = "given.npz"')
+    text = text.replace("target_class = 7", "target_class = 2").replace("images = 16", "images = 300")
+    made = new_desk(text.replace('"int8-dynamic"', '"int8-static"') + 'calibrations = ["few"]\n', name=f"of {there}")
+    train, test = images(there), images(20, seed=1)
+    arrays = {"x_train": train.images, "y_train": train.labels, "x_test": test.images, "y_test": test.labels}
+    np.savez(made.folder / "given.npz", allow_pickle=False, **arrays)
+    return made
+
+
+def test_records_say_how_many_calibration_images_there_were(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QDEFENSE_DATA", raising=False)
+    found = [file.calibration for network in plan_of(calibrated(new_desk, 17)) for file in network.files.values()]
+    assert [one and one.images for one in found] == [None, 17] * 2
+    with pytest.raises(
+        MatrixError, match=r"^calibrations.few: 'npz given.npz/train' has 15 images, fewer than 16; name a larger"
+    ):
+        plan_of(calibrated(new_desk, 15))
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-def keys(desk: Desk, rules: Evaluation | None = None, artifact: str = "a" * 64, batch: int = 64) -> list[str]:
+def keys(
+    desk: Desk,
+    rules: Evaluation | None = None,
+    artifact: str = "a" * 64,
+    batch: int = 64,
+    scheme: str | None = "fp32",
+) -> list[str]:
     return [
         TrialKey(
             plan=file,
@@ -128,7 +159,7 @@ def keys(desk: Desk, rules: Evaluation | None = None, artifact: str = "a" * 64, 
         ).key
         for network in plan_of(desk)
         for file, cell in network.cells
-        if file.scheme == "fp32"
+        if scheme is None or file.scheme == scheme
     ]
 
 
@@ -157,3 +188,28 @@ def test_keys_differ_by_artifact_settings_data_profile_and_seed(new_desk: NewDes
     assert keys(new_desk(), Evaluation(seed=0, clean_images=40, held_out_images=11)) == changed["as it is"]
     assert changed["seed"][0] == changed["as it is"][0]
     assert rules.seed == 0
+
+
+def test_mended_code_is_asked_again(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defense's answers only, where the defense was mended; all of them where the evaluator was."""
+    before = keys(new_desk())
+    with monkeypatch.context() as patch:
+        patch.setattr(NeuralCleanse, "revision", NeuralCleanse.revision + 1)
+        mended = keys(new_desk())
+    assert [new == old for new, old in zip(mended, before, strict=True)] == [True, False] * 2
+    monkeypatch.setattr("qdefense.bench.tasks.EVALUATION_REVISION", EVALUATION_REVISION + 1)
+    assert not set(keys(new_desk())) & set(before)
+
+
+def test_files_of_equal_bytes_have_a_record_each(new_desk: NewDesk) -> None:
+    """Clipping nothing, 16 and 17 images may read the same ranges, and two spellings of a precision write one file."""
+    text = TINY.replace("images = 16\n", "images = 16\n[calibrations.more]\nimages = 17\n")
+    text = text.replace('"fp32", "int8-dynamic"', '"int8-static", "int4", "int4:block-size=16"')
+    text += 'calibrations = ["few", "more"]\n'
+    table = text[text.index("[data.signs]") : text.index("[calibrations.few]")]
+    twin = text.replace(table, table + table.replace("data.signs", "data.twin")).replace(
+        '["signs"]', '["signs", "twin"]'
+    )
+    found = keys(new_desk(twin), scheme=None)
+    assert len(found) == 2 * 2 * 4 * 2  # tables of data, networks, files, cells
+    assert len(set(found)) == len(found)

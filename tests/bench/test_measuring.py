@@ -26,6 +26,7 @@ from qdefense.bench.records import (
     RepairMetrics,
     ScanMetrics,
 )
+from qdefense.bench.revisions import EVALUATION_REVISION, SOURCES, source_digest
 from qdefense.bench.running import evaluation_of
 from qdefense.bench.store import Store
 from qdefense.bench.survey import survey
@@ -71,6 +72,7 @@ class PlantedScan:
     kind: ClassVar[str] = "scan"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.GRADIENTS})
+    revision: ClassVar[int] = 1
 
     target: int = 7
 
@@ -103,6 +105,7 @@ class PlantedDatasetScan:
     kind: ClassVar[str] = "dataset"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ACTIVATIONS, Need.TRAINING_SET})
+    revision: ClassVar[int] = 1
 
     blind: bool = False
 
@@ -129,6 +132,7 @@ class PlantedFilter:
     kind: ClassVar[str] = "filter"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS})
+    revision: ClassVar[int] = 1
 
     fits: bool = True
 
@@ -152,6 +156,7 @@ class PlantedRepair:
     kind: ClassVar[str] = "repair"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.WEIGHTS})
+    revision: ClassVar[int] = 1
 
     file: ClassVar[bytes] = b""
     works: bool = True
@@ -356,6 +361,8 @@ def test_records_say_under_which_rules_they_were_made(
     (scan, *_), (fitted, *_) = measured("planted-scan"), measured("planted-filter")
     assert scan.evaluation == EvaluationRules(seed=0, clean_images=40, held_out_images=None)
     assert fitted.evaluation == EvaluationRules(seed=0, clean_images=40, held_out_images=10)
+    assert (scan.revision, scan.evaluation_revision) == (1, EVALUATION_REVISION)
+    assert {record.versions[SOURCES] for record in finished.records.values()} == {source_digest()}
     behaviours = [record for record in finished.records.values() if isinstance(record, BehaviourRecord)]
     assert {record.evaluation for record in behaviours} == {None}  # on the whole test split, whatever the rules
     assert {record.data_sha256 for record in behaviours} == {scan.test_sha256} == {fitted.test_sha256}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qdefense.bench.cells import plan_cells
@@ -22,7 +23,7 @@ from qdefense.bench.store import LATENCY, RECORDS, Store, StoreError, read_laten
 from qdefense.bench.summary import BenchReport, read_results, summarise
 from qdefense.bench.timing_records import PLAIN, FileLatency, PeakMemory
 from qdefense.cli import run
-from qdefense.data.npz import save_npz
+from qdefense.data.npz import SPLIT_KEYS
 from qdefense.findings import Verdict
 from qdefense.session import SessionError
 
@@ -74,7 +75,11 @@ def _paths_are_relative_to_the_matrix() -> Iterator[None]:
 def supplied(folder: Path, text: str = TIMED) -> Desk:
     """A desk whose networks need no training: they were written down."""
     made = desk(folder, text)
-    save_npz(folder / "quarters.npz", images(400))
+    sets = {"train": images(40, seed=1), "test": images(400)}
+    arrays = {}
+    for name, one in sets.items():
+        arrays |= dict(zip(SPLIT_KEYS[name], (one.images, one.labels), strict=True))
+    np.savez(folder / "quarters.npz", class_names=sets["test"].class_names, **arrays)
     table = read_matrix(made.matrix)
     with Store.for_writing(made.results) as store:
         for plan in plan_cells(table, sources_of(table, store, pin=True)):

@@ -121,7 +121,12 @@ def test_only_and_limit(finished: Desk, capfd: Capture) -> None:  # noqa: F811
         ),
         ("badnets", "badnet", (), "error: there is no attack 'badnet'; did you mean 'badnets'?"),
         ('"signs"\n', '"gone"\n', (), "gone': no such file or folder"),
-        ("x", "x", ("--only", "nothing"), "error: no cell has 'nothing' in its title; the first one is 'signs/resnet8"),
+        (
+            "x",
+            "x",
+            ("--only", "nothing"),
+            "error: no cell has 'nothing' in its title; there are 8, the first one is 'sig",
+        ),
     ],
 )
 def test_usage_problems_are_2_and_one_line(
@@ -132,6 +137,18 @@ def test_usage_problems_are_2_and_one_line(
     output, errors = capfd.readouterr()
     assert output == ""
     assert told in errors
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--only", "badnets"), ("--dry-run",), ("--latency",)])
+def test_a_matrix_without_cells_is_a_usage_problem(tmp_path: Path, capfd: Capture, options: tuple[str, ...]) -> None:
+    """A clean network has no file that was calibrated on triggered images, and no other precision is asked for."""
+    text = TINY.replace("images = 16\n", "images = 16\ntriggered = 0.5\n").replace(', "badnets"', "")
+    text = text.replace('"fp32", "int8-dynamic"', '"int8-static"') + 'calibrations = ["few"]\n'
+    assert run(["bench", str(desk(tmp_path, text).matrix), *options]) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.startswith("error: the matrix has no cells: each of its precisions needs calibration images")
     assert len(errors.splitlines()) == 1
 
 

@@ -94,6 +94,7 @@ class ActivationClustering:
     kind: ClassVar[Literal["dataset"]] = "dataset"
     paper: ClassVar[str] = "Chen et al. 2018, arXiv 1811.03728"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ACTIVATIONS, Need.LOGITS, Need.TRAINING_SET})
+    revision: ClassVar[int] = 1
 
     rule: Rule = "silhouette"
     reduction: Reduction = "ica"

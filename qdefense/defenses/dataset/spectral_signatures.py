@@ -64,6 +64,7 @@ class SpectralSignatures:
     kind: ClassVar[Literal["dataset"]] = "dataset"
     paper: ClassVar[str] = "Tran et al. 2018, arXiv 1811.00636"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ACTIVATIONS, Need.LOGITS, Need.TRAINING_SET})
+    revision: ClassVar[int] = 1
 
     expected_poison_share: Annotated[float, Field(gt=0, le=1 / REMOVED)] = 0.1
     threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

@@ -89,6 +89,7 @@ class Strip:
     kind: ClassVar[Literal["filter"]] = "filter"
     paper: ClassVar[str] = "Gao et al. 2019, arXiv 1902.06531"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.CLEAN_SET})
+    revision: ClassVar[int] = 1
 
     overlays: Annotated[int, Field(ge=1)] = 100
     superimposition: Superimposition = "add"

@@ -107,6 +107,7 @@ class FinePruning:
     needs: ClassVar[frozenset[Need]] = frozenset(
         {Need.LOGITS, Need.ACTIVATIONS, Need.GRADIENTS, Need.WEIGHTS, Need.CLEAN_SET}
     )
+    revision: ClassVar[int] = 1
 
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.04
     channels_per_step: Annotated[int, Field(ge=1)] = 1

@@ -96,6 +96,7 @@ class NeuralCleanse:
     kind: ClassVar[Literal["scan"]] = "scan"
     paper: ClassVar[str] = "Wang et al. 2019, IEEE S&P"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LOGITS, Need.GRADIENTS, Need.CLEAN_SET})
+    revision: ClassVar[int] = 1
 
     budget: Budget = "gate"
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1

@@ -30,6 +30,7 @@ class Scripted:
     kind: ClassVar[Literal["filter"]] = "filter"
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    revision: ClassVar[int] = 1
     boundary: FilterBoundary = BOUNDARY
     settings: Any = None
     seen: Any = None
