@@ -143,18 +143,20 @@ class Cohort:
     """The records of a bench, by setting; of a network that was trained again only the last one.
 
     The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed;
-    ``superseded`` counts the trials that a later network or file replaced; ``precisions`` are the labels by full name;
-    ``makings`` are the records of networks trained and files quantized.
+    ``superseded`` counts the trials that a later network, file or revision of the code replaced; ``precisions`` are the
+    labels by full name; ``makings`` are the records of networks trained and files quantized.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._attacks = _labels((one.network.data, one.network.attack, one.network.attack_settings) for one in records)
         self._architectures = _labels(_making_of(one.network) for one in records)
-        trials = [one for one in records if isinstance(one, DefenseRecord)]
+        every = [one for one in records if isinstance(one, BehaviourRecord | DefenseRecord)]
+        newest = _newest(every)
+        trials = [one for one in newest if isinstance(one, DefenseRecord)]
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
-        seen = [one for one in records if isinstance(one, BehaviourRecord)]
-        self._rules = _Rules([*seen, *trials])
-        named = [one.runtime for one in (*seen, *trials) if one.runtime is not None]
+        seen = [one for one in newest if isinstance(one, BehaviourRecord)]
+        self._rules = _Rules(newest)
+        named = [one.runtime for one in newest if one.runtime is not None]
         self._runtimes = _labels(("", _RUNTIME, _runtime_facts(one)) for one in named)
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
@@ -162,7 +164,7 @@ class Cohort:
         self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest((self.setting(one), one) for one in seen)
         self.defenses: dict[Subject, tuple[DefenseRecord, ...]] = _latest((self.subject(one), one) for one in trials)
         kept = sum(map(len, self.behaviours.values())) + sum(map(len, self.defenses.values()))
-        self.superseded = len(seen) + len(trials) - kept
+        self.superseded = len(every) - kept
         self._files: defaultdict[tuple[str, str], list[BehaviourRecord]] = defaultdict(list)
         for one in (one for group in self.behaviours.values() for one in group):
             self._files[one.artifact_sha256, one.arithmetic].append(one)
@@ -323,6 +325,21 @@ def _precision_labels(records: Sequence[Record]) -> dict[str, str]:
         if not isinstance(record, TrainingRecord):
             schemes[record.scheme].add(record.precision)
     return {name: name if len(names) > 1 else scheme for scheme, names in schemes.items() for name in sorted(names)}
+
+
+def _newest(trials: Sequence[BehaviourRecord | DefenseRecord]) -> list[BehaviourRecord | DefenseRecord]:
+    """Without those that older code gave, of the evaluator or of the defense: a bench measures them again."""
+    newest: dict[str | None, tuple[int, int]] = {}
+    for one in trials:
+        name, code = _code_of(one)
+        newest[name] = max(code, newest.get(name, code))
+    return [one for one in trials if newest[_code_of(one)[0]] == _code_of(one)[1]]
+
+
+def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[str | None, tuple[int, int]]:
+    """Lines that are older than revisions are of none."""
+    name, own = (record.defense, record.revision) if isinstance(record, DefenseRecord) else (None, None)
+    return name, (record.evaluation_revision or 0, own or 0)
 
 
 _Place = TypeVar("_Place", Setting, Subject)

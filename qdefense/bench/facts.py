@@ -48,7 +48,10 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
             "Trials of quantized files that were not made of the FP32 file beside them, as far as records say: {}. "
             "They are in no difference to FP32.",
         ),
-        (report.superseded, "Trials of networks or files that a later one replaced, left out of the tables: {}."),
+        (
+            report.superseded,
+            "Trials that a later network, file or revision of the code replaced, left out of the tables: {}.",
+        ),
     )
 
 

@@ -391,6 +391,13 @@ def test_activity_is_of_the_same_test_images() -> None:
     assert found.activity(trial.model_copy(update={"data_sha256": sha("?")})) is None
 
 
+def test_answers_of_older_code_are_left_out() -> None:
+    old, new = {"evaluation_revision": 1, "revision": 1}, {"evaluation_revision": 1, "revision": 2}
+    found = cohort([asked(0, 3.0, 40, **new), asked(0, 9.0, 40, **old), asked(1, 2.0, 40, **old), asked(2, 2.0, 40)])
+    (row,) = scan_rows(found)
+    assert (len(row.keys), found.superseded, row.unrecorded) == (1, 3, 2)
+
+
 VNNI, AVX2 = RUNTIME, RUNTIME.model_copy(update={"isa": ("avx2", "fma")})
 
 
