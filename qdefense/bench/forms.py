@@ -174,8 +174,8 @@ GAPS = Form(
         "trials with an answer, alarms, AUROC, and the figure that is lost: a scan's score, else AUROC per network.",
         "Signal loss is the fall of that figure from the FP32 session to the quantized session: the numeric loss (to "
         "the shadow) and the runtime loss (from the shadow to the session) together. API loss is what the missing "
-        "gradients alone take: files measured on the session and not measured without gradients. Losses are positive "
-        "where the figure falls, with the interval of the mean by Student's t.",
+        "gradients alone take: files measured on the session and, for want of gradients, no longer. Losses are "
+        "positive where the figure falls, with the interval of the mean by Student's t.",
     ),
     empty='Only one access was tried; accesses = ["session", "shadow", "no-gradients"] in the matrix tries all.',
     columns=(
