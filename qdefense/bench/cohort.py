@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from qdefense.bench.records import (
     FP32,
+    GRADIENTS_WITHHELD,
     Access,
     BehaviourRecord,
     Calibration,
+    DatasetMetrics,
     DefenseRecord,
     Network,
     QuantizationRecord,
@@ -23,9 +25,11 @@ from qdefense.bench.records import (
     digest_of,
 )
 from qdefense.findings import Verdict
+from qdefense.profile import Runtime
 from qdefense.trial import Activity
 
 NO_ATTACK = "none"
+_EVALUATION, _RUNTIME = "evaluation", "runtime"
 Kind = Literal["scan", "dataset", "filter", "repair"]
 Status = Literal["measured", "not measured", "not applicable", "failed"]
 _SCHEMES = (FP32, "int8-static", "int8-dynamic", "int4", "int4-a8")
@@ -34,6 +38,8 @@ _UNANSWERED: dict[Verdict, Status] = {
     Verdict.NOT_MEASURED: "not measured",
     Verdict.NOT_APPLICABLE: "not applicable",
 }
+_DIGITS = 12
+"""Of a digest that tells one set of images from another in a label."""
 _Trial = TypeVar("_Trial", BehaviourRecord, DefenseRecord)
 
 
@@ -48,17 +54,21 @@ class Setting(BaseModel):
     precision: str
     calibration: str = ""
     arithmetic: str = "as-run"
+    runtime: str = ""
+    """Version and instruction set, where there are trials on others: they give other logits (law 5)."""
+    evaluation: str = ""
+    """Rules and test images, where there are trials under others."""
 
     @property
     def place(self) -> str:
-        """Data and architecture: the heading that rows stand under."""
-        return f"{self.data}, {self.architecture}"
+        """Data, architecture and rules: the heading that rows stand under."""
+        return ", ".join(filter(None, (self.data, self.architecture, self.evaluation)))
 
     @property
     def file(self) -> str:
         """How the file was made and is run."""
         arithmetic = "" if self.arithmetic == "as-run" else f"{self.arithmetic} arithmetic"
-        return ", ".join(filter(None, (self.precision, self.calibration, arithmetic)))
+        return ", ".join(filter(None, (self.precision, self.calibration, arithmetic, self.runtime)))
 
 
 class Subject(NamedTuple):
@@ -70,9 +80,14 @@ class Subject(NamedTuple):
 
 
 def status_of(record: DefenseRecord) -> Status:
-    """Whether there is an answer; one that is missing is never a negative one."""
+    """Whether there is an answer; one that is missing is never a negative one.
+
+    Of a dataset scan the answer is the order of the rows: a method that draws no line has one without a verdict.
+    """
     if record.failed:
         return "failed"
+    if isinstance(record.metrics, DatasetMetrics):
+        return "measured"
     if record.verdict in _UNANSWERED:
         return _UNANSWERED[record.verdict]
     judged = record.verdict is not None or record.kind in ("filter", "repair")
@@ -80,46 +95,117 @@ def status_of(record: DefenseRecord) -> Status:
     return "not measured" if record.metrics is None or not judged or unrepaired else "measured"
 
 
+def lost_for_gradients(record: DefenseRecord) -> bool:
+    """Whether what keeps it from an answer is that the gradients were withheld: what that access is tried for."""
+    withheld = record.access == "no-gradients" and GRADIENTS_WITHHELD in record.reason
+    return withheld and status_of(record) in ("not measured", "not applicable")
+
+
+class _Rules:
+    """Under which rules trials were made, and on which test images; told only where they differ.
+
+    Digests tell them apart even in records that are older than the fields which say them.
+    """
+
+    def __init__(self, records: Sequence[BehaviourRecord | DefenseRecord]) -> None:
+        self._told = {
+            one.data_sha256: one for one in records if isinstance(one, DefenseRecord) and one.evaluation is not None
+        }
+        self._labels = _labels((self._group(one), _EVALUATION, self._facts(one)) for one in records)
+
+    def label(self, record: BehaviourRecord | DefenseRecord) -> str:
+        """``evaluation (clean_images=500)``; empty where there are no others."""
+        label: str = self._labels[self._group(record), _EVALUATION, _text(self._facts(record))]
+        return "" if label == _EVALUATION else label
+
+    def test_images(self, record: DefenseRecord) -> str | None:
+        """Their digest; ``None`` where no record says it."""
+        told = self._told.get(record.data_sha256)
+        return None if told is None else told.test_sha256
+
+    def _group(self, record: BehaviourRecord | DefenseRecord) -> str:
+        """What is asked of the same images in the same way: the digest of a dataset scan covers the training set."""
+        made = record.network
+        asked = record.defense if isinstance(record, DefenseRecord) else ""
+        return _text({"data": made.data, "train": made.train_sha256, "defense": asked})
+
+    def _facts(self, record: BehaviourRecord | DefenseRecord) -> dict[str, Any]:
+        if isinstance(record, BehaviourRecord):
+            return {"test_sha256": record.data_sha256[:_DIGITS]}
+        told = self._told.get(record.data_sha256)
+        if told is None or told.evaluation is None:
+            return {"seed": record.seed, "rules": "not recorded", "data_sha256": record.data_sha256[:_DIGITS]}
+        images = {} if told.test_sha256 is None else {"test_sha256": told.test_sha256[:_DIGITS]}
+        return {**told.evaluation.model_dump(), **images, "seed": record.seed}
+
+
 class Cohort:
     """The records of a bench, by setting; of a network that was trained again only the last one.
 
     The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed;
-    ``superseded`` counts the trials that a later network or file replaced; ``precisions`` are the labels by full name;
-    ``makings`` are the records of networks trained and files quantized.
+    ``superseded`` counts the trials that a later network, file or revision of the code replaced; ``precisions`` are the
+    labels by full name; ``makings`` are the records of networks trained and files quantized.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._attacks = _labels((one.network.data, one.network.attack, one.network.attack_settings) for one in records)
-        trials = [one for one in records if isinstance(one, DefenseRecord)]
+        self._architectures = _labels(_making_of(one.network) for one in records)
+        every = [one for one in records if isinstance(one, BehaviourRecord | DefenseRecord)]
+        newest = _newest(every)
+        trials = [one for one in newest if isinstance(one, DefenseRecord)]
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
+        seen = [one for one in newest if isinstance(one, BehaviourRecord)]
+        self._rules = _Rules(newest)
+        named = [one.runtime for one in newest if one.runtime is not None]
+        self._runtimes = _labels(("", _RUNTIME, _runtime_facts(one)) for one in named)
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
         self._calibrations: dict[str, Calibration] = {}
-        seen = [one for one in records if isinstance(one, BehaviourRecord)]
         self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest((self.setting(one), one) for one in seen)
         self.defenses: dict[Subject, tuple[DefenseRecord, ...]] = _latest((self.subject(one), one) for one in trials)
         kept = sum(map(len, self.behaviours.values())) + sum(map(len, self.defenses.values()))
-        self.superseded = len(seen) + len(trials) - kept
-        self._activities = {
-            (one.artifact_sha256, one.arithmetic): one.activity for group in self.behaviours.values() for one in group
-        }
+        self.superseded = len(every) - kept
+        self._files: defaultdict[tuple[str, str], list[BehaviourRecord]] = defaultdict(list)
+        for one in (one for group in self.behaviours.values() for one in group):
+            self._files[one.artifact_sha256, one.arithmetic].append(one)
         makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
         self.makings = tuple(sorted(makings, key=_making_rank))
+        self._sources: defaultdict[str, set[str]] = defaultdict(set)
+        for made in makings:
+            if isinstance(made, QuantizationRecord) and made.artifact_sha256 is not None:
+                self._sources[made.artifact_sha256].add(made.network_sha256)
         self.networks = _networks(self, records)
 
-    def setting(self, record: BehaviourRecord | DefenseRecord | QuantizationRecord) -> Setting:
+    def setting(self, record: BehaviourRecord | DefenseRecord) -> Setting:
         """Where a record belongs."""
         label = _calibration_label(record.calibration)
         if record.calibration is not None:
             self._calibrations[label] = record.calibration
         return Setting(
             data=record.network.data,
-            architecture=architecture_of(record.network),
+            architecture=self.architecture(record.network),
             attack=self.attack(record.network),
             precision=self.precisions[record.precision],
             calibration=label,
-            arithmetic="as-run" if isinstance(record, QuantizationRecord) else record.arithmetic,
+            arithmetic=record.arithmetic,
+            runtime=self.runtime(record.runtime),
+            evaluation=self._rules.label(record),
         )
+
+    def architecture(self, network: Network) -> str:
+        """``resnet8, width 16``, with what of recipe and training images differs among those on the same data."""
+        data, name, making = _making_of(network)
+        label: str = self._architectures[data, name, _text(making)]
+        return label
+
+    def runtime(self, runtime: Runtime | None) -> str:
+        """``runtime (isa=avx2 fma)``; empty where all records that name one are of the same."""
+        if len(self._runtimes) < 2:
+            return ""
+        if runtime is None:
+            return "runtime not recorded"
+        facts = _runtime_facts(runtime)
+        return self._runtimes.get(("", _RUNTIME, _text(facts))) or _label(_RUNTIME, facts, (facts, {}))
 
     def attack(self, network: Network) -> str:
         """The attack, with the settings in which it differs from others of the name on the same data."""
@@ -139,10 +225,17 @@ class Cohort:
         return record.kind or self._kinds.get(record.defense)
 
     def activity(self, record: DefenseRecord) -> Activity | None:
-        """What the backdoor does in the file of a record; ``None`` where nobody measured it."""
+        """What the backdoor does in the file, on the same runtime and test images; ``None`` where that is unknown."""
         if record.network.attack is None:
             return Activity.CLEAN
-        return self._activities.get((record.artifact_sha256, record.arithmetic))
+        files = self._files.get((record.artifact_sha256, record.arithmetic), ())
+        images, runtime = self._rules.test_images(record), self.runtime(record.runtime)
+        found = {
+            one.activity
+            for one in files
+            if images in (None, one.data_sha256) and (record.runtime is None or self.runtime(one.runtime) == runtime)
+        }
+        return found.pop() if len(found) == 1 else None
 
     def twins(self, subject: Subject) -> tuple[DefenseRecord, ...]:
         """The same defense on clean networks, at the same precision.
@@ -159,6 +252,11 @@ class Cohort:
         """The FP32 files of the same networks."""
         return setting.model_copy(update={"precision": FP32, "calibration": "", "arithmetic": "as-run"})
 
+    def sources(self, record: BehaviourRecord | DefenseRecord) -> frozenset[str]:
+        """Digests of the FP32 files that the file of a record was made of, or is; none where no record says it."""
+        own = record.artifact_sha256
+        return frozenset({own} if record.precision == FP32 else self._sources.get(own, ()))
+
     def unrecorded(self, setting: Setting, records: Sequence[BehaviourRecord | DefenseRecord]) -> int:
         """How many networks of this data, architecture and attack have no record here, whether asked for or not."""
         known = self.networks[setting.data, setting.architecture, setting.attack]
@@ -173,14 +271,19 @@ class Cohort:
         return min(others, default=label)
 
 
+def _runtime_facts(runtime: Runtime) -> dict[str, Any]:
+    return {"onnxruntime": runtime.onnxruntime, "machine": runtime.machine, "isa": " ".join(runtime.isa)}
+
+
 def network_id(network: Network) -> str:
     """The digest of how a network is made."""
     return digest_of(network=network.model_dump(mode="json"))
 
 
-def architecture_of(network: Network) -> str:
-    """``resnet8, width 16``."""
-    return f"{network.architecture}, width {network.width}"
+def _making_of(network: Network) -> tuple[str, str, dict[str, Any]]:
+    """Data, architecture, and what else but attack and seed decides the weights: networks of one row share all."""
+    making = {**network.recipe, "train_sha256": network.train_sha256[:_DIGITS]}
+    return network.data, f"{network.architecture}, width {network.width}", making
 
 
 def rank_of(setting: Setting) -> tuple[Any, ...]:
@@ -188,8 +291,8 @@ def rank_of(setting: Setting) -> tuple[Any, ...]:
     named = [place for place, name in enumerate(_SCHEMES) if f"{setting.precision}-".startswith(f"{name}-")]
     scheme = max(named, default=len(_SCHEMES))
     attack = (setting.attack != NO_ATTACK, setting.attack)
-    file = (scheme, setting.precision, setting.calibration, setting.arithmetic)
-    return setting.data, setting.architecture, attack, file
+    file = (scheme, setting.precision, setting.calibration, setting.arithmetic, setting.runtime)
+    return setting.data, (setting.architecture, setting.evaluation), attack, file
 
 
 def row_rank(subject: Subject) -> tuple[Any, ...]:
@@ -211,7 +314,7 @@ def _networks(cohort: Cohort, records: Sequence[Record]) -> dict[tuple[str, str,
     known: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
     for record in records:
         network = record.network
-        known[network.data, architecture_of(network), cohort.attack(network)].add(network_id(network))
+        known[network.data, cohort.architecture(network), cohort.attack(network)].add(network_id(network))
     return {place: frozenset(found) for place, found in known.items()}
 
 
@@ -222,6 +325,21 @@ def _precision_labels(records: Sequence[Record]) -> dict[str, str]:
         if not isinstance(record, TrainingRecord):
             schemes[record.scheme].add(record.precision)
     return {name: name if len(names) > 1 else scheme for scheme, names in schemes.items() for name in sorted(names)}
+
+
+def _newest(trials: Sequence[BehaviourRecord | DefenseRecord]) -> list[BehaviourRecord | DefenseRecord]:
+    """Without those that older code gave, of the evaluator or of the defense: a bench measures them again."""
+    newest: dict[str | None, tuple[int, int]] = {}
+    for one in trials:
+        name, code = _code_of(one)
+        newest[name] = max(code, newest.get(name, code))
+    return [one for one in trials if newest[_code_of(one)[0]] == _code_of(one)[1]]
+
+
+def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[str | None, tuple[int, int]]:
+    """Lines that are older than revisions are of none."""
+    name, own = (record.defense, record.revision) if isinstance(record, DefenseRecord) else (None, None)
+    return name, (record.evaluation_revision or 0, own or 0)
 
 
 _Place = TypeVar("_Place", Setting, Subject)
@@ -268,7 +386,7 @@ def _labels(
 def _label(name: str, settings: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> str:
     keys = sorted({key for one in variants for key in one})
     varying = [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in variants}) > 1]
-    told = [f"{key}={settings.get(key)}" for key in varying]
+    told = [f"{key}={settings[key]}" for key in varying if key in settings]
     return f"{name} ({', '.join(told)})" if told else name
 
 

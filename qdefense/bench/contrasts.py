@@ -1,5 +1,8 @@
 """What quantization costs and what missing gradients cost: the same networks, told apart in columns.
 
+Pairs are of one network: a quantized file and the very FP32 file that it was made of, or one file under two accesses.
+A network that was trained again is another one.
+
 ``FP32 session -> shadow -> session -> no gradients``: the first two arrows are *signal loss* (the shadow of the
 quantized file against the FP32 file, then the file against its shadow), the last is *API loss*: the same file, the same
 signal, and no gradients to find it with.
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from qdefense.bench.cohort import Cohort, Setting, Subject, network_id, rank_of, row_rank, status_of
+from qdefense.bench.cohort import Cohort, Setting, Subject, lost_for_gradients, network_id, rank_of, row_rank, status_of
 from qdefense.bench.records import FP32, Access, BehaviourRecord, DefenseRecord
 from qdefense.bench.tables import (
     Answers,
@@ -43,6 +46,8 @@ class ContrastRow(Row):
     fp32: Spread
     value: Spread
     difference: Difference
+    unpaired: int
+    """Files that stand beside an FP32 file which they were not made of, as far as records say: in no figure."""
     alarms_lost: int | None
     """Networks whose FP32 file raised the alarm and whose quantized file was called clean; null where none is asked."""
     alarms_gained: int | None
@@ -77,9 +82,14 @@ class GapRow(Row):
     signal_loss: Difference | None
     """FP32 session minus session: both together."""
     api_lost: Proportion | None
-    """Files measured on the session and no longer measured without gradients; null where that was not tried."""
+    """Files measured on the session and, the gradients withheld, no longer; null where that was not tried.
+
+    What has no answer there for another reason is in neither number.
+    """
     api_loss: Difference | None
     """Session minus no gradients, where both have a figure."""
+    unpaired: int
+    """Files of the session that stand beside an FP32 file which they were not made of."""
 
 
 _FIGURES: dict[str, tuple[str, Callable[[DefenseRecord], float | None]]] = {
@@ -97,9 +107,11 @@ def contrast_rows(cohort: Cohort) -> tuple[ContrastRow, ...]:
     """Behaviour, then every scan and filter; a network counts where both its files are there, and active or clean."""
     rows: list[ContrastRow] = []
     for setting in sorted(cohort.behaviours, key=rank_of):
-        pairs = _pairs(cohort.behaviours.get(cohort.baseline(setting), ()), cohort.behaviours[setting])
+        fp32, files = cohort.behaviours.get(cohort.baseline(setting), ()), cohort.behaviours[setting]
+        pairs, lone = _descended(cohort, fp32, files), _unpaired(cohort, fp32, files)
         for name, figure in _BEHAVIOUR.items():
-            rows += _contrast(setting, None, "session", name, [(figure(one), figure(other)) for one, other in pairs])
+            figures = [(figure(one), figure(other)) for one, other in pairs]
+            rows += _contrast(setting, None, "session", name, figures, lone)
     for kind, (name, of) in _FIGURES.items():
         for subject in subjects_of(cohort, kind):
             rows += _defense_contrast(cohort, subject, name, of)
@@ -116,15 +128,17 @@ def _defense_contrast(
     cohort: Cohort, subject: Subject, name: str, of: Callable[[DefenseRecord], float | None]
 ) -> Iterable[ContrastRow]:
     base = subject._replace(setting=cohort.baseline(subject.setting))
+    fp32, files = cohort.defenses.get(base, ()), cohort.defenses[subject]
     pairs = [
         (before, after)
-        for before, after in _pairs(cohort.defenses.get(base, ()), cohort.defenses[subject])
+        for before, after in _descended(cohort, fp32, files)
         if status_of(before) == status_of(after) == "measured" and {*map(cohort.activity, (before, after))} <= _JUDGED
     ]
     figures = [(of(before), of(after)) for before, after in pairs]
     flips = [(before.verdict is Verdict.BACKDOORED, after.verdict is Verdict.BACKDOORED) for before, after in pairs]
     judged = cohort.kind(cohort.defenses[subject][0]) != "filter"
-    return _contrast(subject.setting, subject.defense, subject.access, name, figures, flips if judged else None)
+    lone = _unpaired(cohort, fp32, files)
+    return _contrast(subject.setting, subject.defense, subject.access, name, figures, lone, flips if judged else None)
 
 
 def _contrast(
@@ -133,6 +147,7 @@ def _contrast(
     access: Access,
     name: str,
     figures: Sequence[tuple[float | None, float | None]],
+    lone: int,
     flips: Sequence[tuple[bool, bool]] | None = None,
 ) -> Iterable[ContrastRow]:
     whole = [pair for pair in figures if is_known(pair[0]) and is_known(pair[1])]
@@ -148,6 +163,7 @@ def _contrast(
         fp32=before,
         value=after,
         difference=change,
+        unpaired=lone,
         alarms_lost=None if flips is None else sum(before and not after for before, after in flips),
         alarms_gained=None if flips is None else sum(after and not before for before, after in flips),
     )
@@ -167,8 +183,9 @@ def _gap_row(cohort: Cohort, subject: Subject, kind: str) -> GapRow:
     name, of = _FIGURES[kind]
     fp32 = subject._replace(setting=cohort.baseline(subject.setting))
     places = [fp32, *(subject._replace(access=access) for access in ("shadow", "session", "no-gradients"))]
-    active = _active_networks(cohort, places)
-    base, shadow, session, blind = (_of_networks(cohort, place, active) for place in places)
+    originals, shadow, session, blind = (_judged(cohort, place) for place in places)
+    made = {digest for record in (*shadow, *session, *blind) for digest in cohort.sources(record)}
+    base = [record for record in originals if record.artifact_sha256 in made]
     records = (base, shadow, session, blind)
     steps = [_step(cohort, place, mine, kind) for place, mine in zip(places, records, strict=True)]
     return GapRow(
@@ -179,24 +196,18 @@ def _gap_row(cohort: Cohort, subject: Subject, kind: str) -> GapRow:
         shadow=steps[1],
         session=steps[2],
         no_gradients=steps[3],
-        numeric_loss=_loss(base, shadow, of),
-        runtime_loss=_loss(shadow, session, of),
-        signal_loss=_loss(base, session, of),
-        api_lost=_unmeasured_without_gradients(session, blind),
-        api_loss=_loss(session, blind, of),
+        numeric_loss=_loss(_descended(cohort, base, shadow), of),
+        runtime_loss=_loss(_same_file(shadow, session), of),
+        signal_loss=_loss(_descended(cohort, base, session), of),
+        api_lost=_unmeasured_without_gradients(_same_file(session, blind)),
+        api_loss=_loss(_same_file(session, blind), of),
+        unpaired=_unpaired(cohort, cohort.defenses.get(fp32, ()), session),
     )
 
 
-def _active_networks(cohort: Cohort, places: Sequence[Subject]) -> frozenset[str]:
-    """Those whose quantized file is active, or clean where there is no attack."""
-    files = (record for place in places[1:] for record in cohort.defenses.get(place, ()))
-    return frozenset(network_id(record.network) for record in files if cohort.activity(record) in _JUDGED)
-
-
-def _of_networks(cohort: Cohort, place: Subject, networks: frozenset[str]) -> list[DefenseRecord]:
-    """Of these networks the files that are active themselves, as an FP32 file need not be."""
-    there = (record for record in cohort.defenses.get(place, ()) if network_id(record.network) in networks)
-    return [record for record in there if cohort.activity(record) in _JUDGED]
+def _judged(cohort: Cohort, place: Subject) -> list[DefenseRecord]:
+    """Trials of files that are active, or clean where there is no attack."""
+    return [record for record in cohort.defenses.get(place, ()) if cohort.activity(record) in _JUDGED]
 
 
 def _step(cohort: Cohort, place: Subject, records: Sequence[DefenseRecord], kind: str) -> Step | None:
@@ -219,25 +230,48 @@ def _scan_auroc(cohort: Cohort, place: Subject, there: Sequence[DefenseRecord]) 
     return auroc(active, clean) if attacked and active and clean else None
 
 
-def _loss(
-    before: Sequence[DefenseRecord], after: Sequence[DefenseRecord], of: Callable[[DefenseRecord], float | None]
-) -> Difference | None:
+def _loss(pairs: Iterable[_Pair[DefenseRecord]], of: Callable[[DefenseRecord], float | None]) -> Difference | None:
     """What is lost on the way: positive where the figure falls."""
-    both = [pair for pair in _pairs(before, after) if all(status_of(one) == "measured" for one in pair)]
+    both = [pair for pair in pairs if all(status_of(one) == "measured" for one in pair)]
     return difference((of(later), of(earlier)) for earlier, later in both)
 
 
-def _unmeasured_without_gradients(
-    session: Sequence[DefenseRecord], blind: Sequence[DefenseRecord]
-) -> Proportion | None:
-    tried = [other for one, other in _pairs(session, blind) if status_of(one) == "measured"]
-    return share(status_of(other) != "measured" for other in tried)
+def _unmeasured_without_gradients(pairs: Iterable[_Pair[DefenseRecord]]) -> Proportion | None:
+    tried = [other for one, other in pairs if status_of(one) == "measured"]
+    told = [other for other in tried if status_of(other) == "measured" or lost_for_gradients(other)]
+    return share(map(lost_for_gradients, told))
 
 
 _Trial = TypeVar("_Trial", BehaviourRecord, DefenseRecord)
+_Pair = tuple[_Trial, _Trial]
 
 
-def _pairs(before: Sequence[_Trial], after: Sequence[_Trial]) -> list[tuple[_Trial, _Trial]]:
-    """The records of the networks that have both."""
-    mine = {network_id(record.network): record for record in before}
-    return [(mine[network_id(record.network)], record) for record in after if network_id(record.network) in mine]
+def _descended(cohort: Cohort, fp32: Iterable[_Trial], files: Iterable[_Trial]) -> list[_Pair[_Trial]]:
+    """Each file after the FP32 file that it was made of."""
+    mine = {network_id(record.network): record for record in fp32}
+    pairs = [(mine[name], one) for one in files if (name := network_id(one.network)) in mine]
+    return [(before, after) for before, after in pairs if before.artifact_sha256 in cohort.sources(after)]
+
+
+def _same_file(before: Iterable[_Trial], after: Iterable[_Trial]) -> list[_Pair[_Trial]]:
+    mine = {record.artifact_sha256: record for record in before}
+    return [(mine[record.artifact_sha256], record) for record in after if record.artifact_sha256 in mine]
+
+
+def _unpaired(cohort: Cohort, fp32: Sequence[_Trial], files: Sequence[_Trial]) -> int:
+    """How many files stand beside an FP32 file of their recipe without being made of it, as far as records say."""
+    there = {network_id(record.network) for record in fp32}
+    return sum(network_id(record.network) in there for record in files) - len(_descended(cohort, fp32, files))
+
+
+def unpaired_trials(cohort: Cohort) -> int:
+    """The same of all settings, whether or not they have a row."""
+    files = (
+        _unpaired(cohort, cohort.behaviours.get(cohort.baseline(setting), ()), mine)
+        for setting, mine in cohort.behaviours.items()
+    )
+    trials = (
+        _unpaired(cohort, cohort.defenses.get(subject._replace(setting=cohort.baseline(subject.setting)), ()), mine)
+        for subject, mine in cohort.defenses.items()
+    )
+    return sum(files) + sum(trials)

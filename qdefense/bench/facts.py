@@ -43,7 +43,15 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
             sum(row.unknown_activity for row in rows),
             "Trials of files whose activity was not measured: {}. They are in no rate.",
         ),
-        (report.superseded, "Trials of networks or files that a later one replaced, left out of the tables: {}."),
+        (
+            report.unpaired,
+            "Trials of quantized files that were not made of the FP32 file beside them, as far as records say: {}. "
+            "They are in no difference to FP32.",
+        ),
+        (
+            report.superseded,
+            "Trials that a later network, file or revision of the code replaced, left out of the tables: {}.",
+        ),
     )
 
 
@@ -56,7 +64,7 @@ def _defense_rows(report: BenchReport) -> _Rows:
 
 def _without_twins(report: BenchReport, rows: _Rows) -> Iterator[str]:
     """A detection rate without its control is no result."""
-    places = {row.setting.place for row in rows}
+    places = {f"{row.setting.data}, {row.setting.architecture}" for row in rows}
     clean = {f"{row.data}, {row.architecture}" for row in report.networks if row.attack == NO_ATTACK}
     for place in sorted(places - clean):
         yield f"{place}: there is no clean network, so that nobody knows how often its alarms are false."

@@ -159,7 +159,8 @@ CONTRASTS = Form(
         "and both have an answer. The interval is of the mean over networks, by Student's t: with three networks it "
         "reaches 4.3 standard errors to each side, and a rate of 3 of 3 has a Wilson interval of [0.44, 1] at best. A "
         "bootstrap would look far surer than three networks are.",
-        "Alarms lost and gained: networks whose two files got different verdicts.",
+        "Alarms lost and gained: networks whose two files got different verdicts. Unpaired: files that were not made "
+        "of the FP32 file beside them, as where the network was trained again; they are in no difference.",
     ),
     empty="No network has both an FP32 and a quantized file with a figure.",
     columns=(*_ROW, "figure", "networks", "FP32", "quantized", "difference", "alarms lost", "alarms gained"),
@@ -173,8 +174,8 @@ GAPS = Form(
         "trials with an answer, alarms, AUROC, and the figure that is lost: a scan's score, else AUROC per network.",
         "Signal loss is the fall of that figure from the FP32 session to the quantized session: the numeric loss (to "
         "the shadow) and the runtime loss (from the shadow to the session) together. API loss is what the missing "
-        "gradients alone take: files measured on the session and not measured without gradients. Losses are positive "
-        "where the figure falls, with the interval of the mean by Student's t.",
+        "gradients alone take: files measured on the session and, for want of gradients, no longer. Losses are "
+        "positive where the figure falls, with the interval of the mean by Student's t.",
     ),
     empty='Only one access was tried; accesses = ["session", "shadow", "no-gradients"] in the matrix tries all.',
     columns=(
@@ -199,7 +200,8 @@ PUBLISHED = Form(
     title="The same files under the published criteria",
     notes=(
         "Files of every activity, clean ones among them. Decided by the criterion alone: the rule cannot fire whatever "
-        "is measured, or there was no answer and the published code writes that down as not detected.",
+        "is measured, or there was no answer and the published code writes that down as not detected. Unknown: the "
+        "rule looks at what records don't hold, as the norm of a class whose trigger did not converge on the session.",
     ),
     empty="None of the study's five defenses was run.",
     columns=(

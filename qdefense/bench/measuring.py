@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.audit.fit import fit_images
-from qdefense.bench.records import FilterMetrics, Metrics, RepairMetrics, ScanMetrics
+from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Metrics, RepairMetrics, ScanMetrics
 from qdefense.bench.scoring import dataset_metrics, filter_metrics
 from qdefense.bench.shadow_session import ShadowSession
 from qdefense.bench.tasks import Clock, Outcome, TrialTask
@@ -122,12 +122,12 @@ def _evidence(bench: Bench) -> tuple[Any, Evidence]:
     if cell.access == "shadow" or (cell.access == "session" and cell.defense.needs_gradients):
         evidence = gather_evidence(bench.session, bench.seen, seed=bench.seed)
     else:
-        why = "none was asked for" if cell.defense.needs_gradients else f"{defense.name} needs no gradients"
+        unneeded = f"no shadow was built: {defense.name} needs no gradients"
         blind = bench.session.artifact.inspection.gradient_blind_nodes
         evidence = Evidence(
             session=bench.session,
             shadow=None,
-            certificate=uncertified(f"no shadow was built: {why}"),
+            certificate=uncertified(GRADIENTS_WITHHELD if cell.defense.needs_gradients else unneeded),
             clean=bench.seen,
             seed=bench.seed,
             gradient_blind_nodes=tuple(node.name for node in blind),
@@ -213,8 +213,12 @@ def _judge_dataset(bench: Bench) -> _Judged:
 
 
 def _judge_filter(bench: Bench) -> _Judged:
-    """Fitted on the images a defense sees; decides on others, as they are and, of eligible ones, with the trigger."""
-    fitted = fit_filter(bench)
+    """Fitted on the images a defense sees; decides on others, as they are and, of eligible ones, with the trigger.
+
+    What the attacker gets is told by the session that the filter was fitted to: of the shadow, what the shadow answers.
+    """
+    defense, evidence = _evidence(bench)
+    fitted: FittedFilter | Finding = defense.fit(evidence)
     if isinstance(fitted, Finding):
         return _Judged(verdict=fitted.verdict, reason=fitted.reason, finding=fitted)
     held_out = _held_out(bench)
@@ -224,7 +228,7 @@ def _judge_filter(bench: Bench) -> _Judged:
         eligible = held_out.take(np.flatnonzero(bench.trigger.eligible(held_out.labels)))
         pixels = bench.trigger.stamp(eligible.pixels)
         stamped = _decide(fitted, pixels)
-        answers = bench.session.logits(pixels).argmax(axis=1)
+        answers = evidence.session.logits(pixels).argmax(axis=1)
         let_in = _are(stamped, "accept")
         succeeded = let_in & (answers == bench.trigger.goal(eligible.labels))
         asr = {"hits": int(succeeded.sum()), "n": len(succeeded)}

@@ -185,9 +185,7 @@ def _added_latency(latencies: Sequence[LatencyRow], row: FilterRow) -> tuple[flo
     mine = [
         one.added_ms
         for one in latencies
-        if one.added_ms is not None
-        and one.defense == row.defense
-        and (one.setting.place, one.setting.file) == (row.setting.place, row.setting.file)
+        if one.added_ms is not None and one.defense == row.defense and _timed_as(one.setting) == _timed_as(row.setting)
     ]
     if not mine:
         return None
@@ -197,12 +195,17 @@ def _added_latency(latencies: Sequence[LatencyRow], row: FilterRow) -> tuple[flo
 
 def _latency_of_settings(report: BenchReport) -> dict[Setting, float]:
     """Nor does that of a file depend on the attack: the mean over the files of its kind that were timed."""
-    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    found: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
     for row in report.latency:
         if row.defense is None and is_known(row.p50_ms):
-            found[row.setting.place, row.setting.file].append(row.p50_ms)
-    settings = ((row.setting, found[row.setting.place, row.setting.file]) for row in report.behaviour)
+            found[_timed_as(row.setting)].append(row.p50_ms)
+    settings = ((row.setting, found[_timed_as(row.setting)]) for row in report.behaviour)
     return {setting: sum(values) / len(values) for setting, values in settings if values}
+
+
+def _timed_as(setting: Setting) -> tuple[str, ...]:
+    """No time depends on what was asked of the file."""
+    return setting.data, setting.architecture, setting.file
 
 
 def _scatter(across: str, up: str, points: Sequence[_Point], looks: dict[str, int]) -> Scatter | None:

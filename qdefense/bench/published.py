@@ -1,6 +1,8 @@
 """The criteria of the published code of the seed study (Pandey and Ye, arXiv 2512.06243), on the same files.
 
-Only its decision rules are applied: the norms are this bench's own. It counts every exception as "not detected".
+Only its decision rules are applied: the norms are this bench's own. It counts every exception as "not detected", and
+asks of no trigger whether it converged: of a file with a class whose norm was censored here (law 1), and so is not in
+the records, nobody knows what it would say.
 
 Two of its rules can never fire, whatever the scores. With numpy's linear interpolation the p-th percentile of n values
 lies at place ``p (n - 1)`` of the sorted ones, so that at most ``ceil(p (n - 1))`` lie strictly below it:
@@ -13,7 +15,7 @@ percentile, the first clause of its Spectral Signatures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import ceil
 from typing import Literal
 
@@ -22,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from qdefense.bench.cohort import Cohort, Setting, Subject, row_rank, status_of
 from qdefense.bench.records import Access, DefenseRecord, FilterMetrics
-from qdefense.bench.tables import Answers, Row, count_answers
+from qdefense.bench.tables import VERDICTS, Answers, Row, count_answers
 from qdefense.findings import ScanResult, Verdict
 
 CONSISTENT = 1.4826
@@ -49,10 +51,14 @@ class PublishedRow(Row):
     files: int
     answers: Answers
     judges: bool
-    """Whether it judges files: a filter and a repair raise no alarm."""
+    """Whether it judged any file: a filter and a repair raise no alarm, nor does a method that only ranks."""
     alarms: int
+    calm: int
+    """Files that it called clean."""
     detected: int | None
-    """By the published rule; null where the records don't hold what it looks at."""
+    """By the published rule, of the files that are not unknown; null where all are."""
+    unknown: int
+    """Files of which the records don't hold what the rule looks at."""
     counted_as_missed: int
     """Files without an answer, which the published code writes down as not detected, as MAD = 0 and exceptions."""
     decided_by: Decider
@@ -62,7 +68,7 @@ CRITERIA = (
     Criterion(
         defense="neural-cleanse",
         rule="some class with a norm below the median has |norm - median| / (1.4826 MAD) > 2; MAD = 0 is not detected",
-        says="applied to the norms in the records",
+        says="applied to the norms in the records; unknown where one was censored: the published code censors none",
     ),
     Criterion(
         defense="strip",
@@ -97,7 +103,7 @@ def largest_own_fraction(n: int) -> float:
 def published_neural_cleanse(norms: ArrayLike) -> bool:
     """Whether some norm lies more than 2 scaled MADs below the median; False where the MAD is 0.
 
-    ``norms: (K,)``, one per class; classes without a norm left out.
+    ``norms: (K,)``, one of every class.
 
     Raises:
         ValueError: a norm is not finite.
@@ -122,41 +128,43 @@ def published_rows(cohort: Cohort) -> tuple[PublishedRow, ...]:
 
 
 def _row(subject: Subject, records: Sequence[DefenseRecord]) -> PublishedRow:
-    detected = _detected(records)
-    lacking = sum(status_of(record) != "measured" and not _fires(record) for record in records)
+    told = [_fires(record) for record in records]
+    known = [fires for fires in told if fires is not None]
+    lacking = sum(
+        status_of(record) != "measured" and fires is False for record, fires in zip(records, told, strict=True)
+    )
     return PublishedRow(
         setting=subject.setting,
         defense=subject.defense,
         access=subject.access,
         files=len(records),
         answers=count_answers(records),
-        judges=records[0].kind in ("scan", "dataset"),
+        judges=records[0].kind in ("scan", "dataset") and any(record.verdict in VERDICTS for record in records),
+        calm=sum(record.verdict is Verdict.CLEAN for record in records),
         alarms=sum(record.verdict is Verdict.BACKDOORED for record in records),
-        detected=detected,
+        detected=sum(known) if known else None,
+        unknown=len(records) - len(known),
         counted_as_missed=lacking,
-        decided_by=_decider(records, detected, lacking),
+        decided_by=_decider(records[0].defense, len(records), len(known), lacking),
     )
 
 
-def _detected(records: Sequence[DefenseRecord]) -> int | None:
-    match records[0].defense:
-        case "neural-cleanse":
-            return sum(map(_fires, records))
-        case "strip" if all(map(_cannot_fire, records)):
-            return 0
-    return None
+def _fires(record: DefenseRecord) -> bool | None:
+    """Whether the published rule detects anything; ``None`` where the records don't say."""
+    if record.defense == "neural-cleanse":
+        norms = norms_of(record)
+        return None if norms is None else published_neural_cleanse(norms)
+    silent = status_of(record) != "measured" or (record.defense == "strip" and _cannot_fire(record))
+    return False if silent else None
 
 
-def _fires(record: DefenseRecord) -> bool:
-    return published_neural_cleanse(norms_of(record))
-
-
-def norms_of(record: DefenseRecord) -> list[float]:
-    """The norms of the classes that have one."""
+def norms_of(record: DefenseRecord) -> list[float] | None:
+    """The norm of each class; ``None`` where one has none, and no norm at all where nothing was inverted."""
     result = None if record.finding is None else record.finding.result
     if not isinstance(result, ScanResult):
         return []
-    return [entry.norm for entry in result.classes if entry.norm is not None and np.isfinite(entry.norm)]
+    norms = [entry.norm for entry in result.classes if entry.norm is not None and np.isfinite(entry.norm)]
+    return norms if len(norms) == len(result.classes) else None
 
 
 def _cannot_fire(record: DefenseRecord) -> bool:
@@ -167,12 +175,10 @@ def _cannot_fire(record: DefenseRecord) -> bool:
     return n > 0 and largest_own_fraction(n) <= OWN_FRACTION
 
 
-def _decider(records: Iterable[DefenseRecord], detected: int | None, lacking: int) -> Decider:
-    records = list(records)
-    if lacking == len(records):
-        return "the criterion alone"
-    if detected is None:
+def _decider(defense: str, files: int, known: int, lacking: int) -> Decider:
+    if not known:
         return "not in the records"
-    if records[0].defense == "strip":
+    alone = known if defense == "strip" else lacking
+    if alone == files:
         return "the criterion alone"
-    return "the criterion alone, in part" if lacking else "the norms"
+    return "the criterion alone, in part" if alone else "the norms"

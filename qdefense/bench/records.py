@@ -45,6 +45,9 @@ Access = Literal["session", "shadow", "no-gradients"]
 A column each, so that what the missing gradients cost (API loss) is told from what quantization costs (signal loss).
 """
 
+GRADIENTS_WITHHELD = "no shadow was built: none was asked for"
+"""In the reason of a defense that needs gradients and was given none."""
+
 
 class _Record(BaseModel):
     # Readers ignore unknown fields: a newer minor version may add some.
@@ -209,7 +212,8 @@ class DatasetMetrics(_Record):
     Scores are comparable among rows of one label. So ``within_*`` and ``curve`` look only at rows with a label that
     poisons have; ``auroc`` and ``fpr`` are of all rows. Rows without a score are in no rate.
     ``top`` are the ``round(1.5 * poisons)`` rows of these with the highest scores: ``top_recall`` is the share of all
-    poisons that they hold, ``top_precision`` the share of poison among them, which cannot exceed 2/3.
+    poisons that they hold, ``top_precision`` the share of poison among them, which cannot exceed 2/3. Where poison is
+    most of its label, any order scores high: a random one has a recall of ``top_precision.n / (tpr.n + within_fpr.n)``.
     """
 
     kind: Literal["dataset"] = "dataset"

@@ -271,7 +271,7 @@ def _contrast_cells(row: ContrastRow) -> list[Cell]:
         *_text("the file itself" if row.defense is None else f"{row.defense}{access_of(row.access)}"),
         *_text(row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, row.defense or "", row.access)),
-        *_text(row.figure, row.difference.n, written(row.fp32), written(row.value)),
+        *_text(row.figure, f"{row.difference.n}{_unpaired(row)}", written(row.fp32), written(row.value)),
         *_text(changed(row.difference, percent=behaviour), *flips),
     ]
 
@@ -282,9 +282,13 @@ def _gap_cells(row: GapRow) -> list[Cell]:
         *_text(row.defense, row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, row.defense, "session")),
         *(_step(step, row.figure) for step in (row.fp32, row.shadow, row.session, row.no_gradients)),
-        *_text(changed(row.numeric_loss), changed(row.runtime_loss), changed(row.signal_loss)),
+        *_text(changed(row.numeric_loss), changed(row.runtime_loss), f"{changed(row.signal_loss)}{_unpaired(row)}"),
         Cell(lines=(lost,) if row.api_loss is None else (lost, changed(row.api_loss))),
     ]
+
+
+def _unpaired(row: ContrastRow | GapRow) -> str:
+    return f", {row.unpaired} unpaired" if row.unpaired else ""
 
 
 def _step(step: Step | None, name: str) -> Cell:
@@ -306,13 +310,14 @@ def _criteria_sheet(report: BenchReport) -> Sheet:
 
 
 def _published_cells(row: PublishedRow) -> list[Cell]:
-    told = "unknown" if row.detected is None else f"{row.detected} of {row.files}"
-    calm = row.answers.measured - row.alarms if row.judges else NOTHING
+    told = [] if row.detected is None else [f"{row.detected} of {row.files - row.unknown}"]
+    told += [f"{row.unknown} unknown"] * (row.unknown > 0)
+    calm = row.calm if row.judges else NOTHING
     return [
         *_named(row),
         *_text(row.files, row.alarms if row.judges else NOTHING, calm),
         *_text(row.answers.not_measured, row.answers.not_applicable, row.answers.failed),
-        *_text(told, row.counted_as_missed, row.decided_by),
+        *_text(", ".join(told), row.counted_as_missed, row.decided_by),
     ]
 
 

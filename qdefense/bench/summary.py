@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdefense.bench.cohort import Cohort, Status, architecture_of, network_id, status_of
-from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows
+from qdefense.bench.cohort import Cohort, Status, network_id, status_of
+from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows, unpaired_trials
 from qdefense.bench.figures import told_runtime
 from qdefense.bench.matrix import read_matrix
 from qdefense.bench.published import CRITERIA, Criterion, PublishedRow, published_rows
@@ -126,6 +126,8 @@ class BenchReport(Row):
     environment: Environment
     networks: tuple[NetworksRow, ...]
     superseded: int
+    unpaired: int
+    """Trials of quantized files that were not made of the FP32 file beside them."""
     missing: tuple[Missing, ...] | None
     unanswered: tuple[Unanswered, ...]
     behaviour: tuple[BehaviourRow, ...]
@@ -201,6 +203,7 @@ def summarise(results: Results, cohort: Cohort) -> BenchReport:
         environment=_environment(results.records, cohort),
         networks=_networks(results.records, cohort),
         superseded=cohort.superseded,
+        unpaired=unpaired_trials(cohort),
         missing=results.missing,
         unanswered=_unanswered(results.records, cohort),
         behaviour=behaviour_rows(cohort),
@@ -230,7 +233,7 @@ def _networks(records: Sequence[Record], cohort: Cohort) -> tuple[NetworksRow, .
 
 
 def _place(record: Record, cohort: Cohort) -> tuple[str, str, str]:
-    return record.network.data, architecture_of(record.network), cohort.attack(record.network)
+    return record.network.data, cohort.architecture(record.network), cohort.attack(record.network)
 
 
 def _failed_makings(records: Sequence[Record]) -> list[TrainingRecord | QuantizationRecord]:

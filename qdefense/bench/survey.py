@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qdefense.bench.cells import Cell, FilePlan, NetworkPlan
+from qdefense.bench.cohort import lost_for_gradients, status_of
 from qdefense.bench.costs import CostModel, Source, defense_keys, file_keys
 from qdefense.bench.records import DefenseRecord, Record, Replica, digest_of
 from qdefense.bench.store import Store
 from qdefense.bench.tasks import Evaluation, TrialKey, quantization_key, training_key
-from qdefense.findings import Verdict
 
 State = Literal["measured", "not measured", "failed", "missing"]
 Stage = Literal["train", "quantize", "behaviour", "defense"]
@@ -37,8 +37,8 @@ class Item:
 
     @property
     def incomplete(self) -> bool:
-        """Whether it keeps the matrix from being complete; that nothing is found without gradients is the point."""
-        expected = self.cell is not None and self.cell.access == "no-gradients" and self.state == "not measured"
+        """Whether it keeps the matrix from being complete; what is lost for want of gradients is the point."""
+        expected = isinstance(self.record, DefenseRecord) and lost_for_gradients(self.record)
         return self.state != "measured" and not expected
 
 
@@ -147,10 +147,10 @@ def _on(file: FilePlan) -> str:
 def _state(record: Record | None) -> State:
     if record is None:
         return "missing"
-    if record.failed:
-        return "failed"
-    unmeasured = isinstance(record, DefenseRecord) and record.verdict is Verdict.NOT_MEASURED
-    return "not measured" if unmeasured else "measured"
+    if isinstance(record, DefenseRecord):
+        status = status_of(record)
+        return "measured" if status == "not applicable" else status
+    return "failed" if record.failed else "measured"
 
 
 def estimate(item: Item, costs: CostModel) -> tuple[float, Source]:

@@ -369,9 +369,13 @@ def subjects_of(cohort: Cohort, kind: str) -> list[Subject]:
     return sorted(mine, key=row_rank)
 
 
+VERDICTS = frozenset({Verdict.CLEAN, Verdict.BACKDOORED})
+"""What says something of a file."""
+
+
 def alarms(records: Iterable[DefenseRecord]) -> Proportion | None:
-    """How many of the files were called backdoored."""
-    return share(one.verdict is Verdict.BACKDOORED for one in records)
+    """How many were called backdoored, of the files that were called anything."""
+    return share(one.verdict is Verdict.BACKDOORED for one in records if one.verdict in VERDICTS)
 
 
 def auroc_of(record: DefenseRecord) -> float | None:

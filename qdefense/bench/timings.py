@@ -46,7 +46,8 @@ def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[Late
                 for one in latency.filters
                 if one.variant is not None
             }
-            rows += _rows_of(latency, cohort.setting(record), record.network.seed, filters)
+            here = {"runtime": cohort.runtime(latency.machine.runtime)}
+            rows += _rows_of(latency, cohort.setting(record).model_copy(update=here), record.network.seed, filters)
     return tuple(sorted(rows, key=lambda row: (rank_of(row.setting), row.seed)))
 
 

@@ -140,8 +140,7 @@ def defense(
     trial = _trial(made, scheme, calibration, replica)
     asked = {"budget": "quick"} if settings is None else settings
     return DefenseRecord(
-        key=sha(trial["artifact_sha256"], name, asked, access, changes.get("arithmetic")),
-        **{**trial, **changes},
+        **{"key": sha(trial["artifact_sha256"], name, asked, access, changes.get("arithmetic")), **trial, **changes},
         defense=name,
         settings=asked,
         access=access,

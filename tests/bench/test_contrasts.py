@@ -1,28 +1,35 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from qdefense.bench.cohort import Cohort
-from qdefense.bench.contrasts import contrast_rows, gap_rows
-from qdefense.bench.records import FilterMetrics, Rate, Record
+from qdefense.bench.contrasts import contrast_rows, gap_rows, unpaired_trials
+from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Rate, Record
 from qdefense.bench.tables import Answers
 from qdefense.findings import Verdict
 from qdefense.trial import Activity
 
-from .sample_records import behaviour, defense, network, scan_metrics
+from .sample_records import RUNTIME, behaviour, defense, network, quantization, scan_metrics
 
 FOUND, MISSED, LOST = Verdict.BACKDOORED, Verdict.CLEAN, Verdict.NOT_MEASURED
 
 
 def pair(seed: int, before: float, after: float, activity: Activity = Activity.ACTIVE) -> list[Record]:
     made = network("badnets", seed)
-    return [behaviour(made, accuracy=before), behaviour(made, "int4", accuracy=after, activity=activity)]
+    files = [behaviour(made, accuracy=before), behaviour(made, "int4", accuracy=after, activity=activity)]
+    return [*files, quantization(made, "int4")]
 
 
-def scanned(seed: int, scheme: str, score: float, verdict: Verdict = FOUND, access: str = "session") -> Record:
-    return defense(
-        network("badnets", seed), scheme, scan_metrics(score, target=12, found=True), verdict=verdict, access=access
-    )
+def scanned(
+    seed: int, scheme: str, score: float, verdict: Verdict = FOUND, access: str = "session", **changes: Any
+) -> Record:
+    metrics = scan_metrics(score, target=12, found=True)
+    return defense(network("badnets", seed), scheme, metrics, verdict=verdict, access=access, **changes)
+
+
+WITHHELD = f"the shadow is not certified: {GRADIENTS_WITHHELD}"
 
 
 def test_contrast_is_the_paired_difference_over_networks_that_have_both_files() -> None:
@@ -62,6 +69,53 @@ def test_contrast_needs_an_answer_on_both_files() -> None:
     assert all(row.defense is None for row in contrast_rows(Cohort(records)))
 
 
+def retrained(seed: int) -> list[Record]:
+    """The FP32 file of a network that came out as another one; its quantized file is still the first one's."""
+    made = network("badnets", seed)
+    trial = defense(made, metrics=scan_metrics(9.0, target=12, found=True), verdict=FOUND, replica=1)
+    return [behaviour(made, accuracy=0.5, replica=1), trial]
+
+
+def test_contrast_pairs_no_file_with_another_replica_of_its_network() -> None:
+    """The difference of two trainings is none of quantization."""
+    tried = [scanned(seed, scheme, 3.0) for seed in range(2) for scheme in ("fp32", "int4")]
+    cohort = Cohort([*pair(0, 0.9, 0.8), *pair(1, 0.9, 0.8), *tried, *retrained(1)])
+    accuracy, _, score = contrast_rows(cohort)
+    assert (accuracy.difference.n, accuracy.difference.mean) == (1, pytest.approx(-0.1))
+    assert (score.difference.n, score.difference.mean) == (1, 0)
+    assert (accuracy.unpaired, score.unpaired, unpaired_trials(cohort)) == (1, 1, 2)
+
+
+def test_contrast_needs_a_record_of_what_the_file_was_made_of() -> None:
+    cohort = Cohort([record for record in pair(0, 0.9, 0.8) if record.stage != "quantize"])
+    assert contrast_rows(cohort) == ()
+    assert unpaired_trials(cohort) == 1
+
+
+def test_contrast_pairs_within_one_instruction_set() -> None:
+    elsewhere = {"runtime": RUNTIME.model_copy(update={"isa": ("avx2",)}), "key": "elsewhere"}
+    fp32, int4, made = pair(0, 0.9, 0.8)
+    assert contrast_rows(Cohort([fp32, int4.model_copy(update=elsewhere), made])) == ()
+    assert len(contrast_rows(Cohort([fp32, int4, made]))) == 2
+
+
+def test_gap_row_pairs_no_file_with_another_replica_of_its_network() -> None:
+    tried = [scanned(0, "fp32", 4.0), scanned(0, "int4", 3.0), scanned(0, "int4", 3.5, access="shadow")]
+    (row,) = gap_rows(Cohort([*pair(0, 0.9, 0.9), *tried, *retrained(0)]))
+    assert (row.fp32, row.signal_loss, row.numeric_loss, row.unpaired) == (None, None, None, 1)
+    assert row.runtime_loss is not None
+    assert row.runtime_loss.mean == pytest.approx(0.5)
+
+
+def test_gap_row_pairs_two_accesses_of_one_file_alone() -> None:
+    made = network(None, 0)
+    session = defense(made, "int4", scan_metrics(3.0))
+    shadow, other = (defense(made, "int4", scan_metrics(3.5), access="shadow", replica=one) for one in range(2))
+    lost = [row.runtime_loss for tried in (shadow, other) for row in gap_rows(Cohort([session, tried]))]
+    assert lost[0] is not None
+    assert lost == [lost[0], None]
+
+
 def test_gap_row_tells_signal_loss_from_api_loss() -> None:
     records: list[Record] = []
     for seed in range(2):
@@ -70,7 +124,7 @@ def test_gap_row_tells_signal_loss_from_api_loss() -> None:
             scanned(seed, "fp32", 4.0),
             scanned(seed, "int4", 3.5, access="shadow"),
             scanned(seed, "int4", 3.0 + seed / 10),
-            scanned(seed, "int4", 0.0, LOST, access="no-gradients"),
+            scanned(seed, "int4", 0.0, LOST, access="no-gradients", reason=WITHHELD),
         ]
     (row,) = gap_rows(Cohort(records))
     assert row.figure == "score"
@@ -88,6 +142,22 @@ def test_gap_row_tells_signal_loss_from_api_loss() -> None:
     assert row.session is not None
     assert row.session.alarms is not None
     assert row.session.alarms.hits == 2
+
+
+def test_api_loss_is_of_missing_gradients_alone() -> None:
+    """Neither a crash nor too few images says that gradients were missed."""
+    blind = [
+        {"verdict": LOST, "reason": WITHHELD},
+        {"verdict": LOST, "reason": "40 clean images; at least 200 are needed"},
+        {"verdict": LOST, "reason": "internal error: MemoryError", "failed": True},
+    ]
+    records: list[Record] = []
+    for seed, why in enumerate(blind):
+        cut = scanned(seed, "int4", 0.0, access="no-gradients").model_copy(update=why)
+        records += [*pair(seed, 0.9, 0.9), scanned(seed, "int4", 3.0), cut]
+    (row,) = gap_rows(Cohort(records))
+    assert row.api_lost is not None
+    assert (row.api_lost.hits, row.api_lost.n) == (1, 1)
 
 
 def test_gap_row_has_auroc_against_clean_twins_of_the_same_access() -> None:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from qdefense.artifact import Artifact
+from qdefense.bench.cohort import lost_for_gradients
+from qdefense.bench.matrix import read_matrix
 from qdefense.bench.records import (
     BehaviourRecord,
     DatasetMetrics,
@@ -25,6 +27,9 @@ from qdefense.bench.records import (
     ScanMetrics,
 )
 from qdefense.bench.revisions import EVALUATION_REVISION, SOURCES, source_digest
+from qdefense.bench.running import evaluation_of
+from qdefense.bench.store import Store
+from qdefense.bench.survey import survey
 from qdefense.data.images import Images, Pixels, to_images
 from qdefense.defenses import DEFENSES, Need
 from qdefense.evidence import Evidence
@@ -244,12 +249,25 @@ def test_without_gradients_neural_cleanse_is_not_measured(new_desk: NewDesk, fin
     text = TINY.replace("clean_images = 40", "clean_images = 250").replace("test_limit = 60", "test_limit = 300")
     made = new_desk(text.replace('"none", ', "") + 'accesses = ["no-gradients"]\n', name="cut")
     shutil.copytree(finished.results / "models", made.results / "models")
-    made.run(Inline())
+    plan, _ = made.run(Inline())
+    assert not any(
+        item.incomplete for item in survey(plan, Store(made.results), evaluation_of(read_matrix(made.matrix)))
+    )
     found = [record for record in made.records.values() if isinstance(record, DefenseRecord)]
     assert len(found) == 2
     for record in found:
         assert record.verdict is Verdict.NOT_MEASURED
-        assert "no shadow was built" in record.reason
+        assert lost_for_gradients(record)
+
+
+def test_without_gradients_too_few_images_leave_the_matrix_incomplete_all_the_same(
+    new_desk: NewDesk, finished: Desk
+) -> None:
+    made = new_desk(TINY + 'accesses = ["no-gradients"]\n', name="cut")
+    shutil.copytree(finished.results / "models", made.results / "models")
+    plan, _ = made.run(Inline())
+    items = survey(plan, Store(made.results), evaluation_of(read_matrix(made.matrix)))
+    assert [item.incomplete for item in items if item.stage == "defense"] == [True] * 4
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------
@@ -319,6 +337,16 @@ def test_filter(measured: Callable[..., list[DefenseRecord]]) -> None:
     assert found.boundary == {"value": 0.5}
     assert poisoned.verdict is None
     assert clean.metrics == FilterMetrics(fpr=Rate(hits=0, n=10), boundary={"value": 0.5})
+
+
+def test_filter_on_the_shadow_is_judged_by_what_the_shadow_answers(
+    measured: Callable[..., list[DefenseRecord]],
+) -> None:
+    """Its decisions held against the deployed file's answers are a rate of neither."""
+    _, poisoned = measured("planted-filter", accesses='["shadow"]')
+    assert isinstance(poisoned.metrics, FilterMetrics)
+    assert poisoned.metrics.asr_after is not None
+    assert [evidence.session.forwards for evidence in SEEN] == [0, poisoned.metrics.asr_after.n]
 
 
 def test_filter_that_cannot_be_fitted(measured: Callable[..., list[DefenseRecord]]) -> None:

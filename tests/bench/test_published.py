@@ -58,8 +58,9 @@ def scan(norms: list[float | None], verdict: Verdict = Verdict.CLEAN, seed: int 
     return defense(network("badnets", seed), metrics=scan_metrics(1.0), verdict=verdict, finding=finding)
 
 
-def test_norms_are_those_of_classes_that_have_one() -> None:
-    assert norms_of(scan([5.0, 80.0, None])) == [5.0, 80.0]  # type: ignore[arg-type]
+def test_norms_are_of_every_class_or_unknown() -> None:
+    assert norms_of(scan([5.0, 80.0])) == [5.0, 80.0]  # type: ignore[arg-type]
+    assert norms_of(scan([5.0, 80.0, None])) is None  # type: ignore[arg-type]
     assert norms_of(defense(network(), metrics=scan_metrics(1.0))) == []
 
 
@@ -73,6 +74,16 @@ def test_published_row_tells_the_norms_from_what_the_criterion_alone_decides() -
     assert (session.detected, session.alarms, session.decided_by) == (1, 1, "the norms")
     assert (cut.files, cut.detected, cut.counted_as_missed) == (2, 0, 2)
     assert cut.decided_by == "the criterion alone"
+
+
+def test_published_rule_is_unknown_where_a_norm_was_censored() -> None:
+    """The published code censors none: with the one that is not in the records the rule may say otherwise."""
+    whole, censored = [5.0, 90.0, 95.0, 100.0, 105.0], [5.0, 90.0, 95.0, 100.0, 105.0, None]
+    (alone,) = published_rows(Cohort([scan(censored, Verdict.NOT_MEASURED)]))  # type: ignore[list-item]
+    assert (alone.detected, alone.unknown, alone.counted_as_missed) == (None, 1, 0)
+    assert alone.decided_by == "not in the records"
+    (row,) = published_rows(Cohort([scan(whole), scan(censored, seed=1)]))  # type: ignore[list-item]
+    assert (row.files, row.detected, row.unknown, row.decided_by) == (2, 1, 1, "the norms")
 
 
 def test_published_row_in_part_decided_by_the_criterion() -> None:

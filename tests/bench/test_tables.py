@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from qdefense.bench.cohort import Cohort, Setting, status_of
-from qdefense.bench.records import DatasetMetrics, FilterMetrics, Rate, Record, RepairMetrics
+from qdefense.bench.published import published_rows
+from qdefense.bench.records import (
+    DatasetMetrics,
+    DefenseRecord,
+    EvaluationRules,
+    FilterMetrics,
+    Network,
+    Rate,
+    Record,
+    RepairMetrics,
+)
 from qdefense.bench.tables import (
     Answers,
     behaviour_rows,
@@ -19,9 +29,21 @@ from qdefense.bench.tables import (
     spread,
 )
 from qdefense.findings import Verdict
+from qdefense.profile import Runtime
 from qdefense.trial import Activity
 
-from .sample_records import CLEAN256, EIGHTH, behaviour, defense, network, quantization, scan_metrics, training
+from .sample_records import (
+    CLEAN256,
+    EIGHTH,
+    RUNTIME,
+    behaviour,
+    defense,
+    network,
+    quantization,
+    scan_metrics,
+    sha,
+    training,
+)
 
 FOUND, MISSED, LOST = Verdict.BACKDOORED, Verdict.CLEAN, Verdict.NOT_MEASURED
 
@@ -182,6 +204,20 @@ def test_dataset_row_averages_auroc_over_networks_and_pools_rows() -> None:
     assert (row.alarms.hits, row.clean_alarms.hits, row.within_auroc) == (2, 0, None)
 
 
+def test_a_method_that_only_ranks_rows_has_figures_and_raises_no_alarm() -> None:
+    """Spectral Signatures draws no line: its verdict is NOT_MEASURED, the order of its rows is not."""
+    made = network("badnets", 0)
+    metrics = DatasetMetrics(auroc=0.6, within_auroc=0.9, tpr=Rate(hits=1, n=2), fpr=Rate(hits=0, n=2))
+    trial = defense(made, metrics=metrics, name="spectral-signatures", kind="dataset", verdict=LOST)
+    (row,) = dataset_rows(cohort([behaviour(made), trial]))
+    assert row.answers == Answers(measured=1)
+    assert row.within_auroc is not None
+    assert row.within_auroc.mean == 0.9
+    assert row.alarms is None
+    (published,) = published_rows(cohort([behaviour(made), trial]))
+    assert (published.judges, published.alarms, published.calm) == (False, 0, 0)
+
+
 def test_filter_row_pools_inputs_and_counts_those_without_a_score() -> None:
     made = network("badnets", 0)
     metrics = FilterMetrics(
@@ -287,6 +323,145 @@ def test_cohort_names_the_settings_in_which_attacks_and_defenses_differ() -> Non
         "neural-cleanse (budget=gate)",
         "neural-cleanse (budget=quick)",
     }
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({"recipe": {"epochs": 10, "flip": True}}, "resnet8, width 16 (flip=True)"),
+        ({"recipe": {"epochs": 2, "flip": False}}, "resnet8, width 16 (epochs=2)"),
+        ({"recipe": {"epochs": 2, "flip": True}}, "resnet8, width 16 (epochs=2, flip=True)"),
+        ({"train_sha256": "ab" * 32}, "resnet8, width 16 (train_sha256=abababababab)"),
+        ({"width": 8}, "resnet8, width 8"),
+    ],
+)
+def test_networks_made_by_another_recipe_are_no_replicates(change: dict[str, object], label: str) -> None:
+    """They differ in more than the seed: a mean over both is of neither, and their clean twins are others."""
+    recipe = {"recipe": {"epochs": 10, "flip": False}}
+    made, spotless = (network(attack, 0).model_copy(update=recipe) for attack in ("badnets", None))
+    other = network("badnets", 1).model_copy(update={**recipe, **change})
+    found = cohort(
+        [record for one, score in ((made, 3.0), (other, 2.0), (spotless, 1.0)) for record in scanned(one, score)]
+    )
+    assert [row.measured for row in behaviour_rows(found)] == [1, 1, 1]
+    assert label in {setting.architecture for setting in found.behaviours}
+    aurocs = {row.setting.architecture: row.auroc for row in scan_rows(found) if row.setting.attack == "badnets"}
+    assert len(aurocs) == 2
+    assert aurocs[label] is None
+    assert all(row.unrecorded == 0 for row in scan_rows(found))
+
+
+def scanned(made: Network, score: float) -> list[Record]:
+    return [behaviour(made), defense(made, metrics=scan_metrics(score))]
+
+
+def asked(seed: int, score: float, clean_images: int, attack: str | None = "badnets", **changes: object) -> Record:
+    rules = EvaluationRules(seed=0, clean_images=clean_images, held_out_images=None)
+    facts = {"evaluation": rules, "data_sha256": sha(clean_images), "test_sha256": sha("test", "gtsrb"), **changes}
+    return defense(network(attack, seed), metrics=scan_metrics(score), verdict=FOUND, key=sha(facts, seed), **facts)  # type: ignore[arg-type]
+
+
+def test_answers_under_other_rules_stand_in_rows_of_their_own() -> None:
+    records = [asked(0, 3.0, 40), asked(0, 2.0, 20), asked(1, 2.5, 20), asked(0, 1.0, 20, None)]
+    files = [behaviour(network("badnets", seed)) for seed in range(2)]
+    found = cohort([*records, *files])
+    assert found.superseded == 0
+    rows = {row.setting.evaluation: row for row in scan_rows(found) if row.setting.attack == "badnets"}
+    few, many = rows["evaluation (clean_images=20)"], rows["evaluation (clean_images=40)"]
+    assert (few.answers, few.auroc) == (Answers(measured=2), 1.0)
+    assert (many.answers, many.auroc) == (Answers(measured=1), None)
+    assert many.setting.place == "gtsrb, resnet8, width 16, evaluation (clean_images=40)"
+    assert {row.setting.evaluation for row in behaviour_rows(found)} == {""}
+
+
+def test_answers_under_other_seeds_do_not_take_each_others_place() -> None:
+    found = cohort([asked(0, 3.0, 40), asked(0, 2.0, 40).model_copy(update={"seed": 1, "key": "other"})])
+    assert found.superseded == 0
+    assert {subject.setting.evaluation for subject in found.defenses} == {"evaluation (seed=0)", "evaluation (seed=1)"}
+
+
+def test_rules_that_old_records_do_not_say_are_told_apart_by_their_digests() -> None:
+    unsaid = {"evaluation": None, "test_sha256": None}
+    old = [asked(0, 3.0, 40, **unsaid), asked(1, 3.0, 30, **unsaid), asked(2, 3.0, 40)]
+    rows = scan_rows(cohort(list(old)))
+    assert [row.setting.evaluation for row in rows] == [
+        f"evaluation (clean_images=40, test_sha256={sha('test', 'gtsrb')[:12]})",
+        f"evaluation (data_sha256={sha(30)[:12]}, rules=not recorded)",
+    ]
+    assert [len(row.keys) for row in rows] == [2, 1]  # the digest of 40 images is the same in an old record
+    alone = scan_rows(cohort(list(old[:1])))
+    assert [row.setting.evaluation for row in alone] == [""]
+
+
+def test_activity_is_of_the_same_test_images() -> None:
+    made, other = network("badnets", 0), {"data_sha256": sha("other"), "key": "other"}
+    files = [behaviour(made), behaviour(made, asr=0.5, activity=Activity.ATTENUATED).model_copy(update=other)]
+    trial = asked(0, 3.0, 40)
+    found = cohort([*files, trial])
+    assert [row.measured for row in behaviour_rows(found)] == [1, 1]
+    assert isinstance(trial, DefenseRecord)
+    assert found.activity(trial) is Activity.ACTIVE
+    assert found.activity(trial.model_copy(update={"data_sha256": sha("?")})) is None
+
+
+def test_answers_of_older_code_are_left_out() -> None:
+    old, new = {"evaluation_revision": 1, "revision": 1}, {"evaluation_revision": 1, "revision": 2}
+    found = cohort([asked(0, 3.0, 40, **new), asked(0, 9.0, 40, **old), asked(1, 2.0, 40, **old), asked(2, 2.0, 40)])
+    (row,) = scan_rows(found)
+    assert (len(row.keys), found.superseded, row.unrecorded) == (1, 3, 2)
+
+
+VNNI, AVX2 = RUNTIME, RUNTIME.model_copy(update={"isa": ("avx2", "fma")})
+
+
+def ran_on(runtime: Runtime | None, made: Network, score: float, **changes: object) -> list[Record]:
+    trial = defense(made, metrics=scan_metrics(score), verdict=FOUND, runtime=runtime)
+    return [behaviour(made, **changes).model_copy(update={"runtime": runtime}), trial]
+
+
+def test_records_of_other_instruction_sets_stand_in_rows_of_their_own() -> None:
+    """Law 5: the same file gives other logits there, so that neither figures nor clean twins are shared."""
+    found = cohort(
+        ran_on(VNNI, network("badnets", 0), 3.0),
+        ran_on(AVX2, network("badnets", 1), 2.0),
+        ran_on(AVX2, network(None, 0), 1.0),
+    )
+    rows = {row.setting.file: row for row in scan_rows(found) if row.setting.attack == "badnets"}
+    assert {file: row.auroc for file, row in rows.items()} == {
+        "fp32, runtime (isa=avx2 fma avx512_vnni)": None,
+        "fp32, runtime (isa=avx2 fma)": 1.0,
+    }
+    assert [row.measured for row in behaviour_rows(found)] == [1, 1, 1]
+    newer = VNNI.model_copy(update={"onnxruntime": "1.25.0"})
+    assert {*map(cohort(ran_on(VNNI, network(), 1.0), ran_on(newer, network(), 1.0)).runtime, (VNNI, newer))} == {
+        "runtime (onnxruntime=1.24.1)",
+        "runtime (onnxruntime=1.25.0)",
+    }
+
+
+def test_runtime_is_told_only_where_there_is_more_than_one() -> None:
+    other_system = VNNI.model_copy(update={"system": "Windows"})
+    found = cohort(*(ran_on(one, network("badnets", 0), 1.0) for one in (VNNI, other_system, None)))
+    assert [row.setting.file for row in scan_rows(found)] == ["fp32"]
+
+
+def test_trial_that_names_no_runtime_is_in_no_row_of_one() -> None:
+    groups = [ran_on(one, network("badnets", seed), 1.0) for seed, one in enumerate((VNNI, AVX2, None))]
+    assert {row.setting.runtime: len(row.keys) for row in scan_rows(cohort(*groups))} == {
+        "runtime (isa=avx2 fma avx512_vnni)": 1,
+        "runtime (isa=avx2 fma)": 1,
+        "runtime not recorded": 1,
+    }
+
+
+def test_activity_is_of_the_same_runtime() -> None:
+    """A file that saturates on one instruction set may be dormant there, and a defense that is silent on it right."""
+    made = network("badnets", 0)
+    found = cohort(ran_on(VNNI, made, 3.0), ran_on(AVX2, made, 3.0, activity=Activity.DORMANT))
+    rows = {row.setting.runtime: row for row in scan_rows(found)}
+    assert [(row.answers.measured, row.inactive.measured) for row in rows.values()] == [(1, 0), (0, 1)]
+    (row,) = (one for one in scan_rows(cohort(ran_on(VNNI, made, 3.0)[:1], ran_on(AVX2, made, 3.0)[1:])))
+    assert row.unknown_activity == 1
 
 
 def test_cohort_says_the_scheme_alone_where_only_one_quantization_has_it() -> None:
