@@ -75,7 +75,8 @@ def find_penultimate(session: DeployedSession) -> Penultimate:
     """
     graph, contract = onnx.load_from_string(session.graph).graph, session.artifact.contract
     gray = np.full((1, 3, contract.height, contract.width), 0.5, np.float32)
-    places, widths = [], []
+    places: list[Penultimate] = []
+    widths: list[int] = []
     for layer in _layers_in_line(graph, _last_layer(graph, contract.output_name)):
         try:
             place = _operand(graph, layer)
