@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
+from math import nan
+
+from onnx import TensorProto
 
 from qdefense.converters.data_flow import follow_pixels
 from qdefense.converters.flat_graph import Graph, Node, Value, behind_layout, flatten
-from qdefense.converters.reading import parse_model, safe_text
+from qdefense.converters.reading import parse_model, safe_text, tensor_array
 from qdefense.converters.weighted_operators import WEIGHTED
 
 _BIAS = {"Conv": 2, "ConvInteger": None, "QLinearConv": 8}
@@ -194,7 +197,7 @@ class _Silencers:
         elif node.operator == "BatchNormalization":
             yield from (self._parameter(node, node.input(index), axis=0) for index in (1, 2))
         elif node.operator in _SUMS:
-            yield from (self._parameter(node, value) for value in self._summands(node) if value not in self.carrying)
+            yield from (self._summand(node, value) for value in self._summands(node) if value not in self.carrying)
 
     def _before(self, node: Node) -> list[Value]:
         """The inputs that have to be silent, too."""
@@ -206,7 +209,7 @@ class _Silencers:
         if node.operator == "Mul":
             # One silent factor is enough, and of x sigmoid(x), or a map and its gate, the gate never is.
             carriers = [value for value in carriers if not self._is_gate(value)][:1]
-        if not carriers or node.operator not in _KEEP_ZERO | {"Mul"}:
+        if not carriers or node.operator not in _KEEP_ZERO | {"Mul"} or self._moves_zero(node):
             raise ChannelError(
                 f"node '{node.name}' ({safe_text(node.operator)}) lies between the last convolution and the last "
                 "weights, and may mix channels or answer a silent one with something else than zeros"
@@ -217,12 +220,45 @@ class _Silencers:
         places = _SUMS[node.operator] or range(len(node.inputs))
         return [value for value in map(node.input, places) if value is not None]
 
+    def _moves_zero(self, node: Node) -> bool:
+        """Whether it clips to an interval that 0 is not in, or may not be in."""
+        if node.operator != "Clip":
+            return False
+        low, high = (self._bound(node, index, name) for index, name in ((1, "min"), (2, "max")))
+        return not ((low is None or low <= 0) and (high is None or high >= 0))
+
+    def _bound(self, node: Node, index: int, name: str) -> float | None:
+        """NaN where it is made at run time; an attribute before opset 11."""
+        value = node.input(index)
+        if value is None:
+            return next((part.f for part in node.proto.attribute if part.name == name), None)
+        constant = self.graph.constants.get(value)
+        return float(tensor_array(constant).item()) if constant is not None else nan
+
     def _is_gate(self, value: Value) -> bool:
         node = self.graph.producer.get(value)
         while node is not None and node.operator in ("DequantizeLinear", "QuantizeLinear"):
             before = node.input(0)
             node = self.graph.producer.get(before) if before is not None else None
         return node is not None and node.operator in _GATES
+
+    def _summand(self, node: Node, value: Value) -> ChannelParameter:
+        """A constant that is added to ``(N, C, H, W)``: its channels are the third axis from the right, as summed."""
+        origin = self._origin(value)
+        tensor = self.graph.constants.get(origin) if origin is not None else None
+        shape = self.graph.shape(value)
+        if shape is None or tensor is None:
+            return self._parameter(node, value)
+        axis = len(shape) - _MAP_RANK + 1
+        if axis < 0 or shape[axis] != self.channels:
+            raise self._has_no_channels(node, tensor)
+        return self._parameter(node, value, axis=axis if list(tensor.dims) == shape else None)
+
+    def _has_no_channels(self, node: Node, tensor: TensorProto) -> ChannelError:
+        return ChannelError(
+            f"node '{node.name}' ({safe_text(node.operator)}) takes '{safe_text(tensor.name)}' of shape "
+            f"{tuple(tensor.dims)}, which has no axis of {self.channels} channels"
+        )
 
     def _parameter(self, node: Node, value: Value | None, axis: int | None = None) -> ChannelParameter:
         """The initializer behind a value, and its axis of the channels: the only one as long where none is given."""
@@ -234,9 +270,7 @@ class _Silencers:
         name = safe_text(tensor.name)
         axes = [index for index, size in enumerate(tensor.dims) if size == self.channels and axis in (None, index)]
         if len(axes) != 1:
-            raise ChannelError(
-                f"{what} takes '{name}' of shape {tuple(tensor.dims)}, which has no axis of {self.channels} channels"
-            )
+            raise self._has_no_channels(node, tensor)
         if len(self.graph.consumers[origin]) > 1:
             raise ChannelError(f"{what} shares '{name}' with other nodes, which would lose the channel with it")
         return ChannelParameter(tensor.name, axes[0])

@@ -29,6 +29,16 @@ _CONVOLUTIONS = frozenset({"Conv", "ConvInteger", "FusedConv", "QLinearConv"})
 _LINEAR = _CODES.keys() | _UNSCALED | _CONVOLUTIONS | {
     "DynamicQuantizeMatMul", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits",
 }  # fmt: skip
+_AFFINE = frozenset(
+    {
+        *("Add", "AveragePool", "BatchNormalization", "Cast", "DequantizeLinear", "Div", "Dropout"),
+        *("DynamicQuantizeLinear", "Flatten", "GlobalAveragePool", "Identity", "Mul", "QLinearAdd", "QLinearMul"),
+        *("QuantizeLinear", "ReduceMean", "Reshape", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
+    }
+)
+"""Operators that are affine in one input, but for rounding."""
+_ZERO_POINTS = {"QGemm": 8, "QLinearAdd": 7, "QLinearMatMul": 7, "QLinearMul": 7, "QuantizeLinear": 2}
+"""Where operators that give codes take the zero point of these."""
 _IMAGES_AT_ONCE = 512
 
 
@@ -52,17 +62,38 @@ class Penultimate(NamedTuple):
 def find_penultimate(session: DeployedSession) -> Penultimate:
     """The activations that the last layer with weights takes, in the graph that the runtime runs.
 
+    Layers with nothing but affine steps between are one layer. Where the last of them takes no more numbers than there
+    are classes, or what is made of no more, as an appended identity does, these are logits: the features are what the
+    next one before takes that is wider. Convolutions mix places, and end such a line.
+
     Codes are dequantized, as that layer does: of codes whose scale is made at run time, one per row, the floats that
     they stand for. One image is run to see that the tap changes no logit.
 
     Raises:
-        FeatureError: there is no such layer, there are several, their codes have no scale, or no tap reaches them.
+        FeatureError: there is no such layer, there are several, their codes have no scale, no tap reaches them, or they
+            are as many as the classes: nothing tells them from logits then.
     """
-    graph = onnx.load_from_string(session.graph).graph
-    found = _operand(graph, _last_layer(graph, session.artifact.contract.output_name))
-    contract = session.artifact.contract
-    _read(session, np.full((1, 3, contract.height, contract.width), 0.5, np.float32), found)
-    return found
+    graph, contract = onnx.load_from_string(session.graph).graph, session.artifact.contract
+    gray = np.full((1, 3, contract.height, contract.width), 0.5, np.float32)
+    places: list[Penultimate] = []
+    widths: list[int] = []
+    for layer in _layers_in_line(graph, _last_layer(graph, contract.output_name)):
+        try:
+            place = _operand(graph, layer)
+            widths.append(_read(session, gray, place)[0].shape[1])
+        except FeatureError:
+            if not places:
+                raise
+            break  # what lies further back is out of reach
+        places.append(place)
+    wide = (at for at in range(len(places)) if min(widths[at:]) > contract.classes)
+    at = next(wide, len(places) - 1)
+    if widths[at] == contract.classes:
+        raise FeatureError(
+            f"layer '{places[at].layer}' takes {widths[at]} numbers for {contract.classes} classes: nothing tells "
+            "whether they are features or already logits"
+        )
+    return places[at]
 
 
 def penultimate_features(
@@ -140,6 +171,47 @@ def _first_layers_behind(graph: onnx.GraphProto, output: str, moved: set[str]) -
             yield node
         elif node.op_type != "DynamicQuantizeLinear" or name == node.output[0]:  # its other outputs only scale
             pending.extend(part for part in node.input if part in moved)
+
+
+def _layers_in_line(graph: onnx.GraphProto, last: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The last layer, and those before it as long as only affine steps lie between."""
+    producers = {name: node for node in graph.node for name in node.output if name}
+    carrying, line, name = _carrying(graph), [last], last.input[0]
+    while (node := producers.get(name)) is not None:
+        before = [part for part in node.input if part in carrying]
+        if node.op_type in _CONVOLUTIONS or _rectifies(graph, node):
+            break
+        if _is_linear(node, carrying):
+            line.append(node)
+        elif node.op_type not in _AFFINE or len(before) != 1 or (node.op_type == "Div" and before[0] != node.input[0]):
+            break
+        name = before[0]
+    return line
+
+
+def _rectifies(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
+    """Whether an activation is fused into it, or its codes hold nothing below 0, which is one, too."""
+    if any(part.name == "activation" and part.s for part in node.attribute):
+        return True
+    index = _ZERO_POINTS.get(node.op_type)
+    if index is None:
+        return False
+    name = node.input[index] if index < len(node.input) else ""
+    constant = next((tensor for tensor in graph.initializer if tensor.name == name), None)
+    if constant is None:
+        return True
+    values = tensor_array(constant)
+    return values.dtype.kind not in "iu" or bool((values == np.iinfo(values.dtype).min).any())
+
+
+def _carrying(graph: onnx.GraphProto) -> set[str]:
+    """Tensors that the image moves otherwise than by the scale that its codes get at run time."""
+    constants = {tensor.name for tensor in graph.initializer}
+    found = {value.name for value in graph.input} - constants
+    for node in graph.node:
+        if found.intersection(node.input) or any(bodies(node)):
+            found.update(node.output[:1] if node.op_type == "DynamicQuantizeLinear" else node.output)
+    return found
 
 
 def _is_linear(node: onnx.NodeProto, moved: set[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 from math import ceil, exp, floor, fsum, lgamma, log, log1p, sqrt
@@ -85,18 +86,28 @@ def binomial_tail(hits: int, n: int, rate: float) -> float:
     ``P(X >= hits) = sum_{i >= hits} C(n, i) rate^i (1 - rate)^(n - i)``.
 
     Raises:
-        ValueError: hits are not between 0 and n, or the rate is not between 0 and 1.
+        ValueError: hits are not between 0 and n, or the rate is not above 0 and at most 1.
     """
     if not 0 <= hits <= n:
         raise ValueError(f"{hits} of {n} is no proportion")
-    if not 0 < rate < 1:
+    if not 0 < rate <= 1:
         raise ValueError(f"rate is {rate}: expected a number between 0 and 1")
-    if hits == 0:
+    if hits == 0 or rate == 1:
         return 1.0
     # In logarithms: the binomial coefficients of a few thousand trials are larger than any float.
     whole, hit, miss = lgamma(n + 1), log(rate), log1p(-rate)
     terms = (exp(whole - lgamma(i + 1) - lgamma(n - i + 1) + i * hit + (n - i) * miss) for i in range(hits, n + 1))
     return min(fsum(terms), 1.0)
+
+
+def least_alarm(n: int, rate: float, level: float) -> int | None:
+    """The fewest hits of ``n`` with ``binomial_tail(hits, n, rate) <= level``; None where not even n of them have that.
+
+    Raises:
+        ValueError: the rate is not above 0 and at most 1.
+    """
+    found = bisect_left(range(n + 1), True, key=lambda hits: binomial_tail(hits, n, rate) <= level)
+    return found if found <= n else None
 
 
 def auroc(positive: ArrayLike, negative: ArrayLike) -> float:

@@ -136,6 +136,74 @@ def test_features_of_a_linear_model_are_its_pixels(noise: ImageSet) -> None:
     np.testing.assert_array_equal(features, noise.pixels.reshape(70, -1))
 
 
+# --- behind logits ----------------------------------------------------------------------------------------------------
+
+HIDDEN = {"first": random(48, 6), "second": random(6, CLASSES, seed=1), "eye": np.eye(CLASSES, dtype=np.float32)}
+TO_SCORES = [
+    helper.make_node("Flatten", ["image"], ["flat"]),
+    helper.make_node("MatMul", ["flat", "first"], ["hidden"]),
+    helper.make_node("Relu", ["hidden"], ["positive"]),
+    helper.make_node("MatMul", ["positive", "second"], ["scores"], name="second"),
+]
+WIDE = random(CLASSES, 9, seed=2)
+APPENDED: dict[str, tuple[list[onnx.NodeProto], dict[str, Values]]] = {
+    "an identity": ([helper.make_node("MatMul", ["scores", "eye"], ["logits"], name="appended")], {}),
+    "an identity with a bias": ([helper.make_node("Gemm", ["scores", "eye", "zeros"], ["logits"])],
+        {"zeros": np.zeros(CLASSES, np.float32)}),
+    "two of them, and steps between": ([
+        helper.make_node("MatMul", ["scores", "eye"], ["once"]),
+        helper.make_node("Add", ["once", "shift"], ["moved"]),
+        helper.make_node("Mul", ["moved", "two"], ["doubled"]),
+        helper.make_node("MatMul", ["doubled", "eye2"], ["logits"])],
+        {"shift": random(CLASSES), "two": np.array([2], np.float32), "eye2": np.eye(CLASSES, dtype=np.float32)}),
+    "a detour through more numbers": ([
+        helper.make_node("MatMul", ["scores", "there"], ["many"]),
+        helper.make_node("MatMul", ["many", "back"], ["logits"])],
+        {"there": WIDE, "back": np.linalg.pinv(WIDE).astype(np.float32)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "constants"), APPENDED.values(), ids=list(APPENDED))
+@pytest.mark.parametrize("scheme", [None, "int8-static", "int8-dynamic"])
+def test_features_lie_before_the_logits_whatever_affine_is_appended(
+    noise: ImageSet, nodes: list[onnx.NodeProto], constants: dict[str, Values], scheme: str | None
+) -> None:
+    data = model([*TO_SCORES, *nodes], HIDDEN | constants)
+    if scheme is not None:
+        data = quantize(data, scheme, calibration=noise.pixels)
+    place, features, _ = read(data, noise)
+    hidden = np.maximum(noise.pixels.reshape(70, -1) @ HIDDEN["first"], 0)
+    assert features.shape == (70, 6), place
+    assert np.abs(features - hidden).max() < 0.06 * hidden.max()
+
+
+def test_find_penultimate_refuses_as_many_numbers_as_classes_behind_what_is_not_affine() -> None:
+    """Here they are logits: all of them are above 0 when 1000 is added."""
+    nodes = [
+        *TO_SCORES,
+        helper.make_node("Add", ["scores", "far"], ["up"]),
+        helper.make_node("Relu", ["up"], ["same"]),
+        helper.make_node("MatMul", ["same", "eye"], ["logits"], name="appended"),
+    ]
+    data = model(nodes, HIDDEN | {"far": np.full(1, 1000, np.float32)})
+    with pytest.raises(FeatureError) as raised:
+        find_penultimate(session_of(data))
+    assert str(raised.value).endswith(
+        "takes 4 numbers for 4 classes: nothing tells whether they are features or already logits"
+    )
+
+
+def test_features_of_a_narrow_layer_before_the_last_one_stay_what_they_were(noise: ImageSet) -> None:
+    """Affine from end to end, but nowhere as narrow as the logits."""
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "first"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", "second"], ["logits"]),
+    ]
+    _, features, _ = read(model(nodes, {"first": HIDDEN["first"], "second": HIDDEN["second"]}), noise)
+    np.testing.assert_allclose(features, noise.pixels.reshape(70, -1) @ HIDDEN["first"], rtol=1e-4, atol=1e-5)
+
+
 # --- where there are none ---------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from qdefense.rates import (
     auroc,
     binomial_tail,
     conformal_p,
+    least_alarm,
     models_needed,
     rounded_up,
     skill,
@@ -187,6 +188,21 @@ def test_binomial_tail_equals_the_exact_sum(hits: int, n: int, rate: Fraction) -
     assert binomial_tail(hits, n, float(rate)) == pytest.approx(float(exact), rel=1e-9)
 
 
+def test_binomial_tail_of_what_always_happens_is_1() -> None:
+    assert [binomial_tail(hits, 3, 1.0) for hits in range(4)] == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("n", "rate", "least"),
+    [(20, 0.05, 5), (2, 0.05, 2), (1, 0.05, None), (0, 0.05, None), (1000, 0.01, 19), (5, 1.0, None)],
+)
+def test_least_alarm_is_the_first_count_that_chance_does_not_explain(n: int, rate: float, least: int | None) -> None:
+    """Of 20 at .05: P(X >= 5) = .0026, P(X >= 4) = .0159."""
+    assert least_alarm(n, rate, 0.01) == least
+    if least is not None:
+        assert binomial_tail(least, n, rate) <= 0.01 < binomial_tail(least - 1, n, rate)
+
+
 def test_binomial_tail_holds_where_its_coefficients_are_larger_than_any_float() -> None:
     assert binomial_tail(5000, 10_000, 0.5) == pytest.approx(0.5, abs=0.005)
     assert binomial_tail(1, 10**5, 1e-9) == pytest.approx(1e-4, rel=1e-3)
@@ -198,7 +214,7 @@ def test_binomial_tail_holds_where_its_coefficients_are_larger_than_any_float() 
         (-1, 3, 0.5, "-1 of 3 is no proportion"),
         (4, 3, 0.5, "4 of 3 is no proportion"),
         (1, 3, 0.0, "rate is 0.0: expected a number between 0 and 1"),
-        (1, 3, 1.0, "rate is 1.0: expected a number between 0 and 1"),
+        (1, 3, 1.5, "rate is 1.5: expected a number between 0 and 1"),
         (0, 3, float("nan"), "rate is nan: expected a number between 0 and 1"),
     ],
 )

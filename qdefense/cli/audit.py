@@ -12,7 +12,8 @@ from qdefense.audit.supervisor import run_audit
 from qdefense.calibration import DEFAULT_RATE
 from qdefense.cli.job_options import job_options
 from qdefense.cli.options import NumberRange, output_console, progress_bar, write_json
-from qdefense.files import check_writable, write_atomically
+from qdefense.cli.outputs import check_output, keep_inputs, keep_weights
+from qdefense.files import write_atomically
 from qdefense.report.html import render
 from qdefense.report.model import Report
 from qdefense.report.text import print_report
@@ -97,7 +98,8 @@ def command(
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         for name in (REPORT, PAGE) if "html" in formats else (REPORT,):
-            check_writable(output_dir / name)
+            check_output(output_dir / name)
+        keep_inputs(output_dir / PAGE)  # an earlier page is removed
     chosen = _with_dataset_scans(defenses or DEFAULT_DEFENSES, training_data, training_split)
     chosen = _with_filter(chosen, inputs, inputs_split)
     asked = {"calibrations": tuple(map(str, calibrations)), "false_alarm_rate": false_alarm_rate}
@@ -113,6 +115,9 @@ def command(
         report = run_audit(
             job, required=required, on_progress=advance, command=("qdefense", *sys.argv[1:]), verbose=verbose
         )
+    if output_dir is not None:
+        for name in (REPORT, PAGE):
+            keep_weights(output_dir / name, Path(job.model), report.subject.external_files)
     _write(report, formats or ("table",), output_dir)
     return report.gate.exit_code
 

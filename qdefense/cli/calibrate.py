@@ -17,6 +17,7 @@ from qdefense.audit.supervisor import default_memory_limit
 from qdefense.calibration import DEFAULT_RATE, CalibrationBody, CalibrationEntry
 from qdefense.cli.contract_options import contract_options, stated_contract
 from qdefense.cli.options import data_options, output_console, progress_bar, run_options
+from qdefense.cli.outputs import check_output, keep_weights
 from qdefense.files import check_writable, write_atomically
 from qdefense.rates import models_needed, rounded_up
 from qdefense.report.escaping import harmless
@@ -65,7 +66,7 @@ def command(
     The models must be clean, made as the audited file was, and not that file itself. Files of several architectures or
     schemes may be mixed: each kind gets an entry of its own. What was audited is kept: an interrupted run goes on.
     """
-    check_writable(output)
+    check_output(output)
     folder = reports or output.with_name(f"{output.name}.reports")
     folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / "any.json")
@@ -85,6 +86,8 @@ def command(
     if problems:
         click.echo("\n".join(f"error: {harmless(problem)}; nothing was written" for problem in problems), err=True)
         return INCOMPLETE
+    for one in measured:
+        keep_weights(output, Path(one.model.job.model), one.report.subject.external_files)
     written = CalibrationBody(command=_command(context), entries=entries).to_bytes()
     write_atomically(output, written)
     _show(entries)

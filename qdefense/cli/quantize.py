@@ -17,12 +17,13 @@ from qdefense.audit.fit import fit_images, resize_for
 from qdefense.audit.gate import FAILED, PASSED
 from qdefense.cli.contract_options import contract_options, stated_contract
 from qdefense.cli.options import NumberRange
+from qdefense.cli.outputs import check_output, keep_weights
 from qdefense.cli.quantize_options import scheme_options
 from qdefense.converters.contract import with_contract
 from qdefense.converters.quantize import Settings, quantize_as
 from qdefense.data.images import DataError, ImageSet, NoSplitError
 from qdefense.data.opening import open_data, training_split
-from qdefense.files import check_writable, write_atomically
+from qdefense.files import write_atomically
 from qdefense.report.escaping import harmless
 from qdefense.report.text import inspection_rows
 
@@ -90,6 +91,7 @@ def command(
     target = _target(output, model, settings)
     stated = stated_contract(model, said)
     artifact = Artifact.read(model, stated)
+    keep_weights(target, model, dict(artifact.external_files))
     images = None if calibration is None else _Images.open(calibration, artifact, split=split, limit=limit, seed=seed)
     data = quantize_as(
         artifact.data,
@@ -122,9 +124,7 @@ def _target(output: str, model: Path, settings: Settings) -> Path:
         place /= f"{model.stem}.{settings.name}.onnx"
     elif output.endswith(os.sep):
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), output)
-    check_writable(place)
-    if place.exists() and model.exists() and place.samefile(model):
-        raise DataError(f"{place} is the model itself, which the result would replace; write to another file")
+    check_output(place)
     return place
 
 

@@ -11,8 +11,8 @@ from qdefense.audit.events import Job
 from qdefense.audit.repairing import run_repair
 from qdefense.cli.job_options import job_options
 from qdefense.cli.options import NumberRange, output_console, progress_bar, write_json
-from qdefense.data.images import DataError
-from qdefense.files import check_writable, write_atomically
+from qdefense.cli.outputs import check_output, keep_weights
+from qdefense.files import write_atomically
 from qdefense.report.escaping import harmless
 from qdefense.report.text import print_report
 
@@ -51,10 +51,7 @@ def command(job: Job, method: str, max_accuracy_drop: float, output: Path, forma
     0 repaired and written, 1 it cost too much clean accuracy and nothing was written, 2 usage, 3 something was not
     measured and nothing was written, 4 the file was refused.
     """
-    check_writable(output)
-    model = Path(job.model)
-    if output.exists() and model.exists() and output.samefile(model):
-        raise DataError(f"{output} is the model itself, which the result would replace; write to another file")
+    check_output(output)
     with progress_bar() as advance:
         report, data = run_repair(
             job.model_copy(update={"repair": method}),
@@ -64,6 +61,7 @@ def command(job: Job, method: str, max_accuracy_drop: float, output: Path, forma
             verbose=verbose,
         )
     if data is not None:
+        keep_weights(output, Path(job.model), report.subject.external_files)
         write_atomically(output, data)
     if format_ == "json":
         write_json(report.model_dump_json(indent=2))

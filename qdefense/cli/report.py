@@ -8,7 +8,8 @@ import click
 
 from qdefense.audit.gate import PASSED
 from qdefense.cli.options import write_json
-from qdefense.files import check_writable, write_atomically
+from qdefense.cli.outputs import check_output
+from qdefense.files import write_atomically
 from qdefense.report.escaping import harmless
 
 PAGE = "report.html"
@@ -43,7 +44,7 @@ def command(
     """
     target = output or (Path(PAGE) if format_ == "html" else None)
     if target is not None:
-        check_writable(target)
+        check_output(target)
     text = _rendered(results, matrix, format_)
     if target is None:
         write_json(text)

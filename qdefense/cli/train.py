@@ -9,10 +9,10 @@ import click
 
 from qdefense.attacks import ATTACKS
 from qdefense.cli.options import progress_bar, run_options
+from qdefense.cli.outputs import check_output
 from qdefense.cli.resize_options import resize_options
 from qdefense.data.opening import open_data, training_split
 from qdefense.data.resizing import Resize
-from qdefense.files import check_writable
 from qdefense.report.escaping import harmless
 from qdefense.trial import truth_path
 from qdefense.zoo import architectures, recipe_for, train_artifact
@@ -51,7 +51,7 @@ def command(
 ) -> None:
     """Train a zoo model and write MODEL.onnx, with the truth about it in MODEL.truth.json."""
     for target in (output, truth_path(output)):
-        check_writable(target)
+        check_output(target)
     if attack is not None:
         ATTACKS.create(attack)  # a misspelt attack is told before the data are read
     dataset = open_data(data, split=split or training_split(data), limit=limit, seed=seed, resize=resize)

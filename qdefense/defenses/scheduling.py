@@ -18,6 +18,9 @@ SHARE = 3
 PROMISING = 9
 """One class in so many gets further starts: at 4 starts what `SHARE` leaves beyond one full start of every class."""
 
+LEAST_RESTARTS = 4
+"""With fewer no screened plan has room for one whole start of every class."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -51,6 +54,19 @@ def screened_plan(classes: int, steps: int, restarts: int) -> Plan:
     further = restarts - 1
     each = classes * restarts * steps // (SHARE * (classes + promising * further))
     return Plan(steps=min(steps, each), compared=1, promising=promising if further else 0, further=further)
+
+
+def least_restarts(classes: int) -> int:
+    """The fewest with which a screened plan shortens no start: 4 from 9 classes on, 5 of 6 to 8.
+
+    Raises:
+        ValueError: fewer than 4 classes, of which a third of the steps never is a whole start of each.
+    """
+    promising = max(1, classes // PROMISING)
+    room = classes - SHARE * promising
+    if room < 1:
+        raise ValueError(f"{classes} classes leave no room for a screened plan")
+    return -(-SHARE * (classes - promising) // room)
 
 
 def lowest(norms: NDArray[np.float64], count: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,7 +27,7 @@ class NoFeaturesError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFeatures:
-    """``features: (N, D) float32``, finite, and ``labels: (N,)``; the layer they go into, and the rows run for them."""
+    """``features: (N, D) float32``, finite, ``labels: (N,)``; the layer they go into, and the rows this reading ran."""
 
     features: Features
     labels: Labels
@@ -55,7 +55,7 @@ def read_training_set(evidence: Evidence, stage: str) -> TrainingFeatures:
     images = _fitting(evidence)
     kept = _READ.get(evidence.session)
     if kept is not None and kept[0] is images:
-        return kept[1]
+        return replace(kept[1], forwards=0)  # told once, by the scan that ran them
     before = evidence.session.forwards
     try:
         place = find_penultimate(evidence.session)

@@ -32,22 +32,27 @@ def head(x: str, name: str = "fc") -> list[Node]:
     ]
 
 
+CLIPS = {"below": -1, "zero": 0, "above": 0.5, "six": 6}
 WEIGHTS = {
     **{f"{name}.w": np.ones((C, 3, 1, 1), np.float32) for name in ("one", "two")},
     "three.w": np.ones((C, C, 1, 1), np.float32),
     **{f"{name}.b": np.ones(C, np.float32) for name in ("one", "two", "three", "norm", "scale", "mean", "var")},
     "row.b": np.ones((1, C, 1, 1), np.float32),
     "number.b": np.ones((1,), np.float32),
+    "columns.b": np.ones((C,), np.float32),
+    "rows.b": np.ones((1, 1, C, 1), np.float32),
+    "every.b": np.ones((C, C, C), np.float32),
+    **{f"{name}.c": np.array(value, np.float32) for name, value in CLIPS.items()},
     "fc.w": np.ones((C, K), np.float32),
     "wide.w": np.ones((2 * C, K), np.float32),
 }
 
 
-def model_of(nodes: list[Node], *, inputs: int = 4) -> bytes:
+def model_of(nodes: list[Node], *, inputs: int = 4, side: int = 2) -> bytes:
     """A file of these nodes and of those weights that they read."""
     read = {name for node in nodes for name in node.input}
     tensors = [numpy_helper.from_array(array, name) for name, array in WEIGHTS.items() if name in read]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 2, 2][:inputs])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, side, side][:inputs])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", K])
     graph = helper.make_graph(nodes, "g", [x], [y], tensors)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -89,6 +94,18 @@ def test_an_identity_shortcut_leads_on_to_the_convolution_that_it_starts_from() 
 def test_a_constant_summand_is_a_bias() -> None:
     nodes = [conv("x", "a", "one", bias=False), make("Add", ["a", "row.b"], ["s"]), *head("s")]
     assert found(nodes)[2] == [("row.b", 1), ("one.w", 0)]
+
+
+def test_a_constant_summand_has_its_channels_where_the_sum_has_them() -> None:
+    """Its axes are all as long here."""
+    nodes = [conv("x", "a", "one", bias=False), make("Add", ["a", "every.b"], ["s"]), *head("s")]
+    assert last_feature_map(model_of(nodes, side=C), "y").parameters[0] == ChannelParameter("every.b", 0)
+
+
+@pytest.mark.parametrize("bounds", [["zero.c", "six.c"], ["below.c"], ["", "six.c"], []])
+def test_a_clip_that_keeps_zero_is_passed(bounds: list[str]) -> None:
+    nodes = [conv("x", "h", "one"), make("Clip", ["h", *bounds], ["s"]), *head("s")]
+    assert found(nodes)[2] == [("one.w", 0), ("one.b", 0)]
 
 
 def test_a_normalization_is_silenced_by_its_scale_and_shift_alone() -> None:
@@ -174,6 +191,29 @@ REFUSED = {
         [conv("x", "h", "one"), make("Add", ["h", "number.b"], ["s"], name="plus"), *head("s")],
         r"^node 'plus' \(Add\) takes 'number.b' of shape \(1,\), which has no axis of 4 channels$",
     ),
+    "every column of four gets its own": (
+        [conv("x", "h", "one"), make("Add", ["h", "columns.b"], ["s"], name="plus"), *head("s")],
+        r"^node 'plus' \(Add\) takes 'columns.b' of shape \(4,\), which has no axis of 4 channels$",
+    ),
+    "every row of four gets its own": (
+        [conv("x", "h", "one"), make("Add", ["h", "rows.b"], ["s"], name="plus"), *head("s")],
+        r"^node 'plus' \(Add\) takes 'rows.b' of shape \(1, 1, 4, 1\), which has no axis of 4 channels$",
+    ),
+    "zeros are clipped up": (
+        [conv("x", "h", "one"), make("Clip", ["h", "above.c", "six.c"], ["s"], name="clip"), *head("s")],
+        r"^node 'clip' \(Clip\) lies between the last convolution and the last weights",
+    ),
+    "zeros are clipped down": (
+        [conv("x", "h", "one"), make("Clip", ["h", "", "below.c"], ["s"], name="clip"), *head("s")],
+        r"^node 'clip' \(Clip\) lies between",
+    ),
+    "the least value is computed": (
+        [
+            *(conv("x", "h", "one"), make("ReduceMax", ["x"], ["m"], keepdims=0)),
+            *(make("Clip", ["h", "m"], ["s"], name="clip"), *head("s")),
+        ],
+        r"^node 'clip' \(Clip\) lies between",
+    ),
     "a bias is shared": (
         [
             *(conv("x", "a", "one"), make("Conv", ["x", "two.w", "one.b"], ["b"], name="two")),
@@ -191,7 +231,7 @@ REFUSED = {
 @pytest.mark.parametrize(("nodes", "message"), REFUSED.values(), ids=list(REFUSED))
 def test_a_graph_is_refused_when(nodes: list[Node], message: str) -> None:
     with pytest.raises(ChannelError, match=message):
-        last_feature_map(model_of(nodes), "y")
+        last_feature_map(model_of(nodes, side=C), "y")
 
 
 def test_a_bias_in_a_constant_node_is_refused() -> None:

@@ -90,3 +90,13 @@ def test_silhouette_of_more_rows_than_are_sampled_is_near_that_of_all(monkeypatc
     assert sampled.smaller.sum() == 1, "which no sample need hold"
     assert sampled.silhouette == pytest.approx(whole.silhouette, abs=0.02)
     assert sampled.silhouette != whole.silhouette
+
+
+@pytest.mark.parametrize("few", [1, 2, 3])
+def test_silhouette_of_a_sample_never_lacks_the_small_cluster(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """Whatever the sample: one cluster alone would be an error."""
+    rng = np.random.default_rng(6)
+    points = np.vstack([rng.normal(size=(400, 3)), rng.normal(size=(few, 3)) + 40])
+    monkeypatch.setattr(clustering, "SILHOUETTE_ROWS", 20)
+    for seed in range(20):
+        assert two_clusters(points, starts=1, seed=seed).silhouette > 0.9

@@ -27,6 +27,7 @@ from qdefense.defenses.inversion import Inversion, MaskedPattern
 from qdefense.defenses.pictures import picture_trigger
 from qdefense.defenses.scans import neural_cleanse
 from qdefense.defenses.scans.neural_cleanse import BUDGETS, NeuralCleanse, artifact_asr
+from qdefense.defenses.scheduling import Plan
 from qdefense.evidence import Evidence, gather_evidence
 from qdefense.fidelity import uncertified
 from qdefense.findings import Finding, ScanResult, Verdict
@@ -851,24 +852,25 @@ def test_screened_scan_repeats_the_exhaustive_one_s_starts(
 
 
 @pytest.mark.parametrize(
-    ("budget", "restarts", "steps"), [("quick", None, 20), ("quick", 3, 51), ("quick", 2, 36), ("gate", None, 66)]
+    "setting", ["budget=quick", "budget=gate", "budget=gate,restarts=3", "budget=exhaustive", "restarts=1"]
 )
+def test_registry_refuses_a_screened_scan_whose_starts_would_be_shorter_than_it_says(setting: str) -> None:
+    with pytest.raises(SpecError, match=r"scheduler: .*screened needs restarts >= 4, not [13], for starts of full len"):
+        DEFENSES.create(f"neural-cleanse:scheduler=screened,{setting}")
+
+
 def test_screened_scan_measures_nothing_when_its_starts_would_be_too_short(
-    evidence_of: Callable[[str], Evidence],
-    planned: Callable[..., None],
-    budget: Any,
-    restarts: int | None,
-    steps: int,
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of 12 classes here, as it is of 8 with 4 restarts: the plan leaves each start fewer steps than the budget."""
     planned(SPREAD)
-    finding = NeuralCleanse(budget=budget, restarts=restarts, scheduler="screened").scan(evidence_of("first"))
-    if steps >= BUDGETS["quick"][0]:
-        assert (finding.verdict, finding.cost.gradient_steps) == (Verdict.CLEAN, steps * CLASSES)
-        return
+    monkeypatch.setattr(
+        neural_cleanse, "screened_plan", lambda _classes, steps, _restarts: Plan(steps=steps - 1, compared=1)
+    )
+    finding = NeuralCleanse(restarts=4, scheduler="screened").scan(evidence_of("first"))
     assert (finding.verdict, finding.cost.gradient_steps, finding.result) == (Verdict.NOT_MEASURED, 0, None)
     assert finding.reason == (
-        f"the screened scheduler leaves each start {steps} gradient steps; at least 60 are needed, so ask for more "
-        "restarts or a larger budget"
+        "of 12 classes the screened scheduler leaves each start 199 of 200 gradient steps; ask for restarts >= 4"
     )
 
 
@@ -905,7 +907,7 @@ def test_scan_is_calibrated_apart_from_the_exhaustive_one_when_it_is_screened(
     calibrations = _calibrations(evidence_of("first"), [1.0] * 19)
     assert NeuralCleanse(scheduler="exhaustive", restarts=1).line(calibrations).threshold.source == "calibrated"
     assert NeuralCleanse(restarts=2).line(calibrations).threshold.source == "paper"
-    assert NeuralCleanse(scheduler="screened").line(calibrations).threshold.source == "paper"
+    assert NeuralCleanse(scheduler="screened", restarts=4).line(calibrations).threshold.source == "paper"
 
 
 def test_scan_reports_progress(evidence_of: Callable[[str], Evidence], planned: Callable[..., None]) -> None:
@@ -973,8 +975,8 @@ def test_marks_are_those_of_the_issue() -> None:
 def test_registry_makes_the_scan_with_the_paper_s_defaults() -> None:
     assert DEFENSES.create("neural-cleanse") == NeuralCleanse()
     assert DEFENSES.create("neural-cleanse:budget=exhaustive,threshold=3").budget == "exhaustive"
-    screened = DEFENSES.create("neural-cleanse:scheduler=screened,restarts=3")
-    assert screened == NeuralCleanse(scheduler="screened", restarts=3)
+    screened = DEFENSES.create("neural-cleanse:scheduler=screened,restarts=4")
+    assert screened == NeuralCleanse(scheduler="screened", restarts=4)
     assert (NeuralCleanse().scheduler, NeuralCleanse().restarts) == ("exhaustive", None)
     defaults = NeuralCleanse()
     schedule = defaults._schedule(200)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qdefense.defenses.scheduling import Plan, exhaustive_plan, lowest, screened_plan
+from qdefense.defenses.scheduling import LEAST_RESTARTS, Plan, exhaustive_plan, least_restarts, lowest, screened_plan
 
 INF = np.inf
 
@@ -41,6 +41,19 @@ def test_screened_plan_takes_at_most_a_third_of_the_steps(restarts: int) -> None
 def test_screened_plan_shortens_no_start_from_four_restarts_and_nine_classes_on() -> None:
     for classes, restarts in itertools.product(range(9, 300), range(4, 13)):
         assert screened_plan(classes, 60, restarts).steps == 60
+
+
+def test_least_restarts_are_the_first_that_shorten_no_start() -> None:
+    for classes in range(6, 300):
+        least = least_restarts(classes)
+        assert least == (5 if classes < 9 else LEAST_RESTARTS)
+        assert screened_plan(classes, 200, least).steps == 200
+        assert screened_plan(classes, 200, least - 1).steps < 200
+
+
+def test_least_restarts_needs_room() -> None:
+    with pytest.raises(ValueError, match="3 classes leave no room"):
+        least_restarts(3)
 
 
 def test_exhaustive_plan_starts_every_class_alike() -> None:

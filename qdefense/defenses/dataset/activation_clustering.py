@@ -29,7 +29,9 @@ Deviations from the paper, and limits:
 - A sample's score is how much nearer it is to the smaller cluster's centre; the paper gives members only.
 - The method takes poison for the smaller part of its class: where it is the larger, the clean rows are flagged.
 - Fewer than 50 images of a label (5 for each dimension), features that do not differ, or values that are no numbers
-  are NOT_MEASURED.
+  are NOT_MEASURED. So are features of a label that span fewer dimensions than asked for: the fewer there are, the
+  higher the silhouette of data without any structure (.16 of 4 dimensions, .56 of 1), which no line was drawn for. So
+  is a smaller cluster of fewer than 5 rows, which are outliers rather than a part of the class.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ from qdefense.findings import DatasetClass, Finding, Threshold, Verdict
 Rule = Literal["silhouette", "relative-size", "exclusionary-reclassification"]
 ROWS_PER_DIMENSION = 5
 """Fewer are not to be split in so many dimensions."""
+LEAST_CLUSTER = 5
+"""Rows of a cluster: a tenth of the fewest images that a label may have."""
 _NO_REFERENCE = (
     "exclusionary reclassification asks a network that was trained anew without the small clusters, and no such "
     "reference was given; the rules silhouette and relative-size need none"
@@ -144,7 +148,14 @@ class ActivationClustering:
             points = reduced(training.features[rows], self.dimensions, self.reduction)
         except FlatFeaturesError as error:
             return unmeasured(training, label, rows, str(error))
+        if points.shape[1] < self.dimensions:
+            spanned = f"the features of its {len(rows)} images span {points.shape[1]} dimensions"
+            return unmeasured(training, label, rows, f"{spanned}; {self.dimensions} are needed")
         clusters = two_clusters(points, starts=self.starts, seed=seed)
+        few = int(clusters.smaller.sum())
+        if few < LEAST_CLUSTER:
+            few_rows = f"the smaller of its two clusters holds {few} of {len(rows)} images"
+            return unmeasured(training, label, rows, f"{few_rows}; at least {LEAST_CLUSTER} are needed")
         return _Split(label=label, rows=rows, clusters=clusters, small=clusters.relative_size < self.size_threshold)
 
     def _scored(self, training: TrainingFeatures, split: _Split) -> Scored:

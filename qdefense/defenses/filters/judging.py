@@ -12,10 +12,14 @@ from qdefense.data.images import ImageSet
 from qdefense.defenses.interfaces import FittedFilter, InputFilter
 from qdefense.evidence import Evidence
 from qdefense.findings import Cost, FilterBoundary, FilterResult, Finding, RejectionTest, Verdict
-from qdefense.rates import binomial_tail
+from qdefense.rates import binomial_tail, least_alarm
 
 LEVEL = 0.01
 """An alarm needs a p-value of at most this."""
+
+MOST_UNSEEN = 0.05
+"""Share of the inputs: where even more rejected ones than that are no alarm, no alarm says nothing. It was chosen
+before any result was looked at."""
 
 _NAMED = 5
 
@@ -31,7 +35,9 @@ def judge_inputs(input_filter: InputFilter, evidence: Evidence) -> Finding:
     Clean images that are among the inputs take no part: no boundary is fitted to what it judges (law 3).
 
     NOT_MEASURED, unless the test alarms: there is no input, the filter could not be fitted, an input has no score, the
-    boundary can reject nothing, or so few inputs were given that not even all of them rejected would be an alarm.
+    boundary can reject nothing or rejects every clean image, something weakens the filter on this file, or the smallest
+    share of rejected inputs that would be an alarm is above 0.05: with few held-out clean images, or few inputs, less
+    poison would not be seen.
     """
     before, result = evidence.session.forwards, None
     if evidence.inputs is None or not len(evidence.inputs):
@@ -107,7 +113,7 @@ def _verdict(result: FilterResult, test: RejectionTest, boundary: FilterBoundary
     problem = _problem(result, test, boundary)
     if problem is not None:
         return Verdict.NOT_MEASURED, problem
-    return Verdict.CLEAN, f"{counted}, {limit}. This judges the inputs given, not the model"
+    return Verdict.CLEAN, f"{counted}, {limit}; {_power(test)}. This judges the inputs given, not the model"
 
 
 def _problem(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> str | None:
@@ -120,10 +126,30 @@ def _problem(result: FilterResult, test: RejectionTest, boundary: FilterBoundary
             f"the boundary ({boundary.value:.3g}) is not above the lowest score there is ({boundary.lowest_score:g}): "
             "no input could be rejected, however suspicious"
         )
-    chance = test.null_rate**test.measured
-    if chance > LEVEL:
+    if boundary.measured_frr == 1:
+        return f"the boundary ({boundary.value:.3g}) rejects every held-out clean image: it tells nothing apart"
+    if boundary.note is not None:
+        return f"no alarm, but {boundary.note}"
+    return _powerless(test)
+
+
+def _powerless(test: RejectionTest) -> str | None:
+    """Why too little would have been an alarm, if so."""
+    least = least_alarm(test.measured, test.null_rate, test.level)
+    if least is None:
+        chance = test.null_rate**test.measured
         return f"too few inputs ({test.measured:,}): all of them rejected could still be chance (p = {chance:.2g})"
+    if least > MOST_UNSEEN * test.measured:
+        return (
+            f"{test.rejected:,} of {test.measured:,} inputs rejected, but {_power(test)}, more than "
+            f"{MOST_UNSEEN:.0%}: less poison would not be seen; give more inputs and more clean images"
+        )
     return None
+
+
+def _power(test: RejectionTest) -> str:
+    least = least_alarm(test.measured, test.null_rate, test.level) or test.measured
+    return f"the fewest that would be an alarm are {least:,} ({least / test.measured:.1%})"
 
 
 def _rows(result: FilterResult) -> str:

@@ -18,7 +18,8 @@ Deviations from the paper and its code:
 - `restarts` starts each class several times, and its smallest norm counts; the paper starts once. What the statistic
   says of each start alone is reported beside it.
 - `scheduler=screened` starts every class once and only the lowest ones again, for a third of the steps. The statistic
-  stays that of the first starts, which all classes have (`scheduling.py`, docs/decisions/0016).
+  stays that of the first starts, which all classes have (`scheduling.py`, docs/decisions/0016). It needs 4 restarts, 5
+  of fewer than 9 classes: with fewer each start would be shorter than the budget says.
 - MAD = 0, too few images or converged classes, or missing gradients give NOT_MEASURED, never "clean".
 """
 
@@ -31,7 +32,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.calibration import Calibrations, Line, draw_line
@@ -42,7 +43,7 @@ from qdefense.defenses.inversion import MaskedPattern, NoGradientError, Schedule
 from qdefense.defenses.outliers import low_side_indices, scaled_mad
 from qdefense.defenses.pictures import picture_trigger
 from qdefense.defenses.registered import DEFENSES
-from qdefense.defenses.scheduling import Plan, exhaustive_plan, lowest, screened_plan
+from qdefense.defenses.scheduling import LEAST_RESTARTS, Plan, exhaustive_plan, least_restarts, lowest, screened_plan
 from qdefense.evidence import Evidence
 from qdefense.fidelity import LogitComparison, compare_logits, finite_or_none, shadow_logits
 from qdefense.findings import Cost, Finding, InvertedTrigger, Restart, ScanResult, Suspect, TriggerPicture, Verdict
@@ -109,6 +110,14 @@ class NeuralCleanse:
     restarts: Annotated[int, Field(ge=1)] | None = None
     scheduler: Scheduler = "exhaustive"
 
+    @field_validator("scheduler")
+    @classmethod
+    def _has_restarts(cls, scheduler: Scheduler, info: ValidationInfo) -> Scheduler:
+        restarts = info.data.get("restarts") or BUDGETS[info.data.get("budget", "gate")][1]
+        if scheduler == "screened" and restarts < LEAST_RESTARTS:
+            raise ValueError(f"screened needs restarts >= {LEAST_RESTARTS}, not {restarts}, for starts of full length")
+        return scheduler
+
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the model from at least 200 clean images; the reason of anything but a verdict is in the finding."""
         before = evidence.session.forwards
@@ -117,7 +126,7 @@ class NeuralCleanse:
             return self._finding(evidence, refusal[0], refusal[1], before, steps=0)
         plan = self._plan(len(evidence.clean.class_names))
         halves = _halve(evidence.clean, evidence.seed)
-        problem = _refuse_plan(plan) or _refuse_halves(evidence, halves)
+        problem = self._refuse_plan(plan, len(evidence.clean.class_names)) or _refuse_halves(evidence, halves)
         if problem is not None:
             return self._finding(evidence, Verdict.NOT_MEASURED, problem, before, steps=0)
         try:
@@ -150,6 +159,15 @@ class NeuralCleanse:
 
     def _plan(self, classes: int) -> Plan:
         return screened_plan(classes, *self._work) if self.scheduler == "screened" else exhaustive_plan(*self._work)
+
+    def _refuse_plan(self, plan: Plan, classes: int) -> str | None:
+        steps = self._work[0]
+        if plan.steps < steps:
+            return (
+                f"of {classes} classes the screened scheduler leaves each start {plan.steps} of {steps} gradient "
+                f"steps; ask for restarts >= {least_restarts(classes)}"
+            )
+        return None
 
     def line(self, calibrations: Calibrations | None) -> Line:
         """The anomaly index above which a class is a suspect: the user's, a fitting calibration's, or the paper's."""
@@ -429,16 +447,6 @@ def _refuse_norms(norms: NDArray[np.float64]) -> str | None:
         return f"{censored} of {len(norms)} classes are censored, more than {MAX_CENSORED:.0%}"
     if len(norms) - censored < MIN_CLASSES:
         return f"{len(norms) - censored} classes converged; at least {MIN_CLASSES} are needed"
-    return None
-
-
-def _refuse_plan(plan: Plan) -> str | None:
-    least = BUDGETS["quick"][0]
-    if plan.steps < least:
-        return (
-            f"the screened scheduler leaves each start {plan.steps} gradient steps; at least {least} are needed, so "
-            "ask for more restarts or a larger budget"
-        )
     return None
 
 

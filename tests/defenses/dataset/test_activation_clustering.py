@@ -8,7 +8,9 @@ import pytest
 import threadpoolctl
 
 from qdefense.defenses import DEFENSES
+from qdefense.defenses.dataset import activation_clustering as module
 from qdefense.defenses.dataset.activation_clustering import ActivationClustering
+from qdefense.defenses.training_features import read_training_set
 from qdefense.findings import DatasetResult, Finding, Verdict
 from qdefense.registry import SpecError
 
@@ -213,6 +215,46 @@ def test_scan_is_not_measured_when_the_features_of_a_label_do_not_differ() -> No
     finding = ActivationClustering().scan(evidence(replace(images, images=pixels)))
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason.endswith("class 2 ('zone 2'): the features of its 120 images do not differ")
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_scan_is_not_measured_when_the_features_of_a_label_span_too_few_dimensions(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Noise of few dimensions has a silhouette above any line: .56 of 1, .16 of 4."""
+    reading = read_training_set(evidence(pixel_set()[0]), "any")
+    noise = np.random.default_rng(0).normal(size=(len(reading.labels), rank)).astype(np.float32)
+    flat = np.random.default_rng(1).normal(size=(rank, 48)).astype(np.float32)
+    monkeypatch.setattr(module, "read_training_set", lambda *_: replace(reading, features=noise @ flat))
+    finding = ActivationClustering(starts=5).scan(evidence(pixel_set()[0]))
+    assert (finding.verdict, result_of(finding).score) == (Verdict.NOT_MEASURED, None)
+    assert finding.reason == (
+        f"8 of 8 classes were not measured; class 0 ('zone 0'): the features of its 120 images span {rank} dimensions; "
+        "10 are needed"
+    )
+    fewer = ActivationClustering(starts=5, dimensions=rank).scan(evidence(pixel_set()[0]))
+    assert fewer.verdict is not Verdict.NOT_MEASURED, "who asks for so few gets them"
+
+
+@pytest.mark.parametrize(("poison", "measured"), [(5, True), (4, False), (1, False)])
+def test_scan_is_not_measured_when_a_cluster_is_but_a_few_outliers(
+    monkeypatch: pytest.MonkeyPatch, poison: int, measured: bool
+) -> None:
+    reading = read_training_set(evidence(pixel_set()[0]), "any")
+    features = np.random.default_rng(0).normal(size=(len(reading.labels), 12)).astype(np.float32)
+    outliers = np.flatnonzero(reading.labels == TARGET)[:poison]
+    features[outliers] += 1000
+    monkeypatch.setattr(module, "read_training_set", lambda *_: replace(reading, features=features))
+    finding = ActivationClustering(starts=20, reduction="pca").scan(evidence(pixel_set()[0]))
+    if measured:
+        assert finding.verdict is Verdict.BACKDOORED
+        assert result_of(finding).flagged == tuple(outliers)
+        return
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason == (
+        f"1 of 8 classes were not measured; class 3 ('zone 3'): the smaller of its two clusters holds {poison} of 120 "
+        "images; at least 5 are needed"
+    )
 
 
 def test_scan_is_not_applicable_when_there_is_no_training_set() -> None:

@@ -12,7 +12,7 @@ from qdefense.defenses.filters.strip import Strip
 from qdefense.defenses.interfaces import Need
 from qdefense.evidence import Evidence
 from qdefense.findings import FilterBoundary, FilterResult, Finding, Verdict
-from qdefense.rates import binomial_tail
+from qdefense.rates import binomial_tail, wilson_interval
 
 from .corner_nets import evidence_of, images, network, stamp
 
@@ -90,24 +90,58 @@ def test_judge_inputs_alarms_when_more_are_rejected_than_the_null_rate_allows(ev
     assert finding.result.boundary == BOUNDARY
 
 
-@pytest.mark.parametrize(("rejected", "verdict"), [(5, Verdict.BACKDOORED), (4, Verdict.CLEAN)])
+@pytest.mark.parametrize(("rejected", "verdict"), [(5, Verdict.BACKDOORED), (4, Verdict.NOT_MEASURED)])
 def test_judge_inputs_draws_the_line_at_the_exact_p_value(evidence: Evidence, rejected: int, verdict: Verdict) -> None:
     """Of 20 at .05: P(X >= 5) = .0026, P(X >= 4) = .0159."""
     assert judged(evidence, inputs(*[10] * rejected, *[100] * (20 - rejected))).verdict is verdict
 
 
 def test_judge_inputs_calls_inputs_clean_in_words_about_them_alone(evidence: Evidence) -> None:
-    finding = judged(evidence, inputs(10, *[100] * 19))
+    finding = judged(evidence, inputs(10, *[100] * 199), frr_interval=(0.0, 0.01))
     assert (finding.verdict, finding.reason) == (
         Verdict.CLEAN,
-        "1 of 20 inputs rejected, where of clean ones 5.0% at most would be (p = 0.64). This judges the inputs given, "
-        "not the model",
+        "1 of 200 inputs rejected, where of clean ones 1.0% at most would be (p = 0.87); the fewest that would be an "
+        "alarm are 7 (3.5%). This judges the inputs given, not the model",
+    )
+
+
+def test_judge_inputs_is_not_measured_when_less_poison_than_its_mark_would_be_no_alarm(evidence: Evidence) -> None:
+    """50 triggered ones of 1,000, every one of them rejected: 50 held-out images without a rejection give 7.1 %."""
+    given = inputs(*[10] * 50, *[100] * 950)
+    finding = judged(evidence, given, frr_interval=wilson_interval(0, 50))
+    assert (finding.verdict, finding.reason) == (
+        Verdict.NOT_MEASURED,
+        "50 of 1,000 inputs rejected, but the fewest that would be an alarm are 92 (9.2%), more than 5%: less poison "
+        "would not be seen; give more inputs and more clean images",
+    )
+    assert judged(evidence, given, frr_interval=wilson_interval(0, 500)).verdict is Verdict.BACKDOORED
+
+
+@pytest.mark.parametrize(("count", "verdict"), [(100, Verdict.CLEAN), (99, Verdict.NOT_MEASURED)])
+def test_judge_inputs_may_need_a_twentieth_of_the_inputs_for_an_alarm(
+    evidence: Evidence, count: int, verdict: Verdict
+) -> None:
+    """5 of either number: P(X >= 5) = .0034 of 100 at .01, P(X >= 4) = .018."""
+    assert judged(evidence, inputs(*[100] * count), frr_interval=(0.0, 0.01)).verdict is verdict
+
+
+def test_judge_inputs_is_not_measured_when_the_file_weakens_the_filter(evidence: Evidence) -> None:
+    finding = judged(evidence, inputs(*[100] * 200), frr_interval=(0.0, 0.01), note="the file cuts pixels")
+    assert (finding.verdict, finding.reason) == (Verdict.NOT_MEASURED, "no alarm, but the file cuts pixels")
+    assert judged(evidence, inputs(*[10] * 200), note="the file cuts pixels").verdict is Verdict.BACKDOORED
+
+
+def test_judge_inputs_is_not_measured_when_every_clean_image_is_rejected(evidence: Evidence) -> None:
+    finding = judged(evidence, inputs(*[10] * 20), measured_frr=1.0, frr_interval=(0.93, 1.0))
+    assert (finding.verdict, finding.reason) == (
+        Verdict.NOT_MEASURED,
+        "the boundary (0.5) rejects every held-out clean image: it tells nothing apart",
     )
 
 
 def test_judge_inputs_takes_the_nominal_rate_when_that_is_the_higher(evidence: Evidence) -> None:
     finding = judged(evidence, inputs(*[10] * 6, *[100] * 14), nominal_frr=0.2)
-    assert finding.verdict is Verdict.CLEAN
+    assert finding.verdict is Verdict.NOT_MEASURED
     assert isinstance(finding.result, FilterResult)
     assert finding.result.test is not None
     assert finding.result.test.null_rate == 0.2
@@ -145,12 +179,13 @@ def test_judge_inputs_is_not_measured_when_the_boundary_can_reject_nothing(evide
     assert finding.result.scores == (0.0,) * 20
 
 
-@pytest.mark.parametrize(("count", "verdict"), [(1, Verdict.NOT_MEASURED), (2, Verdict.CLEAN)])
-def test_judge_inputs_needs_as_many_inputs_as_could_alarm(evidence: Evidence, count: int, verdict: Verdict) -> None:
-    finding = judged(evidence, inputs(*[100] * count))
-    assert finding.verdict is verdict
-    if count == 1:
-        assert finding.reason == "too few inputs (1): all of them rejected could still be chance (p = 0.05)"
+def test_judge_inputs_needs_as_many_inputs_as_could_alarm(evidence: Evidence) -> None:
+    finding = judged(evidence, inputs(100))
+    assert (finding.verdict, finding.reason) == (
+        Verdict.NOT_MEASURED,
+        "too few inputs (1): all of them rejected could still be chance (p = 0.05)",
+    )
+    assert judged(evidence, inputs(10, 10)).verdict is Verdict.BACKDOORED
 
 
 @pytest.mark.parametrize("given", [None, inputs()])
@@ -196,7 +231,7 @@ def some_stamped(count: int) -> ImageSet:
     return replace(given, images=to_images(pixels)).without_labels()
 
 
-@pytest.mark.parametrize(("count", "verdict"), [(15, Verdict.BACKDOORED), (0, Verdict.CLEAN)])
+@pytest.mark.parametrize(("count", "verdict"), [(15, Verdict.BACKDOORED), (0, Verdict.NOT_MEASURED)])
 def test_judge_inputs_with_strip_finds_the_triggered_ones(
     twins: dict[bool, Evidence], count: int, verdict: Verdict
 ) -> None:
@@ -208,7 +243,9 @@ def test_judge_inputs_with_strip_finds_the_triggered_ones(
 
 
 def test_judge_inputs_with_strip_raises_no_alarm_on_the_clean_twin(twins: dict[bool, Evidence]) -> None:
-    assert judge_inputs(Strip(), replace(twins[False], inputs=some_stamped(15))).verdict is Verdict.CLEAN
+    finding = judge_inputs(Strip(), replace(twins[False], inputs=some_stamped(15)))
+    assert finding.verdict is Verdict.NOT_MEASURED, "100 held-out images and 100 inputs are too few for CLEAN"
+    assert "less poison would not be seen" in finding.reason
 
 
 def test_judge_inputs_gives_the_filters_own_reason_when_it_cannot_be_fitted(twins: dict[bool, Evidence]) -> None:

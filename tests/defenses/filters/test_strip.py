@@ -231,6 +231,16 @@ def test_strip_lets_a_uint8_file_cut_the_sum_at_255() -> None:
     assert fitted(evidence_of(network(backdoored=False), bright)).boundary.note is None
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_fit_sees_the_cut_whatever_image_comes_first(seed: int) -> None:
+    """Of an image that is black, and of overlays that are dark, no sum is above 1."""
+    mixed = images(200)
+    mixed.images[::2] //= 8
+    mixed.images[1::2, 3, 3] = 200
+    evidence = replace(evidence_of(network(backdoored=False, dtype="uint8"), mixed), seed=seed)
+    assert fitted(evidence, overlays=1).boundary.note is not None
+
+
 def test_strip_keeps_the_batch_of_a_file_whose_rows_share_a_scale() -> None:
     data = quantize(network(backdoored=False), "int8-dynamic")
     evidence = evidence_of(data, CLEAN)

@@ -1,0 +1,89 @@
+"""What a command writes never takes the place of what it reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qdefense.data.images import DataError
+from qdefense.files import check_writable
+
+_INPUTS = {
+    "calibration": "--calibration",
+    "calibrations": "--calibration",
+    "classes": "--classes",
+    "contract": "--contract",
+    "data": "--data",
+    "inputs": "--inputs",
+    "matrix": "--matrix",
+    "model": "the model itself",
+    "models": "one of the models",
+    "training_data": "--training-data",
+}
+"""Parameters of the commands that name what is read, and what people call it."""
+
+_BUILT_IN = "signs"
+_WRITTEN = frozenset({".html", ".json", ".md", ".onnx"})
+"""Endings of what is written, which no data set's files have: in a folder of data these may be replaced."""
+
+
+def check_output(target: Path) -> None:
+    """Find out before long work that ``target`` can be written, and replaces nothing that the command reads.
+
+    Raises:
+        DataError: it is the model, data, calibration, contract or class names of this command, or a file of the data.
+        OSError: as `qdefense.files.check_writable`.
+    """
+    check_writable(target)
+    keep_inputs(target)
+
+
+def keep_inputs(target: Path) -> None:
+    """The same of a file that is there and would be replaced or removed."""
+    if not target.exists():
+        return
+    for path, called in _inputs(click.get_current_context().params):
+        if path.is_dir() and target.suffix.lower() not in _WRITTEN and _lies_in(target, path):
+            raise DataError(f"{target} is a file of {called}, which the result would replace; write to another folder")
+        if path.samefile(target):
+            raise DataError(f"{target} is {called}, which the result would replace; write to another file")
+
+
+def keep_weights(target: Path, model: Path, external: Iterable[str]) -> None:
+    """The same of the files with weights beside a model, whose names only reading it tells.
+
+    Raises:
+        DataError: ``target`` is one of them.
+    """
+    for name in external:
+        path = model.parent / name
+        if target.exists() and path.exists() and path.samefile(target):
+            raise DataError(
+                f"{target} holds weights of {model.name}, which the result would replace; write to another file"
+            )
+
+
+def _inputs(params: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """What is there of what this command reads."""
+    for name, called in _INPUTS.items():
+        given = params.get(name)
+        for one in given if isinstance(given, tuple) else (given,):
+            if one is not None and one != _BUILT_IN and _exists(Path(one)):
+                yield Path(one), called
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a long list of classes is no file's name
+        return False
+
+
+def _lies_in(target: Path, folder: Path) -> bool:
+    """By its name as well as where links lead it: either entry would be lost to the folder."""
+    names = (Path(os.path.abspath(target)), target.parent.resolve() / target.name, target.resolve())  # noqa: PTH100
+    return any(parent.samefile(folder) for name in names for parent in name.parents)

@@ -1,0 +1,139 @@
+"""What a command writes never takes the place of what it reads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from qdefense.cli import run
+from qdefense.cli.outputs import check_output
+
+if TYPE_CHECKING:
+    from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
+
+Capture = pytest.CaptureFixture[str]
+SHORT = ("--method", "fine-pruning:epochs=1")
+SCHEME = ("--scheme", "int8-static")
+
+
+@pytest.fixture
+def here(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with all that a command may read."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(toy.clean, "m.onnx")
+    shutil.copy(toy.data, "toy.npz")
+    Path("m.toml").write_text("layout = 'NCHW'\n", encoding="utf-8")
+    Path("names.txt").write_text("\n".join(f"zone {index}" for index in range(8)), encoding="utf-8")
+    model = onnx.load("m.onnx")
+    onnx.save(model, "big.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    for label in ("a", "b"):
+        Path("images", label).mkdir(parents=True)
+        for number in range(2):
+            Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(Path("images", label, f"{number}.png"))
+    Path("elsewhere").mkdir()
+    shutil.move("images/b", "elsewhere/b")
+    Path("images/b").symlink_to(tmp_path / "elsewhere/b")
+    Path("link.npz").symlink_to("toy.npz")
+    return tmp_path
+
+
+CASES: dict[str, tuple[list[str], str]] = {
+    "repair: the data": (["repair", "m.onnx", "--data", "toy.npz", *SHORT, "-o", "./toy.npz"], "toy.npz is --data, "),
+    "repair: a link to the data": (["repair", "m.onnx", "--data", "toy.npz", "-o", "link.npz"], "link.npz is --data, "),
+    "repair: an image of the data": (
+        ["repair", "m.onnx", "--data", "images", "-o", "images/a/0.png"],
+        "images/a/0.png is a file of --data, which the result would replace; write to another folder",
+    ),
+    "repair: an image of a linked folder": (
+        ["repair", "m.onnx", "--data", "images", "-o", "images/b/0.png"],
+        "images/b/0.png is a file of --data, ",
+    ),
+    "repair: the contract": (
+        ["repair", "m.onnx", "--data", "toy.npz", "--contract", "m.toml", "-o", "m.toml"],
+        "m.toml is --contract, which the result would replace; write to another file",
+    ),
+    "repair: the class names": (
+        ["repair", "m.onnx", "--data", "toy.npz", "--classes", "names.txt", "-o", "names.txt"],
+        "names.txt is --classes, ",
+    ),
+    "repair: external weights": (
+        ["repair", "big.onnx", "--data", "toy.npz", *SHORT, "-o", "weights.bin"],
+        "weights.bin holds weights of big.onnx, which the result would replace; write to another file",
+    ),
+    "quantize: the calibration images": (
+        ["quantize", "m.onnx", *SCHEME, "--calibration", "toy.npz", "-o", "toy.npz"],
+        "toy.npz is --calibration, ",
+    ),
+    "quantize: one of the calibration images": (
+        ["quantize", "m.onnx", *SCHEME, "--calibration", "images", "-o", "images/a/1.png"],
+        "images/a/1.png is a file of --calibration, ",
+    ),
+    "quantize: the contract": (
+        ["quantize", "m.onnx", *SCHEME, "--calibration", "toy.npz", "--contract", "m.toml", "-o", "m.toml"],
+        "m.toml is --contract, ",
+    ),
+    "quantize: external weights": (
+        ["quantize", "big.onnx", *SCHEME, "--calibration", "toy.npz", "-o", "weights.bin"],
+        "weights.bin holds weights of big.onnx, ",
+    ),
+    "train: the data": (["train", "--data", "toy.npz", "--epochs", "1", "-o", "toy.npz"], "toy.npz is --data, "),
+    "calibrate: a model": (
+        ["calibrate", "m.onnx", "big.onnx", "--data", "toy.npz", "-o", "big.onnx"],
+        "big.onnx is one of the models, ",
+    ),
+    "calibrate: the data": (["calibrate", "m.onnx", "--data", "toy.npz", "-o", "toy.npz"], "toy.npz is --data, "),
+    "audit: the inputs": (
+        ["audit", "m.onnx", "--data", "toy.npz", "--inputs", "out/report.json", "--output-dir", "out"],
+        "out/report.json is --inputs, ",
+    ),
+    "audit: a page that would be removed": (
+        ["audit", "m.onnx", "--data", "toy.npz", "--classes", "out/report.html", "--output-dir", "out"],
+        "out/report.html is --classes, ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), CASES.values(), ids=list(CASES))
+def test_no_command_replaces_what_it_reads(here: Path, capfd: Capture, arguments: list[str], message: str) -> None:
+    if arguments[0] == "audit":
+        Path("out").mkdir()
+        shutil.copy("names.txt", "out/report.json")
+        shutil.copy("names.txt", "out/report.html")
+    before = _contents(here)
+    assert run(arguments) == 2
+    assert message in capfd.readouterr().err
+    after = _contents(here)
+    assert {name: after.get(name) for name in before} == before
+
+
+ALLOWED: dict[str, tuple[dict[str, object], str]] = {
+    "an earlier result among the data": ({"data": "images"}, "images/earlier.onnx"),
+    "a new file among the data": ({"data": "images"}, "images/new.png"),
+    "a file beside the data": ({"data": "images"}, "images/../elsewhere/other.bin"),
+    "a file that is named as the built-in set": ({"data": "signs"}, "signs"),
+    "something else than the models": ({"models": (Path("m.onnx"), Path("big.onnx"))}, "toy.npz"),
+    "the names are no file": ({"classes": "zone," * 100}, "toy.npz"),
+    "nothing is read": ({"data": None, "models": ()}, "toy.npz"),
+}
+
+
+@pytest.mark.parametrize(("params", "target"), ALLOWED.values(), ids=list(ALLOWED))
+@pytest.mark.usefixtures("here")
+def test_output_may_replace(params: dict[str, object], target: str) -> None:
+    for name in ("images/earlier.onnx", "elsewhere/other.bin", "signs"):
+        Path(name).write_bytes(b"earlier")
+    context = click.Context(click.Command("any"))
+    context.params = params
+    with context.scope():
+        check_output(Path(target))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
