@@ -21,7 +21,7 @@ class DaskCluster:
     """The workers of a scheduler. Start them with one thread each; a work item is done in one process at a time.
 
     A worker that dies loses its work item to another one, by Dask's own doing; one at which worker after worker died is
-    a failed cell.
+    lost to this run.
 
     Raises:
         EngineError: Dask is not installed, there is no scheduler or no worker, or one of them lacks this version.
@@ -96,7 +96,7 @@ class DaskCluster:
         problem = future.exception() if future.status == "error" else None
         if isinstance(problem, self._dask.KilledWorker):
             reason = "Dask worker after worker died at this cell"
-            return Outcome(task_id=task.id, record=task.failure(reason, clock.read()))
+            return Outcome(task_id=task.id, record=task.failure(reason, clock.read()), lost=True)
         if future.status != "finished":
             raise EngineError(f"{self._address}: a worker cannot run this work ({_line(problem or future.status)})")
         outcome: Outcome = future.result()

@@ -130,6 +130,9 @@ class Run:
         What the manifest does not name is made or taken again, and a record that is there is not written twice.
         """
         record = outcome.record
+        if outcome.lost:
+            self._on_notice(f"not done: {record.network.title}: {record.reason}; the next run tries it again")
+            return
         if outcome.model is not None and outcome.replica is not None:
             self._store.add_model(outcome.model, outcome.replica.artifact_sha256, outcome.truth)
         self._add(record)
@@ -226,8 +229,8 @@ class Run:
             self._attempted.add(train.id)
             reason = self._store.records[train.id].reason
             self._on_notice(
-                f"{train.network.title}: its file is not here, and could not be trained again: {reason}; --retry-failed "
-                "tries it once more"
+                f"{train.network.title}: its file is not here, and could not be trained again: {reason}; "
+                "--retry-failed tries it once more"
             )
 
     def _recorded(self, file: FilePlan, made: Replica, artifact: Replica) -> bool:

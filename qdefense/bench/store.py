@@ -1,8 +1,8 @@
 """The folder of results: ``records.jsonl``, ``latency.jsonl``, ``manifest.json`` and ``models/``.
 
 One process writes, and may die. A record is appended as one whole line and forced to disk; a last line that was torn is
-dropped when the file is opened to write. Files and the manifest appear whole or not at all, a file before its record, and
-the record before the manifest that names the file.
+dropped when the file is opened to write. Files and the manifest appear whole or not at all, a file before its record,
+and the record before the manifest that names the file.
 """
 
 from __future__ import annotations

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from qdefense.bench import making, store
+from qdefense.bench.datasets import MissingDataError
 from qdefense.bench.records import BehaviourRecord, Replica
 from qdefense.bench.store import StoreError, read_manifest
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask
+from qdefense.bench.worker import run_task
+from qdefense.session import SessionError
 from qdefense.trial import Activity, Truth
 
 from .conftest import TINY, Desk, Inline
@@ -259,3 +262,39 @@ def test_a_file_with_other_bytes_is_named_and_made_again_once_it_is_deleted(new_
     path.unlink()
     made.run(Inline(Machine()))
     assert made.stable == before
+
+
+def because(cause: Exception) -> SessionError:
+    error = SessionError("the session broke")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "of_machine"),
+    [
+        (FileNotFoundError(2, "No such file", "/data/gtsrb"), True),
+        (MissingDataError("no such file or folder"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (because(RuntimeError("std::bad_alloc")), True),
+        (because(ValueError("a bug")), False),
+        (ZeroDivisionError("a bug"), False),
+    ],
+)
+def test_what_the_machine_could_not_do_is_told_and_tried_by_the_next_run(
+    new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch, error: Exception, of_machine: bool
+) -> None:
+    def fail(task: object, clock: object) -> Outcome:
+        raise error
+
+    made = new_desk(ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "train_network", fail)
+        _, told = made.run(Inline(run_task))
+    assert len(told) == 1
+    assert told[0].startswith("not done: " if of_machine else "failed: ")
+    assert made.lines == (0 if of_machine else 1)
+    engine = Inline(Machine())
+    made.run(engine)
+    assert len(measured(made)) == (2 if of_machine else 0)
