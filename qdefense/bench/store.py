@@ -8,6 +8,7 @@ and the record before the manifest that names the file.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,6 +205,8 @@ def _checked_bytes(path: Path, sha256: str, _changed: int) -> bytes:
 def read_records(path: Path) -> Iterator[Record]:
     """The whole lines of a records file, in order; a later record of a key replaces an earlier one.
 
+    A line in which a number that must be there is null was a NaN or an infinity once: its cell counts as missing.
+
     Raises:
         StoreError: a line is no record.
     """
@@ -227,6 +230,8 @@ def _read_lines(path: Path, adapter: TypeAdapter[_Line], what: str, remedy: str)
         try:
             yield adapter.validate_json(line)
         except ValidationError as error:
+            if all(problem["type"] == "float_type" and problem["input"] is None for problem in error.errors()):
+                continue
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"])) or "it"
             raise StoreError(f"{path}, line {number}: no {what} ({where}: {problem['msg']}); {remedy}") from error
@@ -250,7 +255,21 @@ def _same_request(one: DataFacts, other: DataRequest) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in ("name", "role", "split", "limit", "seed"))
 
 
+def not_finite(value: object, place: str = "") -> str | None:
+    """Where in a record or a part of it there is a NaN or an infinity, which JSON lacks: ``metrics.score``."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    if isinstance(value, BaseModel):
+        return not_finite(dict(value), place)
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found = (not_finite(part, f"{place}.{name}".removeprefix(".")) for name, part in inner)
+    return next((one for one in found if one is not None), None)
+
+
 def _append(path: Path, record: BaseModel) -> None:
+    place = not_finite(record)
+    if place is not None:
+        raise StoreError(f"{path}: {place} of a record is not finite, and is not written")
     with path.open("ab") as file:
         file.write(record.model_dump_json().encode() + b"\n")
         file.flush()

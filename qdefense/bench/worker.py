@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from qdefense.bench.datasets import MissingDataError
+from qdefense.bench.store import not_finite
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask
 from qdefense.files import reason_of
 from qdefense.report.escaping import harmless, internal_error, shortened
@@ -22,9 +23,13 @@ def run_task(task: Task) -> Outcome:
     with _ONE_AT_A_TIME:
         clock = Clock()
         try:
-            return _perform(task, clock)
+            outcome = _perform(task, clock)
         except Exception as error:  # noqa: BLE001 (the process boundary: a cell that fails is a record, never a loss)
             return Outcome(task_id=task.id, record=task.failure(_told(error), clock.read()), lost=_is_of_machine(error))
+        place = not_finite(outcome.record)
+        if place is None:
+            return outcome
+        return Outcome(task_id=task.id, record=task.failure(f"{place} is not finite", clock.read()))
 
 
 def _perform(task: Task, clock: Clock) -> Outcome:

@@ -6,16 +6,17 @@ Networks are a few bytes here, so that every point at which a run can end is tri
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qdefense.bench import making, store
+from qdefense.bench import making, measuring, store
 from qdefense.bench.datasets import MissingDataError
-from qdefense.bench.records import BehaviourRecord, Replica
-from qdefense.bench.store import StoreError, read_manifest
-from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask
+from qdefense.bench.records import BehaviourRecord, Curve, DatasetMetrics, Rate, Replica
+from qdefense.bench.store import Store, StoreError, read_manifest
+from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask, TrialTask
 from qdefense.bench.worker import run_task
 from qdefense.session import SessionError
 from qdefense.trial import Activity, Truth
@@ -298,3 +299,51 @@ def test_what_the_machine_could_not_do_is_told_and_tried_by_the_next_run(
     engine = Inline(Machine())
     made.run(engine)
     assert len(measured(made)) == (2 if of_machine else 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_fails_its_cell_and_no_later_run(
+    new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def answer(task: TrialTask, clock: Clock) -> Outcome:
+        return Outcome(task_id=task.id, record=task.behaviour(clock.read(), clean_accuracy=value))
+
+    made, here = new_desk(ONE), Machine()
+    monkeypatch.setattr(measuring, "measure", answer)
+    made.run(Inline(lambda task: run_task(task) if isinstance(task, TrialTask) else here(task)))
+    reasons = {record.reason for record in made.records.values() if record.failed}
+    assert reasons == {"clean_accuracy is not finite"}
+    idle = Inline()
+    made.run(idle)
+    assert idle.done == []
+
+
+def test_not_finite_names_the_place() -> None:
+    model = DatasetMetrics(fpr=Rate(hits=0, n=1), curve=Curve(fpr=(0.0, 1.0), tpr=(0.0, float("nan"))))
+    assert store.not_finite(model) == "curve.tpr.1"
+    assert store.not_finite({"a": [1.0, {"b": float("-inf")}]}) == "a.1.b"
+    assert store.not_finite({"a": [1.0, None, "nan"]}) is None
+
+
+def test_the_store_itself_writes_no_such_line(new_desk: NewDesk) -> None:
+    made = new_desk(ONE)
+    made.run(Inline(Machine()))
+    record = next(r for r in made.records.values() if isinstance(r, BehaviourRecord))
+    before = made.lines
+    with Store.for_writing(made.results) as folder, pytest.raises(StoreError, match="asr of a record is not finite"):
+        folder.add(record.model_copy(update={"asr": float("nan")}))
+    assert made.lines == before
+
+
+def test_a_line_that_an_older_version_wrote_so_is_a_missing_cell(new_desk: NewDesk) -> None:
+    made = new_desk(ONE)
+    made.run(Inline(Machine()))
+    before, path = made.stable, made.results / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(re.sub(rb'"seconds":[0-9.e-]+', b'"seconds":null', line) for line in lines[-1:]))
+    assert made.records == {}
+    path.write_bytes(b"".join([*lines[:-1], path.read_bytes()]))
+    engine = Inline(Machine())
+    made.run(engine)
+    assert engine.stages == ["TrialTask"]
+    assert made.stable == before
