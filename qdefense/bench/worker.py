@@ -34,15 +34,17 @@ def run_task(task: Task) -> Outcome:
 
 def _perform(task: Task, clock: Clock) -> Outcome:
     import torch  # noqa: PLC0415 (seconds; the parent process never needs it)
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415 (sees the libraries that are loaded)
 
     from qdefense.bench import making, measuring  # noqa: PLC0415
 
     torch.set_num_threads(1)  # sums depend on the number of threads
-    if isinstance(task, TrainTask):
-        return making.train_network(task, clock)
-    if isinstance(task, QuantizeTask):
-        return making.quantize_network(task, clock)
-    return measuring.measure(task, clock)
+    with threadpool_limits(1):  # those of BLAS, too, which a Dask worker's environment need not have pinned
+        if isinstance(task, TrainTask):
+            return making.train_network(task, clock)
+        if isinstance(task, QuantizeTask):
+            return making.quantize_network(task, clock)
+        return measuring.measure(task, clock)
 
 
 def _told(error: Exception) -> str:
