@@ -33,6 +33,7 @@ def run_task(task: Task) -> Outcome:
 
 
 def _perform(task: Task, clock: Clock) -> Outcome:
+    import sklearn.decomposition  # noqa: F401, PLC0415 (defenses load it, and SciPy's BLAS with it: pinned only if loaded)
     import torch  # noqa: PLC0415 (seconds; the parent process never needs it)
     from threadpoolctl import threadpool_limits  # noqa: PLC0415 (sees the libraries that are loaded)
 

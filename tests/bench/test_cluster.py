@@ -123,6 +123,8 @@ def test_a_work_item_has_one_thread_of_every_library(monkeypatch: pytest.MonkeyP
     seen: list[int] = []
 
     def look(task: object, clock: object) -> Outcome:
+        import scipy.linalg  # noqa: F401, PLC0415 (as a defense does, at work)
+
         seen.extend(pool["num_threads"] for pool in threadpoolctl.threadpool_info())
         seen.append(torch.get_num_threads())
         return Outcome(task_id="look", record=None)  # type: ignore[arg-type]
