@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from importlib.metadata import version
@@ -13,6 +15,9 @@ from qdefense.bench.tasks import Clock, Outcome, Task
 from qdefense.bench.worker import run_task
 
 _SECONDS_TO_CONNECT = 30
+_SECONDS_BETWEEN_LOOKS = 10
+_SECONDS_WITHOUT_WORKERS = 600
+"""Queues of a cluster may take a while to start a worker anew; without an end, a run would wait for ever."""
 _AHEAD = 2
 """Work items sent per worker thread: enough to keep them busy, few enough that files do not pile up on the way."""
 
@@ -21,24 +26,27 @@ class DaskCluster:
     """The workers of a scheduler. Start them with one thread each; a work item is done in one process at a time.
 
     A worker that dies loses its work item to another one, by Dask's own doing; one at which worker after worker died is
-    a failed cell.
+    lost to this run.
 
     Raises:
         EngineError: Dask is not installed, there is no scheduler or no worker, or one of them lacks this version.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, on_notice: Callable[[str], None]) -> None:
         try:
             import distributed  # noqa: PLC0415 (an extra)
         except ImportError as error:
             raise EngineError("Dask is not installed; pip install 'qdefense[cluster]'") from error
         self._dask: Any = distributed  # its functions are untyped
-        self._address = address
+        self._address, self._on_notice = address, on_notice
         try:
             self._client = self._dask.Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
-            self._client.wait_for_workers(1, timeout=_SECONDS_TO_CONNECT)
         except (OSError, ValueError) as error:
-            raise EngineError(f"{address}: no Dask scheduler with workers answers ({_line(error)})") from error
+            raise EngineError(f"{address}: no Dask scheduler answers ({_line(error)})") from error
+        try:
+            self._wait_for_workers(_SECONDS_TO_CONNECT)
+        except (OSError, CancelledError) as error:
+            raise EngineError(f"{address}: the Dask scheduler is gone ({_line(error)})") from error
         self._check_versions()
         self._queue = TaskQueue()
         self._running: dict[Any, tuple[Task, Clock]] = {}
@@ -67,16 +75,41 @@ class DaskCluster:
         """Wait for the next outcome.
 
         Raises:
-            EngineError: the scheduler is gone, or workers cannot run this version's work.
+            EngineError: the scheduler or all workers are gone, or workers cannot run this version's work.
         """
         try:
             self._send()
-            with self._client.as_current():  # the function looks for a client by itself
-                done = self._dask.wait(list(self._running), return_when="FIRST_COMPLETED").done
+            while not (done := self._done()):
+                self._wait_for_workers(_SECONDS_WITHOUT_WORKERS)
         except (OSError, CancelledError) as error:
             raise EngineError(f"{self._address}: the Dask scheduler is gone ({_line(error)})") from error
         future = next(iter(done))
         return self._outcome(future, *self._running.pop(future))
+
+    def _done(self) -> set[Any]:
+        """What ends within a few seconds."""
+        try:
+            with self._client.as_current():  # the function looks for a client by itself
+                found = self._dask.wait(
+                    list(self._running), timeout=_SECONDS_BETWEEN_LOOKS, return_when="FIRST_COMPLETED"
+                )
+        except TimeoutError:
+            return set()
+        done: set[Any] = found.done
+        return done
+
+    def _wait_for_workers(self, patience: float) -> None:
+        began = time.monotonic()
+        while not self._client.nthreads():
+            waited = time.monotonic() - began
+            if waited > patience:
+                self._client.close()
+                raise EngineError(
+                    f"{self._address}: for {patience} s the Dask scheduler had no worker; start some with "
+                    f"`dask worker {self._address} --nthreads 1` and run this again"
+                )
+            self._on_notice(f"{self._address}: the Dask scheduler has no worker; waiting, {waited:.0f} of {patience} s")
+            time.sleep(min(_SECONDS_BETWEEN_LOOKS, patience))
 
     def close(self) -> None:
         """Take back what is under way, and leave the cluster as it was."""
@@ -96,7 +129,7 @@ class DaskCluster:
         problem = future.exception() if future.status == "error" else None
         if isinstance(problem, self._dask.KilledWorker):
             reason = "Dask worker after worker died at this cell"
-            return Outcome(task_id=task.id, record=task.failure(reason, clock.read()))
+            return Outcome(task_id=task.id, record=task.failure(reason, clock.read()), lost=True)
         if future.status != "finished":
             raise EngineError(f"{self._address}: a worker cannot run this work ({_line(problem or future.status)})")
         outcome: Outcome = future.result()

@@ -18,6 +18,10 @@ Role = Literal["train", "test"]
 _SETS_KEPT = 4
 
 
+class MissingDataError(DataError):
+    """This machine does not have the images; another one may."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataRequest:
     """Which images to read. ``folder`` is the matrix file's; ``role`` decides the split where none is named."""
@@ -146,12 +150,15 @@ class PinnedData:
         """The images.
 
         Raises:
-            DataError: as `read_images`, or they are others than those that the manifest names.
+            MissingDataError: as `read_images`, or they are others than those that the manifest names.
         """
-        images = read_images(self.request)
+        try:
+            images = read_images(self.request)
+        except DataError as error:
+            raise MissingDataError(str(error)) from error
         found = _digest(self.request)
         if found != self.facts.sha256:
-            raise DataError(
+            raise MissingDataError(
                 f"{images.source} at {self.request.location}: sha256 {found[:16]}, the manifest has "
                 f"{self.facts.sha256[:16]} for {self.request.name!r}; bring the images back, or measure the new ones "
                 "into another --output-dir"

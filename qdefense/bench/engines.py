@@ -101,7 +101,7 @@ class LocalPool:
         self._queue.push(task)
 
     def completed(self) -> Outcome:
-        """Wait for the next outcome; a dead child's is the failure of its work item."""
+        """Wait for the next outcome; a dead child's work item is lost to this run."""
         self._dispatch()
         busy = {child.connection: child for child in self._children if child.task is not None}
         ready = wait(list(busy))
@@ -144,7 +144,7 @@ class LocalPool:
         child.connection.close()
         self._children.remove(child)
         reason = f"the worker process ended with {_ending(child.process.exitcode)} at this cell"
-        return Outcome(task_id=task.id, record=task.failure(reason, child.clock.read()))
+        return Outcome(task_id=task.id, record=task.failure(reason, child.clock.read()), lost=True)
 
 
 def _ending(exitcode: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from qdefense.bench.facts import environment_rows, network_rows, omissions
@@ -9,7 +10,12 @@ from qdefense.bench.sheets import Block, Cell, Sheet, sheets_of
 from qdefense.bench.summary import BenchReport
 from qdefense.report.escaping import harmless
 
-_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>|#&~"})
+_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>#&~$!"} | {"|": "&#124;"})
+_NOTHING = "<!-- -->"
+_LINKED = re.compile(
+    r"(?<=[@#])(?=[\w.-])|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=GH)(?=-\d)|(?<=mailto)(?=:)|(?<=xmpp)(?=:)", re.IGNORECASE
+)
+"""Where GitHub sees a mention, an issue, an address or a mail. It looks after Markdown, so no backslash helps there."""
 
 
 def render_markdown(report: BenchReport) -> str:
@@ -65,5 +71,5 @@ def _row(cells: Iterator[str] | map[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    """A line in which nothing is Markdown or HTML."""
-    return harmless(text).translate(_SPECIAL)
+    """A line in which nothing is Markdown, HTML or what GitHub makes a link of; it reads as before."""
+    return _NOTHING.join(part.translate(_SPECIAL) for part in _LINKED.split(harmless(text)))

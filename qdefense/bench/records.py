@@ -308,11 +308,12 @@ class Replica(_Record):
 
 
 class ManifestEntry(_Record):
-    """A recipe and the files it gave, oldest first; the last one is measured."""
+    """A recipe and the files it gave, oldest first."""
 
     recipe_sha256: str
     recipe: dict[str, Any]
     replicas: tuple[Replica, ...]
+    measured: str | None = Field(default=None, description="digest of the one that is measured; null: the last one")
 
 
 class DataFacts(_Record):

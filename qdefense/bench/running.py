@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from qdefense.bench.cells import Cell, FilePlan, NetworkPlan, Sources
 from qdefense.bench.costs import CostModel
@@ -19,10 +20,21 @@ from qdefense.bench.datasets import (
 )
 from qdefense.bench.engines import Engine
 from qdefense.bench.matrix import Matrix
-from qdefense.bench.records import DataFacts, Replica, digest_of
+from qdefense.bench.records import DataFacts, Record, Replica, digest_of
 from qdefense.bench.store import Store, read_model
 from qdefense.bench.survey import current_file, estimate, survey_network, trial_key
-from qdefense.bench.tasks import Clock, Evaluation, Outcome, QuantizeTask, Task, TrainTask, TrialTask, train_task
+from qdefense.bench.tasks import (
+    Clock,
+    Evaluation,
+    Outcome,
+    QuantizeTask,
+    Task,
+    TrainTask,
+    TrialTask,
+    quantization_key,
+    train_task,
+    training_key,
+)
 
 Progress = Callable[[str, int, int], None]
 Notice = Callable[[str], None]
@@ -126,16 +138,26 @@ class Run:
                 engine.submit(task)
 
     def _keep(self, outcome: Outcome, network: NetworkPlan) -> None:
-        """File before manifest before record: whatever ends the process between them, the next run finds its way."""
+        """File before record before manifest: whatever ends the process between them, the next run finds its way.
+
+        What the manifest does not name is made or taken again, and a record that is there is not written twice.
+        """
         record = outcome.record
+        if outcome.lost:
+            self._on_notice(f"not done: {record.network.title}: {record.reason}; the next run tries it again")
+            return
         if outcome.model is not None and outcome.replica is not None:
             self._store.add_model(outcome.model, outcome.replica.artifact_sha256, outcome.truth)
+        self._add(record)
+        if outcome.replica is not None:
             self._store.add_replica(*self._recipe(outcome, network), outcome.replica)
+        if record.failed:
+            self._on_notice(f"failed: {record.network.title}: {record.reason}")
+
+    def _add(self, record: Record) -> None:
         old = self._store.records.get(record.key)
         if old is None or old.failed:
             self._store.add(record)
-        if record.failed:
-            self._on_notice(f"failed: {record.network.title}: {record.reason}")
 
     def _recipe(self, outcome: Outcome, network: NetworkPlan) -> tuple[str, dict[str, object]]:
         if outcome.record.stage == "train":
@@ -163,41 +185,81 @@ class Run:
     def _tasks(self, network: NetworkPlan) -> Iterator[Task]:
         """What can be done next for a network."""
         train = train_task(network)
-        if not self._store.replicas(network.recipe_sha256) and not self._adopt(network, train):
+        made = self._store.measured(network.recipe_sha256) or self._adopt(network, train)
+        if made is None:
             if self._missing(train.id):
                 yield train
             return
-        replicas = self._store.replicas(network.recipe_sha256)
+        self._record_training(train, made)
+        if self._path(made) is None and any(self._unmade(network, file, made) for file in network.files.values()):
+            made = self._store.use_another(network.recipe_sha256) or made
         for file in network.files.values():
-            yield from self._file_tasks(network, file, replicas[-1], len(replicas) - 1, train)
+            yield from self._file_tasks(network, file, made, train)
 
-    def _file_tasks(
-        self, network: NetworkPlan, file: FilePlan, made: Replica, number: int, train: TrainTask
-    ) -> Iterator[Task]:
+    def _path(self, replica: Replica) -> Path | None:
+        return self._store.model_path(replica.artifact_sha256)
+
+    def _record_training(self, train: TrainTask, made: Replica) -> None:
+        """A network whose record is gone, such as by a deleted line, has one again."""
+        if training_key(train.recipe_sha256, made.artifact_sha256) not in self._store.records:
+            volatile = Clock().read().model_copy(update={"origin": "adopted"})
+            facts = {"size_bytes": made.size_bytes, "versions": made.versions}
+            self._store.add(train.record(made.artifact_sha256, volatile, **facts))
+
+    def _missing_cells(self, network: NetworkPlan, file: FilePlan, artifact: Replica) -> list[Cell]:
+        return [cell for cell in file.cells.values() if self._missing(self._key(network, file, cell, artifact))]
+
+    def _unmade(self, network: NetworkPlan, file: FilePlan, made: Replica) -> bool:
+        """Whether a cell waits for a file that is not at hand."""
         artifact = current_file(self._store, file, made)
-        if artifact is not None:
-            cells = [cell for cell in file.cells.values() if self._missing(self._key(network, file, cell, artifact))]
-            if not cells:
-                return
-            path = self._store.model_path(artifact.artifact_sha256)
-            if path is not None:
-                model = read_model(path)
-                yield from (self._trial(network, file, cell, artifact, made, number, model) for cell in cells)
-                return
-        source = self._store.model_path(made.artifact_sha256)
-        if source is None:  # too large to be committed, and this is another machine
-            yield train
-        elif file.quantization is not None:
-            recipe = digest_of(**file.recipe(made.artifact_sha256))
-            task = QuantizeTask(
-                recipe_sha256=recipe,
-                network_sha256=made.artifact_sha256,
-                plan=file,
-                attack=network.attack,
-                model=read_model(source),
+        if artifact is None:
+            return True
+        if self._path(artifact) is not None or not self._missing_cells(network, file, artifact):
+            return False
+        return file.quantization is None or self._store.use_another(_recipe_of(file, made)) is None
+
+    def _file_tasks(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
+        source = self._path(made)
+        if self._unmade(network, file, made):
+            if source is not None:
+                yield from self._quantization(network, file, made, source)
+            elif self._missing(train.id):  # too large to be committed, and this is another machine
+                yield train
+            else:
+                self._tell_untrained(train)
+            return
+        artifact = current_file(self._store, file, made)
+        assert artifact is not None  # noqa: S101 (it is made)
+        if source is not None and not self._recorded(file, made, artifact):
+            yield from self._quantization(network, file, made, source)
+        path = self._path(artifact)
+        if path is not None and (cells := self._missing_cells(network, file, artifact)):
+            model = read_model(path, artifact.artifact_sha256)
+            yield from (self._trial(network, file, cell, artifact, made, model) for cell in cells)
+
+    def _tell_untrained(self, train: TrainTask) -> None:
+        if train.id not in self._attempted:
+            self._attempted.add(train.id)
+            reason = self._store.records[train.id].reason
+            self._on_notice(
+                f"{train.network.title}: its file is not here, and could not be trained again: {reason}; "
+                "--retry-failed tries it once more"
             )
-            if self._missing(task.id):
-                yield task
+
+    def _recorded(self, file: FilePlan, made: Replica, artifact: Replica) -> bool:
+        key = quantization_key(_recipe_of(file, made), artifact.artifact_sha256)
+        return file.quantization is None or key in self._store.records
+
+    def _quantization(self, network: NetworkPlan, file: FilePlan, made: Replica, source: Path) -> Iterator[Task]:
+        task = QuantizeTask(
+            recipe_sha256=_recipe_of(file, made),
+            network_sha256=made.artifact_sha256,
+            plan=file,
+            attack=network.attack,
+            model=read_model(source, made.artifact_sha256),
+        )
+        if self._missing(task.id):
+            yield task
 
     def _key(self, network: NetworkPlan, file: FilePlan, cell: Cell, artifact: Replica) -> str:
         return trial_key(network, file, cell, artifact, self._rules).key
@@ -209,35 +271,37 @@ class Run:
         cell: Cell,
         artifact: Replica,
         made: Replica,
-        number: int,
         model: bytes,
     ) -> TrialTask:
         judges_rows = cell.defense is not None and cell.defense.kind == "dataset"
         return TrialTask(
             trial=trial_key(network, file, cell, artifact, self._rules),
             attack=network.attack,
-            replica=number,
+            replica=self._store.replicas(network.recipe_sha256).index(made),
             train=network.train,
             test=network.test,
             model=model,
             poison_indices=self._store.truth(made.artifact_sha256).poison_indices if judges_rows else (),
         )
 
-    def _adopt(self, network: NetworkPlan, train: TrainTask) -> bool:
+    def _adopt(self, network: NetworkPlan, train: TrainTask) -> Replica | None:
         """Take a network that lies in the folder and was made by this recipe; libraries may have been others."""
         from qdefense.bench.making import matches, replica_of  # noqa: PLC0415 (imports torch)
 
         for path, truth in self._store.truths():
-            model = read_model(path)
+            model = path.read_bytes()
             if hashlib.sha256(model).hexdigest() != truth.artifact_sha256 or not matches(truth, train):
                 continue
             made_with = dict(sorted(truth.versions.items()))
             self._store.add_model(model, truth.artifact_sha256, truth.model_dump_json(indent=1).encode() + b"\n")
             replica = replica_of(model, made_with)
+            self._record_training(train, replica)
             self._store.add_replica(network.recipe_sha256, network.network.model_dump(mode="json"), replica)
-            volatile = Clock().read().model_copy(update={"origin": "adopted"})
-            self._store.add(train.record(truth.artifact_sha256, volatile, size_bytes=len(model), versions=made_with))
             told = ", ".join(f"{name} {version}" for name, version in made_with.items())
             self._on_notice(f"{network.network.title}: {path.name} was made by this recipe ({told}), and is taken")
-            return True
-        return False
+            return replica
+        return None
+
+
+def _recipe_of(file: FilePlan, made: Replica) -> str:
+    return digest_of(**file.recipe(made.artifact_sha256))

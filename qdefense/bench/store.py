@@ -1,12 +1,14 @@
 """The folder of results: ``records.jsonl``, ``latency.jsonl``, ``manifest.json`` and ``models/``.
 
 One process writes, and may die. A record is appended as one whole line and forced to disk; a last line that was torn is
-dropped when the file is opened to write. Files and the manifest appear whole or not at all, a file before the manifest
-that names it.
+dropped when the file is opened to write. Files and the manifest appear whole or not at all, a file before its record,
+and the record before the manifest that names the file.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,13 +95,35 @@ class Store:
         return () if entry is None else entry.replicas
 
     def add_replica(self, recipe_sha256: str, recipe: dict[str, object], replica: Replica) -> None:
-        """Name a file in the manifest; a digest that is there already changes nothing."""
-        known = self.replicas(recipe_sha256)
-        if replica.artifact_sha256 in {old.artifact_sha256 for old in known}:
-            return
-        entry = ManifestEntry(recipe_sha256=recipe_sha256, recipe=recipe, replicas=(*known, replica))
-        self._entries[recipe_sha256] = entry
-        self._write_manifest(self.manifest.data)
+        """Name a file in the manifest, as the one that is measured from now on."""
+        known, digest = self.replicas(recipe_sha256), replica.artifact_sha256
+        if digest not in {old.artifact_sha256 for old in known}:
+            known = (*known, replica)
+        entry = ManifestEntry(
+            recipe_sha256=recipe_sha256,
+            recipe=recipe,
+            replicas=known,
+            measured=None if known[-1].artifact_sha256 == digest else digest,
+        )
+        if entry != self._entries.get(recipe_sha256):
+            self._entries[recipe_sha256] = entry
+            self._write_manifest(self.manifest.data)
+
+    def measured(self, recipe_sha256: str) -> Replica | None:
+        """The one of the files of a recipe that is measured; ``None`` where it gave none yet."""
+        known, entry = self.replicas(recipe_sha256), self._entries.get(recipe_sha256)
+        chosen = None if entry is None else entry.measured
+        return next((one for one in known if one.artifact_sha256 == chosen), known[-1] if known else None)
+
+    def use_another(self, recipe_sha256: str) -> Replica | None:
+        """Measure from now on a file of the recipe that is at hand, the newest such; ``None`` where there is none."""
+        found = next((one for one in reversed(self.replicas(recipe_sha256)) if self._has(one)), None)
+        if found is not None:
+            self.add_replica(recipe_sha256, self._entries[recipe_sha256].recipe, found)
+        return found
+
+    def _has(self, replica: Replica) -> bool:
+        return self.model_path(replica.artifact_sha256) is not None
 
     def data_facts(self, request: DataRequest) -> DataFacts | None:
         """What the manifest says of the set with this name, role, split, limit and seed."""
@@ -139,12 +163,15 @@ class Store:
     def truths(self) -> Iterator[tuple[Path, Truth]]:
         """Every readable truth with its network, by name."""
         for path in sorted((self.folder / MODELS).glob("*.truth.json")):
-            model = path.with_name(path.name.removesuffix(".truth.json") + ".onnx")
+            name = path.name.removesuffix(".truth.json") + ".onnx"
             try:
                 truth = Truth.model_validate_json(path.read_bytes())
             except ValidationError:  # of no network that this version made
                 continue
-            if model.is_file():
+            model = next(
+                (place / name for place in (path.parent, path.parent / LARGE) if (place / name).is_file()), None
+            )
+            if model is not None:
                 yield model, truth
 
     def _small(self, sha256: str) -> Path:
@@ -154,14 +181,31 @@ class Store:
         return self.folder / MODELS / LARGE / f"{sha256[:_NAME_DIGITS]}.onnx"
 
 
+def read_model(path: Path, sha256: str) -> bytes:
+    """The bytes of a file, which are those of its digest or nobody's.
+
+    Raises:
+        StoreError: they have another digest.
+    """
+    return _checked_bytes(path, sha256, path.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=32)
-def read_model(path: Path) -> bytes:
-    """The bytes of a file, which are those of its name for ever."""
-    return path.read_bytes()
+def _checked_bytes(path: Path, sha256: str, _changed: int) -> bytes:
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise StoreError(
+            f"{path}: damaged or another file: sha256 {found[:16]}, {MANIFEST} has {sha256[:16]}; delete it, and it is "
+            "made again"
+        )
+    return data
 
 
 def read_records(path: Path) -> Iterator[Record]:
     """The whole lines of a records file, in order; a later record of a key replaces an earlier one.
+
+    A line in which a number that must be there is null was a NaN or an infinity once: its cell counts as missing.
 
     Raises:
         StoreError: a line is no record.
@@ -186,6 +230,8 @@ def _read_lines(path: Path, adapter: TypeAdapter[_Line], what: str, remedy: str)
         try:
             yield adapter.validate_json(line)
         except ValidationError as error:
+            if all(problem["type"] == "float_type" and problem["input"] is None for problem in error.errors()):
+                continue
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"])) or "it"
             raise StoreError(f"{path}, line {number}: no {what} ({where}: {problem['msg']}); {remedy}") from error
@@ -209,7 +255,21 @@ def _same_request(one: DataFacts, other: DataRequest) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in ("name", "role", "split", "limit", "seed"))
 
 
+def not_finite(value: object, place: str = "") -> str | None:
+    """Where in a record or a part of it there is a NaN or an infinity, which JSON lacks: ``metrics.score``."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    if isinstance(value, BaseModel):
+        return not_finite(dict(value), place)
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found = (not_finite(part, f"{place}.{name}".removeprefix(".")) for name, part in inner)
+    return next((one for one in found if one is not None), None)
+
+
 def _append(path: Path, record: BaseModel) -> None:
+    place = not_finite(record)
+    if place is not None:
+        raise StoreError(f"{path}: {place} of a record is not finite, and is not written")
     with path.open("ab") as file:
         file.write(record.model_dump_json().encode() + b"\n")
         file.flush()

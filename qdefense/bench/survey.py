@@ -43,11 +43,10 @@ class Item:
 
 
 def current_file(store: Store, file: FilePlan, network: Replica) -> Replica | None:
-    """The file of a network at a precision: the last one that its recipe gave."""
+    """The file of a network at a precision: the one of its recipe's that is measured."""
     if file.quantization is None:
         return network
-    made = store.replicas(digest_of(**file.recipe(network.artifact_sha256)))
-    return made[-1] if made else None
+    return store.measured(digest_of(**file.recipe(network.artifact_sha256)))
 
 
 def trial_key(network: NetworkPlan, file: FilePlan, cell: Cell, artifact: Replica, rules: Evaluation) -> TrialKey:
@@ -84,18 +83,17 @@ def survey_network(
         record = store.records.get(key)
         return None if record is not None and record.failed and again(key) else record
 
-    replicas = store.replicas(network.recipe_sha256)
-    failure = find(training_key(network.recipe_sha256, None)) if not replicas else None
+    made = store.measured(network.recipe_sha256)
+    failure = find(training_key(network.recipe_sha256, None)) if made is None else None
     yield Item(
         stage="train",
         title=network.network.title,
         network=network,
-        state="measured" if replicas else "missing" if failure is None else "failed",
+        state="measured" if made is not None else "missing" if failure is None else "failed",
         record=failure,
     )
     blocked = None if failure is None else f"its network could not be trained: {failure.reason}"
     for file in network.files.values():
-        made = replicas[-1] if replicas else None
         artifact = None if made is None else current_file(store, file, made)
         yield from _survey_file(network, file, rules, find, made, artifact, blocked)
 

@@ -48,13 +48,17 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a work item gave: its record, and of the first two stages the file."""
+    """What a work item gave: its record, and of the first two stages the file.
+
+    ``lost``: the machine could not do it (no images, memory or worker); it is told, not kept, and tried again later.
+    """
 
     task_id: str
     record: Record
     model: bytes | None = field(default=None, repr=False)
     truth: bytes | None = field(default=None, repr=False)
     replica: Replica | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

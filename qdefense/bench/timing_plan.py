@@ -118,8 +118,8 @@ def _item_of(
 ) -> TimingItem:
     first = one.cells[0]
     plain = Cell(title=_title(first), arithmetic=first.arithmetic, defense=None, access="session")
-    networks = store.replicas(one.network.recipe_sha256)
-    artifact = current_file(store, one.file, networks[-1]) if networks else None
+    network = store.measured(one.network.recipe_sha256)
+    artifact = None if network is None else current_file(store, one.file, network)
     trials = [
         trial_key(one.network, one.file, cell, artifact, rules)
         for cell in (plain, *filters.values())

@@ -92,7 +92,7 @@ def _task(item: TimingItem, trial: TrialKey | None, store: Store) -> TrialTask:
         replica=0,
         train=item.network.train,
         test=item.network.test,
-        model=read_model(path),
+        model=read_model(path, trial.artifact_sha256),
     )
 
 

@@ -98,7 +98,7 @@ def command(
                 evaluation_of(table),
                 retry_failed=retry_failed,
                 on_progress=advance,
-                on_notice=lambda text: click.echo(harmless(text), err=True),
+                on_notice=_tell,
             )
             problem = _complete(run, scheduler, workers)
         items = survey(plan, store, evaluation_of(table))
@@ -142,7 +142,11 @@ def _complete(run: Run, scheduler: str | None, workers: int) -> str | None:
 def _cluster(address: str) -> Engine:
     from qdefense.bench.cluster import DaskCluster  # noqa: PLC0415 (an extra)
 
-    return DaskCluster(address)
+    return DaskCluster(address, _tell)
+
+
+def _tell(text: str) -> None:
+    click.echo(harmless(text), err=True)
 
 
 def _show(

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
+import threadpoolctl
+import torch
 
 from qdefense.bench.cluster import DaskCluster
 from qdefense.bench.engines import EngineError
+from qdefense.bench.tasks import Outcome
+from qdefense.bench.worker import run_task
 from qdefense.cli import run
 
 from .conftest import RECORDS, Desk
@@ -58,7 +64,7 @@ def test_a_worker_killed_at_work_loses_nothing_and_nothing_is_done_twice(
 def test_no_scheduler(new_desk: NewDesk, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdefense.bench.cluster._SECONDS_TO_CONNECT", 1)
     assert run(["bench", str(new_desk().matrix), "--scheduler", "tcp://127.0.0.1:9"]) == 3
-    assert "error: tcp://127.0.0.1:9: no Dask scheduler with workers answers" in capfd.readouterr().err
+    assert "error: tcp://127.0.0.1:9: no Dask scheduler answers" in capfd.readouterr().err
 
 
 def test_machines_without_this_version_are_told_before_any_work(
@@ -67,7 +73,66 @@ def test_machines_without_this_version_are_told_before_any_work(
     """Dask would wait for ever for work that a worker cannot unpack."""
     monkeypatch.setattr("qdefense.bench.cluster._required", lambda: ("onnx", "0.1"))
     with pytest.raises(EngineError, match=r"the scheduler has onnx \S+, this is 0.1; install the same everywhere"):
-        DaskCluster(cluster.scheduler_address)
+        DaskCluster(cluster.scheduler_address, print)
     monkeypatch.setattr("qdefense.bench.cluster._required", lambda: ("no-such-package", "0.1"))
     with pytest.raises(EngineError, match=r"a machine has no no-such-package; install no-such-package 0.1 there"):
-        DaskCluster(cluster.scheduler_address)
+        DaskCluster(cluster.scheduler_address, print)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"BETWEEN_LOOKS": 0.2, "WITHOUT_WORKERS": 1, "TO_CONNECT": 1}.items():
+        monkeypatch.setattr(f"qdefense.bench.cluster._SECONDS_{name}", seconds)
+
+
+@pytest.mark.usefixtures("short")
+def test_no_worker_is_told_and_ends_with_what_to_do(new_desk: NewDesk, capfd: pytest.CaptureFixture[str]) -> None:
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as empty:
+        address = empty.scheduler_address
+        assert run(["bench", str(new_desk().matrix), "--scheduler", address]) == 3
+    told = capfd.readouterr().err
+    assert f"{address}: the Dask scheduler has no worker; waiting, 0 of 1 s" in told
+    assert f"error: {address}: for 1 s the Dask scheduler had no worker; start some with `dask worker {address}" in told
+
+
+@dataclass
+class _Endless:
+    id: str = "endless"
+
+
+@pytest.mark.usefixtures("short")
+def test_workers_that_leave_are_told_and_missed_no_longer_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("qdefense.bench.engines._urgency", lambda task: 0)
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as made:
+        monkeypatch.setattr("qdefense.bench.cluster._SECONDS_TO_CONNECT", 30)
+        engine = DaskCluster(made.scheduler_address, told.append)
+        made.scale(0)
+        with distributed.Client(made, set_as_default=False) as client:
+            while client.nthreads():
+                time.sleep(0.05)
+        engine.submit(_Endless())  # type: ignore[arg-type]
+        with pytest.raises(EngineError, match="for 1 s the Dask scheduler had no worker"):
+            engine.completed()
+        engine.close()
+    assert "the Dask scheduler has no worker; waiting, 0 of 1 s" in told[0]
+
+
+def test_a_work_item_has_one_thread_of_every_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment of the worker says."""
+    seen: list[int] = []
+
+    def look(task: object, clock: object) -> Outcome:
+        import scipy.linalg  # noqa: F401, PLC0415 (as a defense does, at work)
+
+        seen.extend(pool["num_threads"] for pool in threadpoolctl.threadpool_info())
+        seen.append(torch.get_num_threads())
+        return Outcome(task_id="look", record=None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("qdefense.bench.measuring.measure", look)
+    before = torch.get_num_threads()
+    with threadpoolctl.threadpool_limits(2):
+        run_task(_Endless())  # type: ignore[arg-type]
+    torch.set_num_threads(before)
+    assert len(seen) > 1
+    assert set(seen) == {1}

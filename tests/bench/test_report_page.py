@@ -6,8 +6,10 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.facts import omissions
@@ -270,7 +272,45 @@ def test_markdown_takes_hostile_strings_for_text(tmp_path: Path) -> None:
 
 
 def test_escaped_leaves_no_markup() -> None:
-    assert escaped("a|b*c_d<e>\n") == "a\\|b\\*c\\_d\\<e\\>\\\\n"
+    assert escaped("a|b*c_d<e>\n") == "a&#124;b\\*c\\_d\\<e\\>\\\\n"
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "@someone",
+        "org/repo#123",
+        "#123",
+        "GH-123",
+        "https://evil.example/?a=1|2",
+        "HTTP://evil.example",
+        "www.evil.example",
+        "me@evil.example",
+        "mailto:me@evil.example",
+        "a\\|b",
+        "a\\\\|b",
+        "<img src=x onerror=alert(1)>",
+        "![x](y)",
+        "[x](javascript:alert(1))",
+        "<https://evil.example>",
+        "`<b>`",
+        "$x$",
+        "&lt;b&gt; &#64;someone",
+    ],
+)
+def test_a_hostile_name_is_one_cell_of_plain_text_of_which_github_makes_nothing(hostile: str) -> None:
+    """As CommonMark with tables reads it; GitHub then looks for mentions and addresses in each piece of text."""
+    table = f"| a | b |\n| --- | --- |\n| {escaped(hostile)} | c |\n"
+    (row,) = [token for token in _tokens(table) if token.type == "inline" and token.content not in ("a", "b", "c")]
+    assert {child.type for child in row.children} <= {"text", "text_special", "html_inline"}
+    texts = "".join(child.content if child.type != "html_inline" else "\0" for child in row.children)
+    assert texts.replace("\0", "") == hostile
+    assert {child.content for child in row.children if child.type == "html_inline"} <= {"<!-- -->"}
+    assert not re.search(r"[@#]\w|://|www\.|GH-\d|mailto:", texts, re.IGNORECASE)
+
+
+def _tokens(text: str) -> list[Any]:
+    return MarkdownIt("commonmark").enable("table").parse(text)
 
 
 def test_json_reads_back(whole: tuple[BenchReport, Cohort]) -> None:
