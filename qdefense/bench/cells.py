@@ -39,6 +39,8 @@ class Cell:
     arithmetic: Arithmetic
     defense: DefenseSpec | None
     access: Access
+    grid: int = 0
+    """Number of the first grid that names it: work is done in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,11 @@ class NetworkPlan:
         return digest_of(network=self.network.model_dump(mode="json"))
 
     @property
+    def grid(self) -> int:
+        """Number of the first grid that names one of its cells."""
+        return min((cell.grid for _, cell in self.cells), default=0)
+
+    @property
     def cells(self) -> Iterator[tuple[FilePlan, Cell]]:
         """Every cell with its file."""
         return ((file, cell) for file in self.files.values() for cell in file.cells.values())
@@ -113,11 +120,11 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
         DataError: the images cannot be read.
     """
     networks: dict[str, NetworkPlan] = {}
-    for grid in matrix.grid:
+    for number, grid in enumerate(matrix.grid):
         for data, architecture, attack, seed in product(grid.data, grid.architectures, grid.attacks, grid.seeds):
             made = _network_plan(matrix, sources, data, architecture, attack, seed)
             known = networks.setdefault(made.recipe_sha256, made)
-            _add_files(matrix, sources, grid, known, f"{data}/{architecture}/{attack}/seed {seed}")
+            _add_files(matrix, sources, number, known, f"{data}/{architecture}/{attack}/seed {seed}")
     return tuple(networks.values())
 
 
@@ -191,7 +198,8 @@ def _with_target(attack: str, table: DataTable) -> str:
 _TARGET = frozenset({"target-class", "target_class"})
 
 
-def _add_files(matrix: Matrix, sources: Sources, grid: Grid, plan: NetworkPlan, title: str) -> None:
+def _add_files(matrix: Matrix, sources: Sources, number: int, plan: NetworkPlan, title: str) -> None:
+    grid = matrix.grid[number]
     defenses = [defense_spec(text) for text in grid.defenses]
     for text in grid.precisions:
         quantization = _precision(text)
@@ -200,7 +208,8 @@ def _add_files(matrix: Matrix, sources: Sources, grid: Grid, plan: NetworkPlan, 
             file = plan.files.setdefault(digest_of(**file.recipe("")), file)
             place = f"{title}/{text}" + ("" if calibration is None else f"/{calibration}")
             for arithmetic in grid.arithmetics if file.scheme in _EIGHT_BIT_PRODUCTS else ("as-run",):
-                _add_cells(file, f"{place}/{arithmetic}", arithmetic, defenses, grid.accesses)
+                for cell in _cells(f"{place}/{arithmetic}", arithmetic, defenses, grid.accesses):
+                    _add(file, dataclasses.replace(cell, grid=number))
 
 
 def _precision(text: str) -> Settings | None:
@@ -263,15 +272,15 @@ def _file_plan(
     return FilePlan(network=plan.network, quantization=quantization, calibration=calibration, calibration_data=data)
 
 
-def _add_cells(
-    file: FilePlan, title: str, arithmetic: Arithmetic, defenses: Sequence[DefenseSpec], accesses: Sequence[Access]
-) -> None:
-    _add(file, Cell(title=f"{title}/behaviour", arithmetic=arithmetic, defense=None, access="session"))
+def _cells(
+    title: str, arithmetic: Arithmetic, defenses: Sequence[DefenseSpec], accesses: Sequence[Access]
+) -> Iterator[Cell]:
+    yield Cell(title=f"{title}/behaviour", arithmetic=arithmetic, defense=None, access="session")
     for defense, access in product(defenses, accesses):
         # Without gradients a defense that needs none is the one with the session.
         if access != "no-gradients" or defense.needs_gradients:
             full = f"{title}/{defense.text}" + ("" if access == "session" else f"/{access}")
-            _add(file, Cell(title=full, arithmetic=arithmetic, defense=defense, access=access))
+            yield Cell(title=full, arithmetic=arithmetic, defense=defense, access=access)
 
 
 def _add(file: FilePlan, cell: Cell) -> None:

@@ -53,10 +53,13 @@ class Engine(Protocol):
 
 
 class TaskQueue:
-    """Work items, those near the end of a cell first: so results come in early, and few files wait for readers."""
+    """Work items: what files are and do first, then grid by grid its defenses, and last the networks that it lacks.
+
+    So an unfinished run has answered its first grids as far as it could, and few files wait for readers.
+    """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Task]] = []
+        self._heap: list[tuple[tuple[int, int, int], int, Task]] = []
         self._pushed = 0
 
     def __len__(self) -> int:
@@ -72,12 +75,13 @@ class TaskQueue:
         return heapq.heappop(self._heap)[2]
 
 
-def _urgency(task: Task) -> int:
+def _urgency(task: Task) -> tuple[int, int, int]:
     if isinstance(task, TrainTask):
-        return 3
+        return 1, task.grid, 1
     if isinstance(task, QuantizeTask):
-        return 0
-    return 1 if task.trial.cell.defense is None else 2
+        return 0, 0, 0
+    cell = task.trial.cell
+    return (0, 0, 1) if cell.defense is None else (1, cell.grid, 0)
 
 
 @dataclass

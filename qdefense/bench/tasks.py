@@ -69,6 +69,7 @@ class TrainTask:
     network: Network
     attack: str | None
     train: PinnedData
+    grid: int = 0
 
     @property
     def id(self) -> str:
@@ -287,4 +288,6 @@ def quantization_key(recipe_sha256: str, artifact_sha256: str | None) -> str:
 
 def train_task(plan: NetworkPlan) -> TrainTask:
     """The training of a planned network."""
-    return TrainTask(recipe_sha256=plan.recipe_sha256, network=plan.network, attack=plan.attack, train=plan.train)
+    return TrainTask(
+        recipe_sha256=plan.recipe_sha256, network=plan.network, attack=plan.attack, train=plan.train, grid=plan.grid
+    )

@@ -50,6 +50,14 @@ def test_cells_of_two_grids_merge_however_they_are_written(new_desk: NewDesk) ->
     assert len(titles(plan_of(new_desk(TINY + again)))) == CELLS
 
 
+def test_a_cell_is_of_the_first_grid_that_names_it(new_desk: NewDesk) -> None:
+    grid = TINY[TINY.index("[[grid]]") :]
+    plan = plan_of(new_desk(TINY + grid.replace('"badnets"', '"badnets", "blended"')))
+    assert [network.grid for network in plan] == [0, 0, 1]
+    assert {cell.grid for _, cell in plan[0].cells} == {0}
+    assert {cell.grid for _, cell in plan[2].cells} == {1}
+
+
 def test_only_calibrated_precisions_have_calibrations_and_only_8_bit_ones_arithmetics(new_desk: NewDesk) -> None:
     text = TINY.replace('"int8-dynamic"]', '"int8-static", "int4", "int8-dynamic"]').replace("neural-cleanse", "")
     text = text.replace("images = 16\n", "images = 16\n[calibrations.hot]\ntriggered = 0.125\n")

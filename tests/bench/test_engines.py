@@ -92,12 +92,15 @@ def test_closing_kills_the_children(pool: LocalPool, failing_task: TrainTask) ->
 @dataclass
 class _Task:
     name: str
-    urgency: int
+    urgency: tuple[int, int, int]
+
+
+_WORK = (("train", (1, 0, 1)), ("scan a", (1, 0, 0)), ("scan b", (1, 0, 0)), ("quantize", (0, 0, 0)))
 
 
 def test_work_near_the_end_of_a_cell_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdefense.bench.engines._urgency", lambda task: task.urgency)
     queue = TaskQueue()
-    for name, urgency in (("train", 3), ("scan a", 2), ("scan b", 2), ("quantize", 0)):
+    for name, urgency in _WORK:
         queue.push(_Task(name, urgency))  # type: ignore[arg-type]
     assert [queue.pop().name for _ in range(len(queue))] == ["quantize", "scan a", "scan b", "train"]  # type: ignore[union-attr]

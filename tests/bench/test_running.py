@@ -144,6 +144,20 @@ def as_adopted(made: Desk) -> dict[str, dict[str, Any]]:
     return found
 
 
+def test_grids_are_worked_off_in_their_order(resumed: Desk) -> None:
+    """A network that the first of two new grids lacks is trained and judged before the second one's cells."""
+    grid = TINY[TINY.index("[[grid]]") :].replace(', "int8-dynamic"', "")
+    first = grid.replace('"none", "badnets"', '"blended"')
+    resumed.matrix.write_text(TINY + first + grid.replace("neural-cleanse:budget=quick", "strip"))
+    engine = Inline()
+    resumed.run(engine)
+    asked = [
+        task.trial.cell.defense.name if isinstance(task, TrialTask) and task.trial.cell.defense else type(task).__name__
+        for task in engine.done
+    ]
+    assert asked == ["TrainTask", "TrialTask", "neural-cleanse", "strip", "strip"]
+
+
 def test_a_network_that_lies_there_is_taken_instead_of_training(new_desk: NewDesk, finished: Desk) -> None:
     """Whatever it is called; another file beside its truth is not taken."""
     made = new_desk(name="adopting")
