@@ -223,7 +223,7 @@ def test_the_finding_tells_what_was_done_and_measured(backdoored: Evidence, imag
         "tolerance": 0.04,
         "channels_per_step": 1,
         "epochs": 5,
-        "learning_rate": 0.01,
+        "learning_rate": 0.001,
         "momentum": 0.9,
         "weight_decay": 5e-4,
         "batch_size": 256,
