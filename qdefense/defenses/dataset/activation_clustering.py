@@ -46,6 +46,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 from threadpoolctl import threadpool_limits
 
+from qdefense.defenses.admission import near_chance
 from qdefense.defenses.clustering import (
     Clusters,
     Reclassified,
@@ -113,6 +114,7 @@ class ActivationClustering:
         if self.rule == "exclusionary-reclassification" and evidence.reference is None:
             return finding_of(self, evidence, Verdict.NOT_APPLICABLE, _NO_REFERENCE, threshold=self.threshold)
         try:
+            _check_reference(evidence)
             training = read_training_set(evidence, self.name)
             with threadpool_limits(1):  # the order of sums, and so the report, must not depend on the threads
                 scored = self._score_classes(training, evidence)
@@ -183,6 +185,23 @@ class ActivationClustering:
             case "exclusionary-reclassification":
                 own, other = (0, 0) if split.reclassified is None else split.reclassified[:2]
                 return other / (own + other) if other else 0.0
+
+
+def _check_reference(evidence: Evidence) -> None:
+    """A reference that guesses clears or accuses any cluster.
+
+    Raises:
+        NoFeaturesError: it answers no numbers, or hardly better than chance.
+    """
+    clean = evidence.clean
+    if evidence.reference is None or not clean.labelled:
+        return
+    logits = evidence.reference.logits_of(clean)
+    if not np.isfinite(logits).all():
+        raise NoFeaturesError(Verdict.NOT_MEASURED, "the reference answers with values that are not finite")
+    problem = near_chance(float(np.mean(logits.argmax(axis=1) == clean.labels)), logits.shape[1])
+    if problem is not None:
+        raise NoFeaturesError(Verdict.NOT_MEASURED, f"the reference guesses: {problem}")
 
 
 def _reclassified(evidence: Evidence, split: _Split) -> _Split:

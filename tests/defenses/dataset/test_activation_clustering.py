@@ -128,6 +128,14 @@ def test_exclusionary_reclassification_is_not_measured_when_the_network_answers_
     assert finding.reason == "the reference answers with values that are not finite"
 
 
+def test_a_reference_that_guesses_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = pixel_session()
+    monkeypatch.setattr(reference, "logits_of", lambda part: np.eye(CLASSES)[np.zeros(len(part), int)])
+    finding = ActivationClustering().scan(evidence(pixel_set(poison=15)[0], reference=reference))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason.startswith("the reference guesses: clean accuracy ")
+
+
 @pytest.mark.parametrize(
     ("spec", "value", "source"),
     [
