@@ -114,9 +114,7 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     )
 
 
-def _misled(
-    logits: Logits, images: ImageSet, trigger: SourceSpecific, targets: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def _misled(logits: Logits, images: ImageSet, trigger: SourceSpecific, targets: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Of each bystander, whether it answers with a target once it carries the trigger."""
     others = images.take(np.flatnonzero(trigger.bystanders(images.labels)))
     if not len(others):

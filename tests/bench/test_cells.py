@@ -236,3 +236,13 @@ def test_the_target_class_of_the_data_goes_to_the_host_of_an_attack(
 ) -> None:
     (_, made) = plan_of(new_desk(TINY.replace('"badnets"', f'"{attack}"')))
     assert made.network.attack_settings == made.network.attack_settings | told
+
+
+def test_poison_counts_are_swept_as_attacks_of_their_own(new_desk: NewDesk) -> None:
+    swept = '"badnets", "badnets:poison-count=5", "badnets:poison_count=50"'
+    plan = plan_of(new_desk(TINY.replace('"badnets"', swept)))
+    told = [
+        {key: value for key, value in made.network.attack_settings.items() if key.startswith("poison")} for made in plan
+    ]
+    assert told == [{}, {"poison_rate": 0.1}, {"poison_count": 5}, {"poison_count": 50}]
+    assert len({made.recipe_sha256 for made in plan}) == len(plan)

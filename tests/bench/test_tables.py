@@ -305,6 +305,12 @@ def test_behaviour_has_an_fpr_where_an_attack_is_source_specific() -> None:
     assert (every["cassock"].mean, every["cassock"].n) == (pytest.approx(0.2), 2)
 
 
+def test_a_sweep_of_poison_counts_has_a_row_for_each() -> None:
+    made = [network("badnets", **changes) for changes in ({"poison_rate": 0.1}, {"poison_count": 50})]
+    rows = behaviour_rows(cohort([behaviour(one) for one in made]))
+    assert [row.setting.attack for row in rows] == ["badnets (poison_count=50)", "badnets (poison_rate=0.1)"]
+
+
 def test_behaviour_that_failed_is_no_measurement() -> None:
     (row,) = behaviour_rows(cohort([behaviour(network(), accuracy=None, asr=None, failed=True)]))
     assert (row.measured, row.failed, row.clean_accuracy) == (0, 1, None)
