@@ -31,7 +31,7 @@ from qdefense.registry import Nested
 def _host(given: Any) -> DataAttack:
     name, inner = given if isinstance(given, Nested) else (given, {})
     if isinstance(name, str) or name is None:
-        host: DataAttack = ATTACKS.restore(name or BadNets.name, inner)
+        host: DataAttack = ATTACKS.restore(BadNets.name if name is None else name, inner)
     else:
         host = name
     if host.name == LabelSmoothing.name:
