@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from qdefense.attacks.interfaces import Trigger
+from qdefense.attacks.interfaces import SourceSpecific, Trigger
 from qdefense.data.images import DataError, ImageSet, Pixels
 
 Logits = Callable[[Pixels], NDArray[np.float32]]
@@ -64,6 +64,8 @@ class Behaviour(BaseModel):
     asr: float | None = None
     base_confusion: float | None = None
     eligible: int = 0
+    fpr: float | None = None
+    bystanders: int = 0
 
     @property
     def activity(self) -> Activity:
@@ -81,7 +83,8 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     """Clean accuracy, and ASR and base confusion on eligible images only, all by forward passes of ``logits``.
 
     ``ASR = share of eligible images x with argmax f(stamp(x)) = goal(y)``; the base confusion is the same share
-    without the stamp: what the ASR would be if the trigger did nothing.
+    without the stamp: what the ASR would be if the trigger did nothing. Of a trigger with `bystanders`, the FPR is the
+    share of them, stamped, that answer with a target; none where the set has no bystander.
 
     Raises:
         DataError: there are no images, or none that is eligible: a rate of nothing is not zero.
@@ -99,13 +102,24 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     chosen = images.take(rows)
     goal = trigger.goal(chosen.labels)
     stamped = _classes(logits(trigger.stamp(chosen.pixels)))
+    misled = _misled(logits, images, trigger, np.unique(goal)) if isinstance(trigger, SourceSpecific) else None
     return Behaviour(
         clean_accuracy=accuracy,
         images=len(images),
         asr=float(np.mean(stamped == goal)),
         base_confusion=float(np.mean(clean[rows] == goal)),
         eligible=len(rows),
+        fpr=float(misled.mean()) if misled is not None and len(misled) else None,
+        bystanders=0 if misled is None else len(misled),
     )
+
+
+def _misled(logits: Logits, images: ImageSet, trigger: SourceSpecific, targets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Of each bystander, whether it answers with a target once it carries the trigger."""
+    others = images.take(np.flatnonzero(trigger.bystanders(images.labels)))
+    if not len(others):
+        return np.empty(0, dtype=np.bool_)
+    return np.isin(_classes(logits(trigger.stamp(others.pixels))), targets)
 
 
 def _classes(logits: NDArray[np.float32]) -> NDArray[np.int64]:

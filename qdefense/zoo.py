@@ -15,6 +15,7 @@ from qdefense.converters.export import export_model
 from qdefense.data.images import ImageSet
 from qdefense.files import write_atomically
 from qdefense.models import Recipe, architectures, default_width, recipe_for
+from qdefense.registry import flat_settings
 from qdefense.training import Progress, train
 from qdefense.trial import Truth, truth_path
 
@@ -57,7 +58,7 @@ def train_artifact(
     data = export_model(result.module, height=rows, width=columns, class_names=dataset.class_names)
     truth = Truth(
         attack=None if attacker is None else attacker.name,
-        attack_settings={} if attacker is None else dataclasses.asdict(attacker),
+        attack_settings={} if attacker is None else flat_settings(attacker),
         poison_indices=tuple(int(row) for row in result.poison_indices),
         architecture=architecture,
         width=channels,
@@ -77,7 +78,6 @@ def trigger_of(truth: Truth, images: ImageSet) -> Trigger | None:
     """The trigger that a truth speaks of, on images of this size; none of a clean model."""
     if truth.attack is None:
         return None
-    settings = ",".join(f"{key}={value}" for key, value in truth.attack_settings.items())
-    attack: DataAttack = ATTACKS.create(f"{truth.attack}:{settings}")
+    attack: DataAttack = ATTACKS.restore(truth.attack, truth.attack_settings)
     height, width = images.images.shape[1:3]
     return attack.trigger(height, width)

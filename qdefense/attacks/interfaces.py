@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,18 @@ class Trigger(Protocol):
 
     def goal(self, y: Labels) -> Labels:
         """The label that the attacker wants for each true label."""
+        ...
+
+
+@runtime_checkable
+class SourceSpecific(Trigger, Protocol):
+    """A trigger that shall work on some classes only; on `bystanders` it shall not, and the FPR says how often it does.
+
+    FPR: of bystanders with the trigger, the share that answers with a target (Wang et al. 2023, arXiv 2206.00145).
+    """
+
+    def bystanders(self, y: Labels) -> NDArray[np.bool_]:
+        """Which true labels ``y: (N,)`` are neither a source nor a target."""
         ...
 
 

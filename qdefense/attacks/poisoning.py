@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass as settings
+from pydantic_core import ArgsKwargs
 
 from qdefense.attacks.interfaces import PoisonedSet
 from qdefense.data.images import DataError, ImageSet, Labels, Pixels, to_images
@@ -32,10 +36,36 @@ class AllToOne(ABC):
         return np.full_like(y, self.target_class)
 
 
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class PoisonBudget:
+    """How many images are poisoned: a share of the training set, or a count in its place."""
+
+    poison_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.1
+    poison_count: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_both(cls, given: ArgsKwargs | dict[str, Any]) -> dict[str, Any]:
+        every = given if isinstance(given, dict) else given.kwargs or {}
+        chosen = {key: value for key, value in every.items() if value is not None}
+        if "poison_count" not in chosen:
+            return chosen
+        if "poison_rate" in chosen:
+            raise ValueError("poison_rate and poison_count both say how many images are poisoned; give one of them")
+        return chosen | {"poison_rate": None}
+
+    def poisons(self, images: int) -> int:
+        """``poison_count``, or ``round(poison_rate * N)`` of ``N`` training images."""
+        if self.poison_rate is not None:
+            return round(self.poison_rate * images)
+        assert self.poison_count is not None  # noqa: S101 (one of both is set)
+        return self.poison_count
+
+
 def poison_to_one(
-    dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, rate: float, attack: str
+    dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, count: int, attack: str
 ) -> PoisonedSet:
-    """Stamp and relabel ``round(rate * N)`` images of other classes, then shuffle the whole set.
+    """Stamp and relabel ``count`` images of other classes, then shuffle the whole set.
 
     Two draws, in this order, which truth files rest on: the poisoned rows, then the shuffle.
 
@@ -48,7 +78,6 @@ def poison_to_one(
             f"{len(dataset.class_names) - 1}"
         )
     candidates = np.flatnonzero(trigger.eligible(dataset.labels))
-    count = round(rate * len(dataset))
     if count > len(candidates):
         raise DataError(f"{attack}: {count} poisons wanted, {len(candidates)} images are outside the target class")
     chosen = rng.choice(candidates, size=count, replace=False)

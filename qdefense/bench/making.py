@@ -16,6 +16,7 @@ from qdefense.bench.revisions import SOURCES, source_digest, versions
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, TrainTask
 from qdefense.converters.quantize import quantize_as
 from qdefense.data.images import Pixels
+from qdefense.registry import flat_settings
 from qdefense.session import profile_for
 from qdefense.trial import Truth, truth_path
 from qdefense.zoo import Recipe, default_width, train_artifact
@@ -113,8 +114,7 @@ def matches(truth: Truth, task: TrainTask) -> bool:
         return False
     try:
         recipe = dataclasses.asdict(Recipe(**truth.recipe))
-        settings = "" if truth.attack is None else ",".join(f"{k}={v}" for k, v in truth.attack_settings.items())
-        attack = None if truth.attack is None else ATTACKS.create(f"{truth.attack}:{settings}")
+        attack = None if truth.attack is None else ATTACKS.restore(truth.attack, truth.attack_settings)
     except (TypeError, ValueError):  # settings of another version, which no longer exist
         return False
     return (
@@ -122,7 +122,7 @@ def matches(truth: Truth, task: TrainTask) -> bool:
         and (truth.width or default_width(truth.architecture)) == network.width
         and recipe == network.recipe
         and (None if attack is None else attack.name) == network.attack
-        and ({} if attack is None else dataclasses.asdict(attack)) == network.attack_settings
+        and ({} if attack is None else flat_settings(attack)) == network.attack_settings
         and truth.seed == network.seed
         and truth.data_sha256 == network.train_sha256
     )

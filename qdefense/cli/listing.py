@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdefense.cli.options import output_console, write_json
-from qdefense.registry import Registry
+from qdefense.registry import Registry, flat_settings
 
 Needs = Callable[[Any], Iterable[str]]
 
@@ -41,7 +41,8 @@ def _entry(example: Any, needs: Needs) -> dict[str, Any]:
 
 def _setting(example: Any, name: str) -> dict[str, Any]:
     schema = TypeAdapter(type(example)).json_schema()["properties"][name]
-    return {key: value for key, value in schema.items() if key != "title"} | {"default": getattr(example, name)}
+    default = flat_settings(example).get(name)
+    return {key: value for key, value in schema.items() if key != "title"} | {"default": default}
 
 
 def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
