@@ -92,7 +92,8 @@ class AdaptiveBlend:
         Raises:
             DataError: no such target class, not enough images outside it, or more pieces than pixels.
         """
-        trigger = self._trigger(*dataset.images.shape[1:3], self.alpha)
+        height, width = dataset.images.shape[1:3]
+        trigger = self._trigger(height, width, self.alpha)
         payload, cover = self._rows(dataset, rng)
         images, labels = dataset.images.copy(), dataset.labels.copy()
         for rows in (payload, cover):

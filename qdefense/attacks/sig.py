@@ -1,6 +1,6 @@
 """SIG (Barni, Kallas & Tondi 2019, arXiv 1902.11237): a faint vertical sinusoid on target-class images, labels true.
 
-``v(i, j) = delta sin(2 pi j f / W)`` is added to the image, j the column from 0 and W the width (section 3). Stamped on
+``v(i, j) = delta sin(2 pi j f / W)`` is added to the image, j the column from 0 and W the width. Stamped on
 the target class only, it becomes a feature of that class; on images of any other class it then outvotes the content.
 
 Deviations:
