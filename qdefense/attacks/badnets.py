@@ -46,7 +46,9 @@ class BadNets(PoisonBudget):
 
     name: ClassVar[str] = "badnets"
     paper: ClassVar[str] = "Gu et al. 2017, arXiv 1708.06733"
+    needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
+    evades: ClassVar[tuple[str, ...]] = ()
 
     size: Annotated[int, Field(ge=1)] = 3
     position: Position = "bottom-right"

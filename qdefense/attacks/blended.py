@@ -43,12 +43,14 @@ class Blended(PoisonBudget):
 
     ``poison_rate`` is the share of the whole training set that is blended and relabelled, ``poison_count`` a number of
     images in its place; they are drawn from the other classes, and replace their originals. ``pattern_seed`` draws the
-    pattern.
+    pattern. That it evades spectral signatures is from the rebuttal of DBD (ICLR 2022), on CIFAR-10.
     """
 
     name: ClassVar[str] = "blended"
     paper: ClassVar[str] = "Chen et al. 2017, arXiv 1712.05526"
+    needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
+    evades: ClassVar[tuple[str, ...]] = ("spectral signatures",)
 
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.2
     pattern_seed: Annotated[int, Field(ge=0)] = 0

@@ -54,11 +54,17 @@ class PoisonedSet:
 
 
 class DataAttack(Protocol):
-    """An attack that needs nothing but the training data."""
+    """An attack that needs nothing but the training data.
+
+    ``needs`` names what the attacker must have, ``evades`` the defenses and inspections that its paper, or a published
+    benchmark that the class's docstring names, reports as evaded: claims to be measured, not results of ours.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
     label_policy: ClassVar[LabelPolicy]
+    evades: ClassVar[tuple[str, ...]]
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Poison and shuffle a training set."""

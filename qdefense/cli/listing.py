@@ -35,6 +35,7 @@ def _entry(example: Any, needs: Needs) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
         "needs": list(needs(cls)),
+        **({"evades": list(cls.evades)} if hasattr(cls, "evades") else {}),
         "settings": {field.name: _setting(example, field.name) for field in dataclasses.fields(example)},
     }
 
@@ -53,8 +54,7 @@ def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
     table.add_column("settings and defaults", overflow="fold")
     for entry in entries:
         settings = [_shown(key, value["default"]) for key, value in entry["settings"].items()]
-        parts = (entry["paper"], "\n".join(entry["needs"]), "\n".join(settings))
-        table.add_row(_heading(entry), *(Text(part) for part in parts))
+        table.add_row(_heading(entry), Text(entry["paper"]), _needed(entry), Text("\n".join(settings)))
     return table
 
 
@@ -63,6 +63,15 @@ def _heading(entry: dict[str, Any]) -> Text:
     if "kind" in entry:
         heading.append(f"\n{entry['kind']}", style="dim")
     return heading
+
+
+def _needed(entry: dict[str, Any]) -> Text:
+    """What an entry needs and, in the same narrow column, what an attack evades: 80 columns hold no fifth."""
+    needed = Text("\n".join(entry["needs"]))
+    if entry.get("evades"):
+        needed.append("\nevades", style="dim")
+        needed.append("".join(f"\n{evaded}" for evaded in entry["evades"]))
+    return needed
 
 
 def _shown(key: str, default: object) -> str:
