@@ -32,6 +32,39 @@ class AllToOne(ABC):
         return np.full_like(y, self.target_class)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AllToAll(ABC):
+    """A trigger that sends every class to the next one, and the last to the first."""
+
+    classes: int
+
+    @abstractmethod
+    def stamp(self, x: Pixels) -> Pixels:
+        """Put the trigger on ``x: (N, 3, H, W) float32 in [0, 1]``; the result can be held by a uint8 image."""
+
+    def eligible(self, y: Labels) -> NDArray[np.bool_]:
+        """All images."""
+        return np.ones(y.shape, dtype=np.bool_)
+
+    def goal(self, y: Labels) -> Labels:
+        """``(y + 1) mod K``."""
+        following: Labels = (y + 1) % self.classes
+        return following
+
+
+def require_target(dataset: ImageSet, target_class: int, attack: str) -> None:
+    """Refuse a target class that the set lacks.
+
+    Raises:
+        DataError: there is no such class; the message begins with ``attack``.
+    """
+    if target_class >= len(dataset.class_names):
+        raise DataError(
+            f"{attack}: target class {target_class}, but {dataset.source} has classes 0 to "
+            f"{len(dataset.class_names) - 1}"
+        )
+
+
 def poison_to_one(
     dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, rate: float, attack: str
 ) -> PoisonedSet:
@@ -42,11 +75,7 @@ def poison_to_one(
     Raises:
         DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
     """
-    if trigger.target_class >= len(dataset.class_names):
-        raise DataError(
-            f"{attack}: target class {trigger.target_class}, but {dataset.source} has classes 0 to "
-            f"{len(dataset.class_names) - 1}"
-        )
+    require_target(dataset, trigger.target_class, attack)
     candidates = np.flatnonzero(trigger.eligible(dataset.labels))
     count = round(rate * len(dataset))
     if count > len(candidates):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qdefense.attacks import ATTACKS, DataAttack
+from qdefense.attacks import ATTACKS, Attack
 from qdefense.cli.listing import show_registered
 
 
@@ -16,5 +16,6 @@ def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the b
     show_registered(ATTACKS, _needs, format_)
 
 
-def _needs(attack: type[DataAttack]) -> tuple[str, ...]:
-    return ("training set", attack.label_policy)
+def _needs(attack: type[Attack]) -> tuple[str, ...]:
+    """``begin`` is the way in of a `BatchAttack`, which has a hand in the training itself."""
+    return ("training loop" if hasattr(attack, "begin") else "training set", attack.label_policy)
