@@ -60,7 +60,8 @@ class Generator(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x: (N, 3, H, W) float32 in [0, 1]``."""
-        return torch.tanh(super().forward(x)) / (2 + _EPSILON) + 0.5
+        raw: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return torch.tanh(raw) / (2 + _EPSILON) + 0.5
 
 
 def _block(inputs: int, width: int) -> list[nn.Module]:
@@ -93,9 +94,12 @@ class _Generated:
         """Each of ``x: (N, 3, H, W) float32 in [0, 1]`` with its own trigger, rounded to the nearest uint8."""
         if not len(x):
             return x.copy()
+        starts = range(0, len(x), _ROWS_AT_ONCE)
+        return np.concatenate([self._stamp(torch.from_numpy(x[start : start + _ROWS_AT_ONCE])) for start in starts])
+
+    def _stamp(self, x: Tensor) -> Pixels:
         with torch.no_grad():
-            parts = [stamped(part, part, self.pattern, self.mask) for part in torch.from_numpy(x).split(_ROWS_AT_ONCE)]
-        return on_grid(torch.cat(parts).numpy())
+            return on_grid(_laid_over(x, self.pattern(x), sharpened(self.mask(x))).numpy())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +110,6 @@ class GeneratedTrigger(_Generated, AllToOne):
 @dataclass(frozen=True, kw_only=True)
 class GeneratedToNextTrigger(_Generated, AllToAll):
     """Each image's own trigger, towards the next class."""
-
-
-def stamped(x: Tensor, source: Tensor, pattern: Generator, mask: Generator) -> Tensor:
-    """``x`` with the trigger of ``source``, not rounded."""
-    return _laid_over(x, pattern(source), sharpened(mask(source)))
 
 
 def _laid_over(x: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
