@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from qdefense.attacks.interfaces import SourceSpecific, Trigger
+from qdefense.attacks.interfaces import SourceSpecific, Trigger, TriggerState
+from qdefense.attacks.states import unpack_state
 from qdefense.data.images import DataError, ImageSet, Pixels
 
 Logits = Callable[[Pixels], NDArray[np.float32]]
@@ -47,11 +49,45 @@ class Truth(BaseModel):
     data_sha256: str
     artifact_sha256: str
     versions: dict[str, str]
+    trigger_sha256: str | None = Field(
+        default=None, description="of the file beside this one with what the settings do not tell of the trigger"
+    )
 
 
 def truth_path(model: Path) -> Path:
     """``model.onnx`` has its truth in ``model.truth.json``."""
     return model.with_suffix(".truth.json")
+
+
+def state_path(model: Path) -> Path:
+    """``model.onnx`` has the state of its trigger, where that has one, in ``model.truth.npz``."""
+    return model.with_suffix(".truth.npz")
+
+
+def read_state_bytes(path: Path, truth: Truth) -> bytes | None:
+    """The packed state that a truth names, read from ``path``; ``None`` where it names none.
+
+    Raises:
+        DataError: the file is not there, or is another.
+    """
+    if truth.trigger_sha256 is None:
+        return None
+    if not path.is_file():
+        raise DataError(f"{path}: not there, and without it nobody knows the trigger; train the network again")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != truth.trigger_sha256:
+        raise DataError(f"{path}: not the trigger state that the truth names; train the network again")
+    return data
+
+
+def read_state(model: Path, truth: Truth) -> TriggerState | None:
+    """The state of the trigger of a model's truth; ``None`` where the settings tell the trigger.
+
+    Raises:
+        DataError: it is not there, or is another's.
+    """
+    data = read_state_bytes(state_path(model), truth)
+    return None if data is None else unpack_state(data)
 
 
 class Behaviour(BaseModel):

@@ -62,6 +62,26 @@ class PoisonBudget:
         return self.poison_count
 
 
+@dataclass(frozen=True, kw_only=True)
+class AllToAll(ABC):
+    """A trigger that sends every class to the next one, and the last to the first."""
+
+    classes: int
+
+    @abstractmethod
+    def stamp(self, x: Pixels) -> Pixels:
+        """Put the trigger on ``x: (N, 3, H, W) float32 in [0, 1]``; the result can be held by a uint8 image."""
+
+    def eligible(self, y: Labels) -> NDArray[np.bool_]:
+        """All images."""
+        return np.ones(y.shape, dtype=np.bool_)
+
+    def goal(self, y: Labels) -> Labels:
+        """``(y + 1) mod K``."""
+        following: Labels = (y + 1) % self.classes
+        return following
+
+
 def poison_to_one(
     dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, count: int, attack: str
 ) -> PoisonedSet:

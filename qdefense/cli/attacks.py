@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qdefense.attacks import ATTACKS, DataAttack
+from qdefense.attacks import ATTACKS, Attack
 from qdefense.cli.listing import show_registered
 
 
@@ -16,5 +16,5 @@ def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the b
     show_registered(ATTACKS, _needs, format_)
 
 
-def _needs(attack: type[DataAttack]) -> tuple[str, ...]:
+def _needs(attack: type[Attack]) -> tuple[str, ...]:
     return (*attack.needs, attack.label_policy)
