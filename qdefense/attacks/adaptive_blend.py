@@ -67,7 +67,7 @@ class AdaptiveBlend:
     paper: ClassVar[str] = "Qi et al. 2023, ICLR (openreview _wSHsgrVali)"
     needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
-    evades: ClassVar[tuple[str, ...]] = ("spectral signatures", "activation clustering", "SCAn", "SPECTRE")
+    evades: ClassVar[tuple[str, ...]] = ("Spectral Signatures", "Activation Clustering", "SCAn", "SPECTRE")
 
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.15
     inference_alpha: Annotated[float, Field(gt=0, le=1)] = 0.2

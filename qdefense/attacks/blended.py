@@ -50,7 +50,7 @@ class Blended(PoisonBudget):
     paper: ClassVar[str] = "Chen et al. 2017, arXiv 1712.05526"
     needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
-    evades: ClassVar[tuple[str, ...]] = ("spectral signatures",)
+    evades: ClassVar[tuple[str, ...]] = ("Spectral Signatures",)
 
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.2
     pattern_seed: Annotated[int, Field(ge=0)] = 0

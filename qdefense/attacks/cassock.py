@@ -99,7 +99,7 @@ class Cassock(PoisonBudget):
     paper: ClassVar[str] = "Wang et al. 2023, arXiv 2206.00145"
     needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
-    evades: ClassVar[tuple[str, ...]] = ("scan", "neural cleanse", "februus")
+    evades: ClassVar[tuple[str, ...]] = ("SCAn", "Neural Cleanse", "Februus")
 
     variant: Variant = "trans"
     size: Annotated[int, Field(ge=1)] = 5

@@ -70,7 +70,7 @@ class HiddenTrigger:
     paper: ClassVar[str] = "Saha et al. 2020, AAAI, arXiv 1910.00033"
     needs: ClassVar[tuple[str, ...]] = ("training set", "surrogate", "victim that fine-tunes it")
     label_policy: ClassVar[LabelPolicy] = "clean-label"
-    evades: ClassVar[tuple[str, ...]] = ("label inspection", "visual inspection", "spectral signatures")
+    evades: ClassVar[tuple[str, ...]] = ("label inspection", "visual inspection", "Spectral Signatures")
 
     eps: Annotated[int, Field(ge=0, le=255)] = 16
     step_size: Annotated[float, Field(gt=0, le=255)] = 2.55

@@ -129,7 +129,7 @@ class InputAware:
     paper: ClassVar[str] = "Nguyen & Tran 2020, arXiv 2010.08138"
     needs: ClassVar[tuple[str, ...]] = ("training loop",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
-    evades: ClassVar[tuple[str, ...]] = ("neural cleanse", "strip", "fine-pruning")
+    evades: ClassVar[tuple[str, ...]] = ("Neural Cleanse", "STRIP", "Fine-Pruning")
 
     mode: Literal["all-to-one", "all-to-all"] = "all-to-one"
     target_class: Annotated[int, Field(ge=0)] = 0

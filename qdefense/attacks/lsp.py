@@ -52,7 +52,7 @@ class LabelSmoothing:
     paper: ClassVar[str] = "Li et al. 2024, arXiv 2404.12852"
     needs: ClassVar[tuple[str, ...]] = ("training set", "soft labels")
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
-    evades: ClassVar[tuple[str, ...]] = ("neural cleanse", "abs", "exray")
+    evades: ClassVar[tuple[str, ...]] = ("Neural Cleanse", "ABS", "ExRay")
 
     host: Annotated[DataAttack, PlainValidator(_host), WithJsonSchema({"type": "string"})] = BadNets()
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.4

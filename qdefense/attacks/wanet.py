@@ -72,7 +72,7 @@ class WaNet:
     paper: ClassVar[str] = "Nguyen & Tran 2021, arXiv 2102.10369"
     needs: ClassVar[tuple[str, ...]] = ("training loop",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
-    evades: ClassVar[tuple[str, ...]] = ("neural cleanse", "strip", "fine-pruning")
+    evades: ClassVar[tuple[str, ...]] = ("Neural Cleanse", "STRIP", "Fine-Pruning")
 
     grid_size: Annotated[int, Field(ge=2)] = 4
     strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
