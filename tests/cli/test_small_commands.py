@@ -85,7 +85,7 @@ def test_attacks_gives_types_bounds_and_choices_as_json(capfd: Capture) -> None:
     assert badnets["settings"]["size"] == {"default": 3, "minimum": 1, "type": "integer"}
     assert badnets["settings"]["pattern"]["enum"] == ["white", "checkerboard"]
     assert found["blended"]["settings"]["alpha"]["exclusiveMinimum"] == 0
-    assert (badnets["evades"], found["blended"]["evades"]) == ([], ["spectral signatures"])
+    assert (badnets["evades"], found["blended"]["evades"]) == ([], ["Spectral Signatures"])
 
 
 def test_attacks_shows_what_each_is_known_to_evade(capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
