@@ -169,10 +169,10 @@ class Store:
         Raises:
             StoreError: the truth or the state that it names is not there, or is damaged.
         """
-        path = truth_path(self._small(sha256))
-        if not path.is_file():  # no truth, and so no trigger to be read: what needs one says so
+        truth, state = truth_path(self._small(sha256)), state_path(self._small(sha256))
+        if not truth.is_file():  # no truth, and so no trigger to be read: what needs one says so
             return None
-        return _trigger(path, state_path(self._small(sha256)), path.stat().st_mtime_ns)
+        return _trigger(truth, state, truth.stat().st_mtime_ns, state.stat().st_mtime_ns if state.is_file() else None)
 
     def truths(self) -> Iterator[tuple[Path, Truth]]:
         """Every readable truth with its network, by name."""
@@ -204,7 +204,7 @@ class Store:
 
 
 @lru_cache(maxsize=32)
-def _trigger(truth: Path, state: Path, _changed: int) -> bytes | None:
+def _trigger(truth: Path, state: Path, _changed: int, _state_changed: int | None) -> bytes | None:
     try:
         return read_state_bytes(state, Truth.model_validate_json(truth.read_bytes()))
     except (DataError, ValidationError) as error:
