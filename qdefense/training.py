@@ -83,7 +83,7 @@ def poisoned_set(dataset: ImageSet, attack: DataAttack | BatchAttack | None, see
     Raises:
         DataError: the attack does not fit the data.
     """
-    if not isinstance(attack, DataAttack):
+    if attack is None or isinstance(attack, BatchAttack):
         return PoisonedSet(images=dataset, poison_indices=np.empty(0, dtype=np.int64))
     return attack.poison(dataset, np.random.default_rng([seed, _POISON_STREAM]))
 

@@ -189,7 +189,9 @@ class _Smoothing:
 
     name: ClassVar[str] = "smoothing"
     paper: ClassVar[str] = "none"
+    needs: ClassVar[tuple[str, ...]] = ()
     label_policy: ClassVar[LabelPolicy] = "clean-label"
+    evades: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, soft: NDArray[np.float32]) -> None:
         self.soft = soft
@@ -290,7 +292,9 @@ class _OnBatches:
 
     name: ClassVar[str] = "on batches"
     paper: ClassVar[str] = "none"
+    needs: ClassVar[tuple[str, ...]] = ()
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
+    evades: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y)) -> None:
         self.change, self.calls, self.draws = change, list[str](), list[float]()

@@ -193,7 +193,7 @@ def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
 
 
 def test_settings_are_refused_when_pieces_form_no_square() -> None:
-    with pytest.raises(SpecError, match=r"pieces: Value error, pieces form a square grid; give 4, 9, 16 or another sq"):
+    with pytest.raises(SpecError, match=r"pieces: pieces form a square grid; give 4, 9, 16 or another sq"):
         ATTACKS.create("adaptive-blend:pieces=15")
 
 

@@ -127,7 +127,7 @@ def test_settings_are_frozen() -> None:
         ("smoothing=nan", "smoothing: Input should be "),
         ("size=4", "there is no setting 'size'; known: host, host.KEY, smoothing"),
         ("host=lsp", "host: lsp cannot be its own host; smooth once, by more"),
-        ("host=", "host: there is no attack ''; known: badnets, "),
+        ("host=", "host: there is no attack ''; known: adaptive-blend, "),
         ("host=badnet", "host: there is no attack 'badnet'; did you mean 'badnets'?"),
         ("host.size=0", "host: attack 'badnets:size=0': size: Input should be greater than or equal to 1"),
         ("host=blended,host.size=4", "host: attack 'blended:size=4': there is no setting 'size'; known: poison_rate, "),
