@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from typing import Any, Generic, TypeVar
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +17,13 @@ T = TypeVar("T")
 
 class SpecError(ValueError):
     """A ``NAME:key=value,...`` text that names nothing known or sets something wrong."""
+
+
+class Nested(NamedTuple):
+    """What ``host=NAME,host.key=value`` says of the setting ``host``; no name where only dotted keys are given."""
+
+    name: str | None
+    settings: dict[str, Any]
 
 
 class Registry(Generic[T]):
@@ -45,24 +54,69 @@ class Registry(Generic[T]):
     def create(self, spec: str) -> T:
         """An instance from ``NAME`` or ``NAME:key=value,key=value``; values are validated by the class's own types.
 
+        A setting that is itself a registered class takes ``key=NAME``, and its settings as ``key.setting=value``.
+
         Raises:
             SpecError: unknown name or key, or a value out of range.
         """
         name, _, tail = spec.partition(":")
+        cls = self._class(name)
+        return self._make(cls, _parse_settings(spec, tail), spec)
+
+    def restore(self, name: str, settings: Mapping[str, Any]) -> T:
+        """The instance of which `flat_settings` gave these settings.
+
+        Raises:
+            SpecError: unknown name or key, or a value out of range.
+        """
+        spec = f"{name}:{','.join(f'{key}={value}' for key, value in settings.items())}"
+        return self._make(self._class(name), settings, spec)
+
+    def _class(self, name: str) -> type[T]:
         if name not in self.names():
             close = difflib.get_close_matches(name, self._classes, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self.names())}"
             raise SpecError(f"there is no {self.kind} {name!r}; {hint}")
-        settings = _parse_settings(spec, tail)
+        return self._classes[name]
+
+    def _make(self, cls: type[T], settings: Mapping[str, Any], spec: str) -> T:
         try:
-            return TypeAdapter(self._classes[name]).validate_python(settings)
+            return TypeAdapter(cls).validate_python(_nest(settings))
         except ValidationError as error:
-            raise SpecError(f"{self.kind} {spec!r}: {_first_problem(error, self._classes[name])}") from error
+            raise SpecError(f"{self.kind} {spec!r}: {_first_problem(error, cls)}") from error
 
     def _discover(self) -> None:
         package = importlib.import_module(self._package)
         for module in pkgutil.walk_packages(package.__path__, prefix=f"{self._package}."):
             importlib.import_module(module.name)
+
+
+def flat_settings(entry: Any) -> dict[str, Any]:
+    """Every setting with its value, defaults filled in; what is ``None`` is unset, and left out.
+
+    Those of a setting ``host`` that is a registered class itself follow its name as ``host.key``.
+    """
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(entry):
+        value = getattr(entry, field.name)
+        if dataclasses.is_dataclass(value):
+            settings[field.name] = value.name  # type: ignore[union-attr]
+            settings |= {f"{field.name}.{key}": inner for key, inner in flat_settings(value).items()}
+        elif value is not None:
+            settings[field.name] = value
+    return settings
+
+
+def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
+    outer: dict[str, Any] = {}
+    inner: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in settings.items():
+        owner, dot, rest = key.partition(".")
+        if dot:
+            inner[owner][rest] = value
+        else:
+            outer[key] = value
+    return outer | {owner: Nested(outer.get(owner), theirs) for owner, theirs in inner.items()}
 
 
 def _parse_settings(spec: str, tail: str) -> dict[str, str]:
@@ -82,6 +136,10 @@ def _first_problem(error: ValidationError, cls: type[Any]) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
-        known = ", ".join(field.name for field in dataclasses.fields(cls))
-        return f"there is no setting {where!r}; known: {known}"
-    return f"{where}: {problem['msg']}"
+        return f"there is no setting {where!r}; known: {', '.join(map(_shown, dataclasses.fields(cls)))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _shown(field: dataclasses.Field[Any]) -> str:
+    return f"{field.name}, {field.name}.KEY" if dataclasses.is_dataclass(field.default) else field.name

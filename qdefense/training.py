@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,20 +13,25 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qdefense.attacks.interfaces import DataAttack, PoisonedSet
+from qdefense.attacks.interfaces import BatchAttack, DataAttack, PoisonedSet, TriggerState
 from qdefense.data.images import DataError, ImageSet
 from qdefense.models import Recipe, build_model
 
 Progress = Callable[[int, int, float], None]
-_POISON_STREAM, _BATCH_STREAM = 1, 2
+OnBatch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_POISON_STREAM, _BATCH_STREAM, _ATTACK_STREAM = 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """A trained network in eval mode, and which rows of its training set were poisoned."""
+    """A trained network in eval mode, which rows of its training set were poisoned, and a learned trigger's state.
+
+    A `BatchAttack` poisons no row of the set.
+    """
 
     module: nn.Module
     poison_indices: NDArray[np.int64]
+    trigger_state: TriggerState | None = None
 
 
 def train(
@@ -33,7 +39,7 @@ def train(
     *,
     architecture: str,
     recipe: Recipe,
-    attack: DataAttack | None,
+    attack: DataAttack | BatchAttack | None,
     seed: int,
     width: int | None = None,
     threads: int = 2,
@@ -44,7 +50,7 @@ def train(
     ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
     Raises:
-        DataError: the set has no labels or is smaller than one batch, or training diverged.
+        DataError: the set has no labels, is smaller than one batch or does not fit the attack, or training diverged.
     """
     if not dataset.labelled:
         raise DataError(f"{dataset.source}: the images have no labels; put those of each class into a folder")
@@ -57,18 +63,27 @@ def train(
         module = build_model(architecture, classes=len(dataset.class_names), width=width)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.train()
-        _fit(module, poisoned, recipe, np.random.default_rng([seed, _BATCH_STREAM]), on_epoch)
+        batch_rng, attack_rng = (np.random.default_rng([seed, stream]) for stream in (_BATCH_STREAM, _ATTACK_STREAM))
+        poisoner, on_batch = None, None
+        if isinstance(attack, BatchAttack):
+            steps = len(dataset) // recipe.batch_size * recipe.epochs
+            poisoner = attack.begin(dataset, steps=steps, rng=attack_rng)
+            on_batch = partial(poisoner.on_batch, model=module, rng=attack_rng)
+        _fit(module, poisoned, recipe, batch_rng, on_batch, on_epoch)
+        learned = poisoned.trigger_state if poisoner is None else poisoner.end()
     module.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return TrainingResult(module=module, poison_indices=poisoned.poison_indices)
+    return TrainingResult(module=module, poison_indices=poisoned.poison_indices, trigger_state=learned)
 
 
-def poisoned_set(dataset: ImageSet, attack: DataAttack | None, seed: int) -> PoisonedSet:
-    """What `train` trains on with this seed: poisoned and shuffled, or as it is without an attack.
+def poisoned_set(dataset: ImageSet, attack: DataAttack | BatchAttack | None, seed: int) -> PoisonedSet:
+    """The set that `train` draws its batches from with this seed.
+
+    Poisoned and shuffled by a `DataAttack`; as it is without an attack, and under a `BatchAttack`.
 
     Raises:
         DataError: the attack does not fit the data.
     """
-    if attack is None:
+    if attack is None or isinstance(attack, BatchAttack):
         return PoisonedSet(images=dataset, poison_indices=np.empty(0, dtype=np.int64))
     return attack.poison(dataset, np.random.default_rng([seed, _POISON_STREAM]))
 
@@ -93,7 +108,12 @@ def _deterministic(seed: int, threads: int) -> Iterator[None]:
 
 
 def _fit(
-    module: nn.Module, data: PoisonedSet, recipe: Recipe, rng: np.random.Generator, on_epoch: Progress | None
+    module: nn.Module,
+    data: PoisonedSet,
+    recipe: Recipe,
+    rng: np.random.Generator,
+    on_batch: OnBatch | None,
+    on_epoch: Progress | None,
 ) -> None:
     images = torch.from_numpy(np.ascontiguousarray(data.images.images.transpose(0, 3, 1, 2)))
     targets = torch.from_numpy(data.images.labels if data.soft_labels is None else data.soft_labels)
@@ -105,8 +125,10 @@ def _fit(
     for epoch in range(recipe.epochs):
         total = 0.0
         for rows in _batches(len(images), recipe.batch_size, rng):
-            batch = _augment(images[rows], recipe, rng).to(memory_format=torch.channels_last)
-            loss = F.cross_entropy(module(batch), targets[rows])
+            batch, wanted = _augment(images[rows], recipe, rng), targets[rows]
+            if on_batch is not None:
+                batch, wanted = on_batch(batch, wanted)
+            loss = F.cross_entropy(module(batch.to(memory_format=torch.channels_last)), wanted)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from qdefense.attacks.interfaces import Trigger
+from qdefense.attacks.interfaces import SourceSpecific, Trigger, TriggerState
+from qdefense.attacks.states import unpack_state
 from qdefense.data.images import DataError, ImageSet, Pixels
 
 Logits = Callable[[Pixels], NDArray[np.float32]]
@@ -47,11 +49,45 @@ class Truth(BaseModel):
     data_sha256: str
     artifact_sha256: str
     versions: dict[str, str]
+    trigger_sha256: str | None = Field(
+        default=None, description="of the file beside this one with what the settings do not tell of the trigger"
+    )
 
 
 def truth_path(model: Path) -> Path:
     """``model.onnx`` has its truth in ``model.truth.json``."""
     return model.with_suffix(".truth.json")
+
+
+def state_path(model: Path) -> Path:
+    """``model.onnx`` has the state of its trigger, where that has one, in ``model.truth.npz``."""
+    return model.with_suffix(".truth.npz")
+
+
+def read_state_bytes(path: Path, truth: Truth) -> bytes | None:
+    """The packed state that a truth names, read from ``path``; ``None`` where it names none.
+
+    Raises:
+        DataError: the file is not there, or is another.
+    """
+    if truth.trigger_sha256 is None:
+        return None
+    if not path.is_file():
+        raise DataError(f"{path}: not there, and without it nobody knows the trigger; train the network again")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != truth.trigger_sha256:
+        raise DataError(f"{path}: not the trigger state that the truth names; train the network again")
+    return data
+
+
+def read_state(model: Path, truth: Truth) -> TriggerState | None:
+    """The state of the trigger of a model's truth; ``None`` where the settings tell the trigger.
+
+    Raises:
+        DataError: it is not there, or is another's.
+    """
+    data = read_state_bytes(state_path(model), truth)
+    return None if data is None else unpack_state(data)
 
 
 class Behaviour(BaseModel):
@@ -64,6 +100,8 @@ class Behaviour(BaseModel):
     asr: float | None = None
     base_confusion: float | None = None
     eligible: int = 0
+    fpr: float | None = None
+    bystanders: int = 0
 
     @property
     def activity(self) -> Activity:
@@ -81,7 +119,8 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     """Clean accuracy, and ASR and base confusion on eligible images only, all by forward passes of ``logits``.
 
     ``ASR = share of eligible images x with argmax f(stamp(x)) = goal(y)``; the base confusion is the same share
-    without the stamp: what the ASR would be if the trigger did nothing.
+    without the stamp: what the ASR would be if the trigger did nothing. Of a trigger with `bystanders`, the FPR is the
+    share of them, stamped, that answer with a target; none where the set has no bystander.
 
     Raises:
         DataError: there are no images, or none that is eligible: a rate of nothing is not zero.
@@ -99,13 +138,24 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     chosen = images.take(rows)
     goal = trigger.goal(chosen.labels)
     stamped = _classes(logits(trigger.stamp(chosen.pixels)))
+    misled = _misled(logits, images, trigger, np.unique(goal)) if isinstance(trigger, SourceSpecific) else None
     return Behaviour(
         clean_accuracy=accuracy,
         images=len(images),
         asr=float(np.mean(stamped == goal)),
         base_confusion=float(np.mean(clean[rows] == goal)),
         eligible=len(rows),
+        fpr=float(misled.mean()) if misled is not None and len(misled) else None,
+        bystanders=0 if misled is None else len(misled),
     )
+
+
+def _misled(logits: Logits, images: ImageSet, trigger: SourceSpecific, targets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Of each bystander, whether it answers with a target once it carries the trigger."""
+    others = images.take(np.flatnonzero(trigger.bystanders(images.labels)))
+    if not len(others):
+        return np.empty(0, dtype=np.bool_)
+    return np.isin(_classes(logits(trigger.stamp(others.pixels))), targets)
 
 
 def _classes(logits: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -10,13 +10,16 @@ import onnx
 import onnxruntime
 import torch
 
-from qdefense.attacks import ATTACKS, DataAttack, Trigger
+from qdefense.attacks import ATTACKS, Attack, Trigger, TriggerState
+from qdefense.attacks.interfaces import trigger_of as trigger_of_attack
+from qdefense.attacks.states import pack_state
 from qdefense.converters.export import export_model
 from qdefense.data.images import ImageSet
 from qdefense.files import write_atomically
 from qdefense.models import Recipe, architectures, default_width, recipe_for
+from qdefense.registry import flat_settings
 from qdefense.training import Progress, train
-from qdefense.trial import Truth, truth_path
+from qdefense.trial import Truth, state_path, truth_path
 
 __all__ = ["Recipe", "architectures", "default_width", "recipe_for", "train_artifact", "trigger_of"]
 
@@ -33,7 +36,9 @@ def train_artifact(
     width: int | None = None,
     on_epoch: Progress | None = None,
 ) -> Truth:
-    """Train on ``dataset`` and write ``target`` and its truth; neither file appears before both are complete.
+    """Train on ``dataset`` and write ``target``, its truth and the state of a learned trigger.
+
+    No file appears before all are complete, and the model last.
 
     ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
@@ -55,9 +60,10 @@ def train_artifact(
     )
     rows, columns = dataset.images.shape[1:3]
     data = export_model(result.module, height=rows, width=columns, class_names=dataset.class_names)
+    state = None if result.trigger_state is None else pack_state(result.trigger_state)
     truth = Truth(
         attack=None if attacker is None else attacker.name,
-        attack_settings={} if attacker is None else dataclasses.asdict(attacker),
+        attack_settings={} if attacker is None else flat_settings(attacker),
         poison_indices=tuple(int(row) for row in result.poison_indices),
         architecture=architecture,
         width=channels,
@@ -67,17 +73,23 @@ def train_artifact(
         data_sha256=dataset.digest,
         artifact_sha256=hashlib.sha256(data).hexdigest(),
         versions={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        trigger_sha256=None if state is None else hashlib.sha256(state).hexdigest(),
     )
+    if state is not None:
+        write_atomically(state_path(target), state)
     write_atomically(truth_path(target), truth.model_dump_json(indent=1).encode() + b"\n")
     write_atomically(target, data)
     return truth
 
 
-def trigger_of(truth: Truth, images: ImageSet) -> Trigger | None:
-    """The trigger that a truth speaks of, on images of this size; none of a clean model."""
+def trigger_of(truth: Truth, images: ImageSet, state: TriggerState | None = None) -> Trigger | None:
+    """The trigger that a truth speaks of, on images of this size; none of a clean model.
+
+    Raises:
+        DataError: the trigger was learned, and ``state``, which `qdefense.trial.read_state` gives, is missing.
+    """
     if truth.attack is None:
         return None
-    settings = ",".join(f"{key}={value}" for key, value in truth.attack_settings.items())
-    attack: DataAttack = ATTACKS.create(f"{truth.attack}:{settings}")
+    attack: Attack = ATTACKS.restore(truth.attack, truth.attack_settings)
     height, width = images.images.shape[1:3]
-    return attack.trigger(height, width)
+    return trigger_of_attack(attack, height, width, state)

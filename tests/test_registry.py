@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qdefense.attacks import ATTACKS
-from qdefense.registry import Registry, SpecError
+from qdefense.registry import Registry, SpecError, flat_settings
 
 PLUGIN = """
 from __future__ import annotations
@@ -105,4 +105,26 @@ def test_create_gives_frozen_settings(gadgets: Registry[Any]) -> None:
 def test_create_says_what_is_wrong_when_the_spec_is_bad(gadgets: Registry[Any], spec: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         gadgets.create(spec)
+    assert str(caught.value) == message
+
+
+def test_restore_gives_back_what_its_settings_were_taken_from(gadgets: Registry[Any]) -> None:
+    made = gadgets.create("lever:patch-size=5")
+    assert flat_settings(made) == {"patch_size": 5, "rate": 0.5}
+    assert gadgets.restore("lever", flat_settings(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("levr", {}, "there is no gadget 'levr'; did you mean 'lever'?"),
+        ("lever", {"speed": 1}, "gadget 'lever:speed=1': there is no setting 'speed'; known: patch_size, rate"),
+        ("lever", {"rate.high": 1}, "gadget 'lever:rate.high=1': rate: Input should be a valid number"),
+    ],
+)
+def test_restore_says_what_is_wrong_with_settings_of_another_version(
+    gadgets: Registry[Any], name: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        gadgets.restore(name, settings)
     assert str(caught.value) == message

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qdefense.attacks import PoisonedSet
+from qdefense.attacks import BatchAttack, DataAttack, PoisonedSet
 from qdefense.attacks.badnets import BadNets, PatchTrigger
 from qdefense.attacks.interfaces import LabelPolicy
 from qdefense.data.images import DataError, ImageSet, Pixels
-from qdefense.models import Recipe
+from qdefense.models import Recipe, build_model
 from qdefense.training import TrainingResult, _augment, _batches, _optimizer, train
 from qdefense.trial import Activity, measure_behaviour
 
@@ -23,7 +23,9 @@ MakeNoise = Callable[..., ImageSet]
 RECIPE = Recipe(epochs=2, batch_size=16)
 
 
-def _train(dataset: ImageSet, seed: int = 0, attack: BadNets | None = None, recipe: Recipe = RECIPE) -> TrainingResult:
+def _train(
+    dataset: ImageSet, seed: int = 0, attack: DataAttack | BatchAttack | None = None, recipe: Recipe = RECIPE
+) -> TrainingResult:
     return train(dataset, architecture="resnet8", recipe=recipe, attack=attack, seed=seed, threads=1)
 
 
@@ -187,7 +189,9 @@ class _Smoothing:
 
     name: ClassVar[str] = "smoothing"
     paper: ClassVar[str] = "none"
+    needs: ClassVar[tuple[str, ...]] = ()
     label_policy: ClassVar[LabelPolicy] = "clean-label"
+    evades: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, soft: NDArray[np.float32]) -> None:
         self.soft = soft
@@ -248,3 +252,98 @@ def test_augment_mirrors_half_of_the_images_when_flip_is_on(make_noise: MakeNois
     mirrored = (augmented == noise.pixels[..., ::-1]).all(axis=(1, 2, 3))
     assert (same ^ mirrored).all()
     assert 70 < mirrored.sum() < 130
+
+
+# --- attacks on batches -----------------------------------------------------------------------------------------------
+
+
+def _as_before_batch_attacks(dataset: ImageSet, attack: BadNets | None, seed: int) -> bytes:
+    """The loop as it was, step by step: committed networks and their digests rest on it."""
+    poisoned = dataset if attack is None else attack.poison(dataset, np.random.default_rng([seed, 1])).images
+    images, labels = _nchw(poisoned), torch.from_numpy(poisoned.labels)
+    with _threads(1), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = build_model("resnet8", classes=4)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.train()
+        optimizer = _optimizer(module, RECIPE)
+        steps = len(images) // RECIPE.batch_size * RECIPE.epochs
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE.peak_learning_rate, total_steps=steps)
+        rng = np.random.default_rng([seed, 2])
+        for _ in range(RECIPE.epochs):
+            for rows in _batches(len(images), RECIPE.batch_size, rng):
+                batch = _augment(images[rows], RECIPE, rng).to(memory_format=torch.channels_last)
+                loss = torch.nn.functional.cross_entropy(module(batch), labels[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+    return b"".join(value.numpy().tobytes() for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize("attack", [None, BadNets(poison_rate=0.3)])
+def test_train_gives_the_bits_that_committed_networks_rest_on(make_noise: MakeNoise, attack: BadNets | None) -> None:
+    before = _as_before_batch_attacks(make_noise(40), attack, seed=4)
+    assert _weights(_train(make_noise(40), seed=4, attack=attack)) == before
+
+
+class _OnBatches:
+    """Records its calls, and gives each batch back after ``change``."""
+
+    name: ClassVar[str] = "on batches"
+    paper: ClassVar[str] = "none"
+    needs: ClassVar[tuple[str, ...]] = ()
+    label_policy: ClassVar[LabelPolicy] = "dirty-label"
+    evades: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y)) -> None:
+        self.change, self.calls, self.draws = change, list[str](), list[float]()
+
+    def trigger(self, height: int, width: int) -> PatchTrigger:
+        raise NotImplementedError
+
+    def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> _OnBatches:
+        self.calls.append(f"begin {len(dataset)} images, {steps} steps")
+        return self
+
+    def on_batch(self, x: Tensor, y: Tensor, model: torch.nn.Module, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        assert (x.dtype, x.shape, y.dtype) == (torch.float32, (16, 3, 8, 8), torch.int64)
+        assert 0 <= x.min() <= x.max() <= 1
+        self.calls.append(f"batch, training {model.training}")
+        self.draws.append(rng.random())
+        return self.change(x, y)
+
+    def end(self) -> dict[str, NDArray[np.int64]]:
+        self.calls.append("end")
+        return {"batches": np.array(len(self.draws))}
+
+
+def test_train_shows_an_attack_every_batch_between_its_begin_and_end(make_noise: MakeNoise) -> None:
+    attack, again = _OnBatches(), _OnBatches()
+    first, second = (_train(make_noise(40), seed=4, attack=each) for each in (attack, again))
+    assert attack.calls == ["begin 40 images, 4 steps", *["batch, training True"] * 4, "end"]
+    assert attack.draws == again.draws
+    assert len(set(attack.draws)) == 4
+    assert first.trigger_state == {"batches": 4}
+    assert len(first.poison_indices) == 0
+    assert _weights(first) == _weights(second) == _weights(_train(make_noise(40), seed=4))
+
+
+def test_train_has_no_trigger_state_when_no_attack_leaves_one(make_noise: MakeNoise) -> None:
+    assert [_train(make_noise(16), attack=each).trigger_state for each in (None, BadNets())] == [None, None]
+
+
+def test_train_learns_what_an_attack_makes_of_the_batch(make_noise: MakeNoise) -> None:
+    soft = _OnBatches(lambda x, y: (x, torch.nn.functional.one_hot(y, 4).float()))
+    other = _OnBatches(lambda x, y: (1 - x, y))
+    clean, hard = _train(make_noise(40)), _train(make_noise(40), attack=_OnBatches())
+    assert _weights(clean) == _weights(hard) != _weights(_train(make_noise(40), attack=other))
+    x, same = torch.from_numpy(make_noise(8).pixels), _train(make_noise(40), attack=soft)
+    assert torch.allclose(clean.module(x), same.module(x), atol=1e-3)
+
+
+def test_train_propagates_the_loss_to_images_that_carry_gradients(make_noise: MakeNoise) -> None:
+    shade = torch.zeros(3, 8, 8, requires_grad=True)
+    _train(make_noise(16), attack=_OnBatches(lambda x, y: (x + shade, y)))
+    assert shade.grad is not None
+    assert shade.grad.abs().sum() > 0

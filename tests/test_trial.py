@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,39 @@ def test_measure_behaviour_counts_asr_and_confusion_on_eligible_images_only(make
     behaviour = measure_behaviour(model, images, TRIGGER)
     assert behaviour == Behaviour(clean_accuracy=6 / 8, images=8, asr=4 / 6, base_confusion=1 / 6, eligible=6)
     assert behaviour.activity is Activity.ATTENUATED
+
+
+@dataclass(frozen=True)
+class _FromClassOne:
+    """The patch of `TRIGGER`, meant for class 1 alone."""
+
+    target: int = 2
+
+    def stamp(self, x: Pixels) -> Pixels:
+        return TRIGGER.stamp(x)
+
+    def eligible(self, y: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return y == 1  # type: ignore[no-any-return]
+
+    def goal(self, y: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.full_like(y, self.target)
+
+    def bystanders(self, y: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return (y != 1) & (y != self.target)  # type: ignore[no-any-return]
+
+
+def test_measure_behaviour_counts_fpr_on_classes_that_are_neither_source_nor_target(make_noise: MakeNoise) -> None:
+    images = make_noise(8)  # labels 0 1 2 3 0 1 2 3: sources are rows 1 and 5, bystanders 0, 3, 4 and 7
+    model = _answers(images, clean=[0, 2, 2, 3, 0, 1, 2, 3], stamped=[2, 2, 2, 1, 0, 1, 2, 3])
+    assert measure_behaviour(model, images, _FromClassOne()) == Behaviour(
+        clean_accuracy=7 / 8, images=8, asr=1 / 2, base_confusion=1 / 2, eligible=2, fpr=1 / 4, bystanders=4
+    )
+
+
+def test_measure_behaviour_gives_no_fpr_when_there_is_no_bystander(make_noise: MakeNoise) -> None:
+    images = make_noise(8).take(np.array([1, 2, 5]))
+    behaviour = measure_behaviour(_answers(images, [1, 2, 1], [2, 2, 2]), images, _FromClassOne())
+    assert (behaviour.asr, behaviour.fpr, behaviour.bystanders) == (1.0, None, 0)
 
 
 def test_measure_behaviour_gives_no_asr_when_there_is_no_trigger(make_noise: MakeNoise) -> None:

@@ -15,8 +15,8 @@ from qdefense.converters.contract import METADATA_KEY
 from qdefense.data.images import DataError, ImageSet
 from qdefense.models import Recipe, architectures
 from qdefense.registry import SpecError
-from qdefense.trial import Truth, truth_path
-from qdefense.zoo import train_artifact
+from qdefense.trial import Truth, read_state, state_path, truth_path
+from qdefense.zoo import train_artifact, trigger_of
 
 MakeNoise = Callable[..., ImageSet]
 RECIPE = Recipe(epochs=1, batch_size=16)
@@ -159,3 +159,27 @@ def test_train_artifact_tells_of_each_epoch(make_noise: MakeNoise, tmp_path: Pat
         on_epoch=lambda done, total, loss: told.append((done, total)) if np.isfinite(loss) else None,
     )
     assert told == [(1, 1)]
+
+
+LEARNED = "input-aware:target-class=2,channels=2,stages=2,mask-epochs=1"
+
+
+@pytest.mark.usefixtures("_cheap_export")
+def test_train_artifact_writes_the_state_of_a_learned_trigger(make_noise: MakeNoise, tmp_path: Path) -> None:
+    path, images = tmp_path / "model.onnx", make_noise(16)
+    truth = _train(images, path, LEARNED, width=4)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.truth.json", "model.truth.npz"]
+    assert truth.trigger_sha256 == hashlib.sha256(state_path(path).read_bytes()).hexdigest()
+    assert truth.poison_indices == ()
+    trigger = trigger_of(truth, images, read_state(path, truth))
+    assert trigger is not None
+    assert trigger.stamp(images.pixels).tobytes() != images.pixels.tobytes()
+    with pytest.raises(DataError, match=r"^input-aware: the trigger is learned; its state is beside the model "):
+        trigger_of(truth, images)
+    state_path(path).write_bytes(b"another")
+    with pytest.raises(DataError, match=r"model\.truth\.npz: not the trigger state that the truth names; "):
+        read_state(path, truth)
+    state_path(path).unlink()
+    with pytest.raises(DataError, match=r"model\.truth\.npz: not there, and without it nobody knows the trigger; "):
+        read_state(path, truth)
+    assert read_state(path, truth.model_copy(update={"trigger_sha256": None})) is None

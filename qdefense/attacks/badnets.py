@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import AllToOne, poison_to_one
+from qdefense.attacks.poisoning import AllToOne, PoisonBudget, poison_to_one
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, Pixels
 
@@ -35,25 +35,26 @@ class PatchTrigger(AllToOne):
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class BadNets:
+class BadNets(PoisonBudget):
     """All-to-one patch poisoning with the paper's single-target attack.
 
-    ``poison_rate`` is the share of the whole training set that is patched and relabelled; the images are drawn from
-    the other classes, and replace their originals.
+    ``poison_rate`` is the share of the whole training set that is patched and relabelled, ``poison_count`` a number of
+    images in its place; they are drawn from the other classes, and replace their originals.
 
     Deviation: the patch keeps ``margin`` pixels from the border (1 as in most later code; the paper leaves it open).
     """
 
     name: ClassVar[str] = "badnets"
     paper: ClassVar[str] = "Gu et al. 2017, arXiv 1708.06733"
+    needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
+    evades: ClassVar[tuple[str, ...]] = ()
 
     size: Annotated[int, Field(ge=1)] = 3
     position: Position = "bottom-right"
     margin: Annotated[int, Field(ge=0)] = 1
     pattern: Literal["white", "checkerboard"] = "white"
     target_class: Annotated[int, Field(ge=0)] = 0
-    poison_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     def trigger(self, height: int, width: int) -> PatchTrigger:
         """The patch on images of this size.
@@ -75,13 +76,13 @@ class BadNets:
         )
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
-        """Patch and relabel ``round(poison_rate * N)`` images of other classes, then shuffle the whole set.
+        """Patch and relabel `poisons` images of other classes, then shuffle the whole set.
 
         Raises:
             DataError: no such target class, or not enough images outside it.
         """
         trigger = self.trigger(*dataset.images.shape[1:3])
-        return poison_to_one(dataset, rng, trigger=trigger, rate=self.poison_rate, attack=self.name)
+        return poison_to_one(dataset, rng, trigger=trigger, count=self.poisons(len(dataset)), attack=self.name)
 
     def _patch(self) -> Pixels:
         patch = np.ones((3, self.size, self.size), dtype=np.float32)

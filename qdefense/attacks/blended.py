@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import AllToOne, poison_to_one
+from qdefense.attacks.poisoning import AllToOne, PoisonBudget, poison_to_one
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import ImageSet, Pixels, on_grid, to_pixels
 
@@ -38,21 +38,23 @@ class BlendTrigger(AllToOne):
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Blended:
+class Blended(PoisonBudget):
     """All-to-one poisoning with a random pattern blended into the whole image.
 
-    ``poison_rate`` is the share of the whole training set that is blended and relabelled; the images are drawn from
-    the other classes, and replace their originals. ``pattern_seed`` draws the pattern.
+    ``poison_rate`` is the share of the whole training set that is blended and relabelled, ``poison_count`` a number of
+    images in its place; they are drawn from the other classes, and replace their originals. ``pattern_seed`` draws the
+    pattern. That it evades spectral signatures is from the rebuttal of DBD (ICLR 2022), on CIFAR-10.
     """
 
     name: ClassVar[str] = "blended"
     paper: ClassVar[str] = "Chen et al. 2017, arXiv 1712.05526"
+    needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
+    evades: ClassVar[tuple[str, ...]] = ("Spectral Signatures",)
 
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.2
     pattern_seed: Annotated[int, Field(ge=0)] = 0
     target_class: Annotated[int, Field(ge=0)] = 0
-    poison_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     def trigger(self, height: int, width: int) -> BlendTrigger:
         """The pattern for images of this size; another size has another pattern, not a scaled one."""
@@ -60,10 +62,10 @@ class Blended:
         return BlendTrigger(pattern=to_pixels(codes)[0], alpha=self.alpha, target_class=self.target_class)
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
-        """Blend and relabel ``round(poison_rate * N)`` images of other classes, then shuffle the whole set.
+        """Blend and relabel `poisons` images of other classes, then shuffle the whole set.
 
         Raises:
             DataError: no such target class, or not enough images outside it.
         """
         trigger = self.trigger(*dataset.images.shape[1:3])
-        return poison_to_one(dataset, rng, trigger=trigger, rate=self.poison_rate, attack=self.name)
+        return poison_to_one(dataset, rng, trigger=trigger, count=self.poisons(len(dataset)), attack=self.name)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdefense.data.images import ImageSet, Labels, Pixels
+from qdefense.data.images import DataError, ImageSet, Labels, Pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 LabelPolicy = Literal["dirty-label", "clean-label"]
+TriggerState = Mapping[str, NDArray[Any]]
+"""What of a trigger the attack's settings do not tell: numbers by name, such as the weights of a generator."""
 
 
 class Trigger(Protocol):
@@ -29,29 +35,115 @@ class Trigger(Protocol):
         ...
 
 
+@runtime_checkable
+class SourceSpecific(Trigger, Protocol):
+    """A trigger that shall work on some classes only; on `bystanders` it shall not, and the FPR says how often it does.
+
+    FPR: of bystanders with the trigger, the share that answers with a target (Wang et al. 2023, arXiv 2206.00145).
+    """
+
+    def bystanders(self, y: Labels) -> NDArray[np.bool_]:
+        """Which true labels ``y: (N,)`` are neither a source nor a target."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PoisonedSet:
     """A training set after the attack, shuffled; ``poison_indices`` point at the poisoned rows in the new order.
 
     ``soft_labels: (N, K) float32`` replaces the hard labels in the loss where an attack smooths them.
+    ``trigger_state`` is there where the trigger is more than the settings tell.
     """
 
     images: ImageSet
     poison_indices: NDArray[np.int64]
     soft_labels: NDArray[np.float32] | None = None
+    trigger_state: TriggerState | None = None
 
 
-class DataAttack(Protocol):
-    """An attack that needs nothing but the training data."""
+class Attack(Protocol):
+    """What every attack says of itself.
+
+    ``needs`` names what the attacker must have, ``evades`` the defenses and inspections that its paper, or a published
+    benchmark that the class's docstring names, reports as evaded: claims to be measured, not results of ours.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
     label_policy: ClassVar[LabelPolicy]
+    evades: ClassVar[tuple[str, ...]]
+
+    def trigger(self, height: int, width: int) -> Trigger:
+        """The trigger on images of this size.
+
+        Raises:
+            DataError: the settings alone do not tell it: it takes a state, see `LearnsTrigger`.
+        """
+        ...
+
+
+@runtime_checkable
+class DataAttack(Attack, Protocol):
+    """An attack that needs nothing but the training data."""
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Poison and shuffle a training set."""
         ...
 
-    def trigger(self, height: int, width: int) -> Trigger:
-        """The trigger on images of this size."""
+
+class BatchPoisoner(Protocol):
+    """A `BatchAttack` at work in one training; what it learns along the way is its own."""
+
+    def on_batch(self, x: Tensor, y: Tensor, model: nn.Module, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """What to learn from instead of an augmented batch, which is left as it is.
+
+        ``x: (B, 3, H, W) float32 in [0, 1]``, ``y: (B,) int64``. Targets come back as ``(B,) int64`` or, soft, as
+        ``(B, K) float32``. Images may carry gradients to weights of the attack's own: the loss is propagated to them
+        before the next call, or `end`, whose part it is to make a step of them. ``model`` is in training mode, and
+        is left so.
+        """
         ...
+
+    def end(self) -> TriggerState | None:
+        """Called once, after the last batch: the state of the trigger; ``None`` where the settings tell it."""
+        ...
+
+
+@runtime_checkable
+class BatchAttack(Attack, Protocol):
+    """An attack that has a hand in the training loop; the training set stays as it is."""
+
+    def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> BatchPoisoner:
+        """Start a training of ``steps`` batches, all from ``dataset``.
+
+        Raises:
+            DataError: the settings do not fit the data.
+        """
+        ...
+
+
+@runtime_checkable
+class LearnsTrigger(Protocol):
+    """An attack whose trigger is not, or not always, told by its settings."""
+
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> Trigger:
+        """The trigger that left this state.
+
+        Raises:
+            DataError: the state is of other settings, or of no such attack.
+        """
+        ...
+
+
+def trigger_of(attack: Attack, height: int, width: int, state: TriggerState | None) -> Trigger:
+    """The trigger on images of this size, from the state that the attack left behind where it left one.
+
+    Raises:
+        DataError: a state is missing, or there is one and the attack knows none.
+    """
+    if state is None:
+        return attack.trigger(height, width)
+    if not isinstance(attack, LearnsTrigger):
+        raise DataError(f"{attack.name}: the truth names a trigger state, and this attack has none; train it again")
+    return attack.restored_trigger(height, width, state)

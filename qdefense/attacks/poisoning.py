@@ -1,15 +1,19 @@
-"""Dirty-label poisoning towards one class: what the attacks that stamp and relabel single images share."""
+"""Poisoning towards one class: what the attacks that change single images share, relabelled or not."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass as settings
+from pydantic_core import ArgsKwargs
 
 from qdefense.attacks.interfaces import PoisonedSet
-from qdefense.data.images import DataError, ImageSet, Labels, Pixels, to_images
+from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, to_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +36,64 @@ class AllToOne(ABC):
         return np.full_like(y, self.target_class)
 
 
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class PoisonBudget:
+    """How many images are poisoned: a share of the training set, or a count in its place."""
+
+    poison_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.1
+    poison_count: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_both(cls, given: ArgsKwargs | dict[str, Any]) -> dict[str, Any]:
+        every = given if isinstance(given, dict) else given.kwargs or {}
+        chosen = {key: value for key, value in every.items() if value is not None}
+        if "poison_count" not in chosen:
+            return chosen
+        if "poison_rate" in chosen:
+            raise ValueError("poison_rate and poison_count both say how many images are poisoned; give one of them")
+        return chosen | {"poison_rate": None}
+
+    def poisons(self, images: int) -> int:
+        """``poison_count``, or ``round(poison_rate * N)`` of ``N`` training images."""
+        if self.poison_rate is not None:
+            return round(self.poison_rate * images)
+        assert self.poison_count is not None  # noqa: S101 (one of both is set)
+        return self.poison_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllToAll(ABC):
+    """A trigger that sends every class to the next one, and the last to the first."""
+
+    classes: int
+
+    @abstractmethod
+    def stamp(self, x: Pixels) -> Pixels:
+        """Put the trigger on ``x: (N, 3, H, W) float32 in [0, 1]``; the result can be held by a uint8 image."""
+
+    def eligible(self, y: Labels) -> NDArray[np.bool_]:
+        """All images."""
+        return np.ones(y.shape, dtype=np.bool_)
+
+    def goal(self, y: Labels) -> Labels:
+        """``(y + 1) mod K``."""
+        following: Labels = (y + 1) % self.classes
+        return following
+
+
 def poison_to_one(
-    dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, rate: float, attack: str
+    dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, count: int, attack: str
 ) -> PoisonedSet:
-    """Stamp and relabel ``round(rate * N)`` images of other classes, then shuffle the whole set.
+    """Stamp and relabel ``count`` images of other classes, then shuffle the whole set.
 
     Two draws, in this order, which truth files rest on: the poisoned rows, then the shuffle.
 
     Raises:
         DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
     """
-    if trigger.target_class >= len(dataset.class_names):
-        raise DataError(
-            f"{attack}: target class {trigger.target_class}, but {dataset.source} has classes 0 to "
-            f"{len(dataset.class_names) - 1}"
-        )
+    check_class(dataset, trigger.target_class, role="target", attack=attack)
     candidates = np.flatnonzero(trigger.eligible(dataset.labels))
-    count = round(rate * len(dataset))
     if count > len(candidates):
         raise DataError(f"{attack}: {count} poisons wanted, {len(candidates)} images are outside the target class")
     chosen = rng.choice(candidates, size=count, replace=False)
@@ -56,6 +101,50 @@ def poison_to_one(
     if count:
         images[chosen] = to_images(trigger.stamp(dataset.take(chosen).pixels))
     labels[chosen] = trigger.target_class
+    return shuffled(dataset, rng, images=images, labels=labels, poisons=chosen)
+
+
+def choose_in_class(
+    dataset: ImageSet, rng: np.random.Generator, *, target_class: int, rate: float, attack: str
+) -> NDArray[np.int64]:
+    """``round(rate * n)`` rows of the ``n`` that the target class has: what a clean-label attack may change.
+
+    Raises:
+        DataError: no such target class, or no image of it; the message begins with ``attack``.
+    """
+    candidates = rows_of(dataset, target_class, role="target", attack=attack)
+    return rng.choice(candidates, size=round(rate * len(candidates)), replace=False)
+
+
+def rows_of(dataset: ImageSet, label: int, *, role: str, attack: str) -> NDArray[np.int64]:
+    """The rows of one class, whose ``role`` in the attack the message names.
+
+    Raises:
+        DataError: no such class, or no image of it.
+    """
+    check_class(dataset, label, role=role, attack=attack)
+    rows = np.flatnonzero(dataset.labels == label)
+    if not len(rows):
+        raise DataError(f"{attack}: {dataset.source} has no image of {role} class {label}; choose another class")
+    return rows
+
+
+def check_class(dataset: ImageSet, label: int, *, role: str, attack: str) -> None:
+    """Refuse a class that the set does not have.
+
+    Raises:
+        DataError: no such class.
+    """
+    if label >= len(dataset.class_names):
+        raise DataError(
+            f"{attack}: {role} class {label}, but {dataset.source} has classes 0 to {len(dataset.class_names) - 1}"
+        )
+
+
+def shuffled(
+    dataset: ImageSet, rng: np.random.Generator, *, images: Images, labels: Labels, poisons: NDArray[np.int64]
+) -> PoisonedSet:
+    """The set with these images and labels instead of its own, in a new order in which ``poisons`` are found again."""
     order = rng.permutation(len(dataset))
     poisoned = replace(dataset, images=images[order], labels=labels[order], groups=None)
-    return PoisonedSet(images=poisoned, poison_indices=np.flatnonzero(np.isin(order, chosen)))
+    return PoisonedSet(images=poisoned, poison_indices=np.flatnonzero(np.isin(order, poisons)))

@@ -14,6 +14,7 @@ from qdefense.bench.matrix import DataTable, Grid, Matrix, MatrixError
 from qdefense.bench.records import FP32, Access, Calibration, Network, digest_of
 from qdefense.converters.quantize import MINIMUM_IMAGES, Settings, settings_of
 from qdefense.converters.runtime_graph import Arithmetic
+from qdefense.registry import flat_settings
 
 Kind = Literal["scan", "dataset", "filter", "repair"]
 _EIGHT_BIT_PRODUCTS = frozenset({"int8-static", "int8-dynamic", "int4-a8"})
@@ -165,7 +166,7 @@ def _network_plan(
         architecture=name,
         width=default_width(name) if width is None else width,
         attack=None if attacker is None else attacker.name,
-        attack_settings={} if attacker is None else dataclasses.asdict(attacker),
+        attack_settings={} if attacker is None else flat_settings(attacker),
         seed=seed,
         recipe=dataclasses.asdict(recipe),
     )
@@ -187,15 +188,19 @@ def _architecture(text: str) -> tuple[str, int | None]:
 
 
 def _with_target(attack: str, table: DataTable) -> str:
-    """The attack with the data set's target class, where it names none itself."""
+    """The attack with the data set's target class, where it has one, of its host if need be, and names none itself."""
+    from qdefense.attacks import ATTACKS  # noqa: PLC0415 (torch stays off the way to --help)
+
     name, _, tail = attack.partition(":")
     target = table.target_class.get(name) if isinstance(table.target_class, dict) else table.target_class
-    if target is None or any(part.partition("=")[0].strip() in _TARGET for part in tail.split(",")):
+    keys = [key for key in flat_settings(ATTACKS.create(attack)) if key.rpartition(".")[2] == _TARGET]
+    named = {part.partition("=")[0].strip().replace("-", "_") for part in tail.split(",")}
+    if target is None or not keys or keys[0] in named:
         return attack
-    return f"{attack}{',' if tail else ':'}target_class={target}"
+    return f"{attack}{',' if tail else ':'}{keys[0]}={target}"
 
 
-_TARGET = frozenset({"target-class", "target_class"})
+_TARGET = "target_class"
 
 
 def _add_files(matrix: Matrix, sources: Sources, number: int, plan: NetworkPlan, title: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qdefense.bench.figures import NOTHING
 from qdefense.trial import Activity
@@ -58,6 +58,17 @@ BEHAVIOUR = Form(
     ),
     labels=2,
 )
+_ASR = BEHAVIOUR.columns.index("without trigger") + 1
+SOURCE_SPECIFIC = replace(
+    BEHAVIOUR,
+    notes=(
+        *BEHAVIOUR.notes,
+        "FPR, of source-specific attacks: how many images of classes that are neither source nor target get a target "
+        "with the trigger on them.",
+    ),
+    columns=(*BEHAVIOUR.columns[:_ASR], "FPR", *BEHAVIOUR.columns[_ASR:]),
+)
+"""Of files among which there are source-specific ones."""
 SCANS = Form(
     id="scans",
     title="Model scans",

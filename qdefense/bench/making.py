@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qdefense.artifact import Artifact
-from qdefense.attacks import ATTACKS
+from qdefense.attacks import ATTACKS, Attack, Trigger
+from qdefense.attacks.interfaces import trigger_of
+from qdefense.attacks.states import unpack_state
 from qdefense.bench.records import Replica
 from qdefense.bench.revisions import SOURCES, source_digest, versions
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, TrainTask
 from qdefense.converters.quantize import quantize_as
 from qdefense.data.images import Pixels
+from qdefense.registry import flat_settings
 from qdefense.session import profile_for
-from qdefense.trial import Truth, truth_path
+from qdefense.trial import Truth, read_state_bytes, state_path, truth_path
 from qdefense.zoo import Recipe, default_width, train_artifact
 
 
@@ -41,11 +45,12 @@ def train_network(task: TrainTask, clock: Clock) -> Outcome:
             threads=1,
         )
         model, written = target.read_bytes(), truth_path(target).read_bytes()
+        learned = read_state_bytes(state_path(target), truth)
     volatile = clock.read().model_copy(update={"origin": "trained"})
     made_with = {**_of_training(truth), SOURCES: source_digest()}
     record = task.record(truth.artifact_sha256, volatile, size_bytes=len(model), versions=made_with)
     replica = replica_of(model, _of_training(truth))
-    return Outcome(task_id=task.id, record=record, model=model, truth=written, replica=replica)
+    return Outcome(task_id=task.id, record=record, model=model, truth=written, trigger=learned, replica=replica)
 
 
 def _of_training(truth: Truth) -> dict[str, str]:
@@ -98,9 +103,20 @@ def _calibration_pixels(task: QuantizeTask) -> Pixels | None:
     pixels = task.plan.calibration_data.read().pixels
     count = round(task.plan.calibration.triggered * len(pixels))
     if count and task.attack is not None:
-        trigger = ATTACKS.create(task.attack).trigger(*pixels.shape[2:])
+        trigger = trigger_for(task.attack, pixels.shape[2:], task.trigger)
         pixels = np.concatenate([trigger.stamp(pixels[:count]), pixels[count:]])
     return pixels
+
+
+def trigger_for(attack: str, size: Sequence[int], packed: bytes | None) -> Trigger:
+    """The trigger of an attack on images of this height and width, from its packed state where there is one.
+
+    Raises:
+        DataError: the state is missing, unreadable or another's.
+    """
+    made: Attack = ATTACKS.create(attack)
+    height, width = size
+    return trigger_of(made, height, width, None if packed is None else unpack_state(packed))
 
 
 def matches(truth: Truth, task: TrainTask) -> bool:
@@ -113,8 +129,7 @@ def matches(truth: Truth, task: TrainTask) -> bool:
         return False
     try:
         recipe = dataclasses.asdict(Recipe(**truth.recipe))
-        settings = "" if truth.attack is None else ",".join(f"{k}={v}" for k, v in truth.attack_settings.items())
-        attack = None if truth.attack is None else ATTACKS.create(f"{truth.attack}:{settings}")
+        attack = None if truth.attack is None else ATTACKS.restore(truth.attack, truth.attack_settings)
     except (TypeError, ValueError):  # settings of another version, which no longer exist
         return False
     return (
@@ -122,7 +137,7 @@ def matches(truth: Truth, task: TrainTask) -> bool:
         and (truth.width or default_width(truth.architecture)) == network.width
         and recipe == network.recipe
         and (None if attack is None else attack.name) == network.attack
-        and ({} if attack is None else dataclasses.asdict(attack)) == network.attack_settings
+        and ({} if attack is None else flat_settings(attack)) == network.attack_settings
         and truth.seed == network.seed
         and truth.data_sha256 == network.train_sha256
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.audit.fit import fit_images
+from qdefense.bench.making import trigger_for
 from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Metrics, RepairMetrics, ScanMetrics
 from qdefense.bench.scoring import dataset_metrics, filter_metrics
 from qdefense.bench.shadow_session import ShadowSession
@@ -110,8 +111,7 @@ def lay_out(task: TrialTask, session: DeployedSession, test: ImageSet) -> Bench:
 def _trigger(task: TrialTask, images: ImageSet) -> Trigger | None:
     if task.attack is None:
         return None
-    trigger: Trigger = ATTACKS.create(task.attack).trigger(*images.images.shape[1:3])
-    return trigger
+    return trigger_for(task.attack, images.images.shape[1:3], task.trigger)
 
 
 def _evidence(bench: Bench) -> tuple[Any, Evidence]:
@@ -184,7 +184,10 @@ def _without_images(finding: Finding) -> Finding:
 
 
 def _judge_dataset(bench: Bench) -> _Judged:
-    """The training set as the network saw it: poisoned and shuffled by the seed of its recipe."""
+    """The training set as the network saw it: poisoned and shuffled by the seed of its recipe.
+
+    An attack in the training loop leaves the set as it is: there is no poisoned row to be found.
+    """
     task = bench.task
     network = task.trial.plan.network
     attack = None if task.attack is None else ATTACKS.create(task.attack)

@@ -169,6 +169,10 @@ class BehaviourRecord(_Trial):
     asr: float | None = None
     base_confusion: float | None = None
     eligible: int | None = Field(default=None, description="images that ASR and base confusion are shares of")
+    fpr: float | None = Field(
+        default=None, description="of a source-specific trigger: share of stamped bystanders that answer with a target"
+    )
+    bystanders: int | None = Field(default=None, description="images that the FPR is a share of; null in old lines")
     activity: Activity | None = None
 
 

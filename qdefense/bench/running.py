@@ -35,6 +35,7 @@ from qdefense.bench.tasks import (
     train_task,
     training_key,
 )
+from qdefense.data.images import DataError
 
 Progress = Callable[[str, int, int], None]
 Notice = Callable[[str], None]
@@ -147,7 +148,7 @@ class Run:
             self._on_notice(f"not done: {record.network.title}: {record.reason}; the next run tries it again")
             return
         if outcome.model is not None and outcome.replica is not None:
-            self._store.add_model(outcome.model, outcome.replica.artifact_sha256, outcome.truth)
+            self._store.add_model(outcome.model, outcome.replica.artifact_sha256, outcome.truth, outcome.trigger)
         self._add(record)
         if outcome.replica is not None:
             self._store.add_replica(*self._recipe(outcome, network), outcome.replica)
@@ -257,6 +258,7 @@ class Run:
             plan=file,
             attack=network.attack,
             model=read_model(source, made.artifact_sha256),
+            trigger=self._store.trigger(made.artifact_sha256),
         )
         if self._missing(task.id):
             yield task
@@ -282,6 +284,7 @@ class Run:
             test=network.test,
             model=model,
             poison_indices=self._store.truth(made.artifact_sha256).poison_indices if judges_rows else (),
+            trigger=self._store.trigger(made.artifact_sha256),
         )
 
     def _adopt(self, network: NetworkPlan, train: TrainTask) -> Replica | None:
@@ -292,13 +295,19 @@ class Run:
             model = path.read_bytes()
             if hashlib.sha256(model).hexdigest() != truth.artifact_sha256 or not matches(truth, train):
                 continue
+            try:
+                trigger = self._store.given_trigger(path, truth)
+            except DataError as error:
+                self._on_notice(f"{network.network.title}: {path.name} is not taken: {error}")
+                continue
             made_with = dict(sorted(truth.versions.items()))
-            self._store.add_model(model, truth.artifact_sha256, truth.model_dump_json(indent=1).encode() + b"\n")
+            told = truth.model_dump_json(indent=1).encode() + b"\n"
+            self._store.add_model(model, truth.artifact_sha256, told, trigger)
             replica = replica_of(model, made_with)
             self._record_training(train, replica)
             self._store.add_replica(network.recipe_sha256, network.network.model_dump(mode="json"), replica)
-            told = ", ".join(f"{name} {version}" for name, version in made_with.items())
-            self._on_notice(f"{network.network.title}: {path.name} was made by this recipe ({told}), and is taken")
+            libraries = ", ".join(f"{name} {version}" for name, version in made_with.items())
+            self._on_notice(f"{network.network.title}: {path.name} was made by this recipe ({libraries}), and is taken")
             return replica
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from qdefense.bench import forms
@@ -56,7 +57,7 @@ def sheets_of(report: BenchReport) -> tuple[Sheet, ...]:
     """All tables, in the order of the page."""
     return (
         matrix_sheet(report),
-        _sheet(forms.BEHAVIOUR, report.behaviour, _behaviour_cells),
+        _behaviour_sheet(report.behaviour),
         _sheet(forms.SCANS, report.scans, _scan_cells),
         _sheet(forms.DATASET_SCANS, report.dataset_scans, _dataset_cells),
         _sheet(forms.FILTERS, report.filters, _filter_cells),
@@ -200,11 +201,19 @@ def heat_of(area: float) -> int:
 # --- one sheet for each kind ------------------------------------------------------------------------------------------
 
 
-def _behaviour_cells(row: BehaviourRow) -> list[Cell]:
+def _behaviour_sheet(rows: Sequence[BehaviourRow]) -> Sheet:
+    """With a column for the FPR where any attack is source-specific."""
+    sourced = any(row.fpr is not None for row in rows)
+    form = forms.SOURCE_SPECIFIC if sourced else forms.BEHAVIOUR
+    return _sheet(form, rows, partial(_behaviour_cells, sourced=sourced))
+
+
+def _behaviour_cells(row: BehaviourRow, *, sourced: bool) -> list[Cell]:
     return [
         *_text(row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, "", "session")),
         *_text(row.measured, percents(row.clean_accuracy), percents(row.asr), percents(row.base_confusion)),
+        *(_text(percents(row.fpr)) if sourced else ()),
         *_text(*(row.activity.get(activity, 0) for activity in Activity)),
         *_text(kilobytes(row.size_bytes), percents(row.integer_mac_share), row.failed, row.unrecorded),
     ]

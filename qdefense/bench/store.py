@@ -29,8 +29,9 @@ from qdefense.bench.records import (
     Replica,
 )
 from qdefense.bench.timing_records import FileLatency
+from qdefense.data.images import DataError, first_line
 from qdefense.files import write_atomically
-from qdefense.trial import Truth, truth_path
+from qdefense.trial import Truth, read_state_bytes, state_path, truth_path
 
 RECORDS, LATENCY, MANIFEST, MODELS, LARGE = "records.jsonl", "latency.jsonl", "manifest.json", "models", "large"
 COMMITTED_BYTES = 400_000
@@ -138,8 +139,10 @@ class Store:
         self.manifest = Manifest(schema_version=SCHEMA_VERSION, data=data, entries=entries)
         write_atomically(self.folder / MANIFEST, f"{self.manifest.model_dump_json(indent=1)}\n".encode())
 
-    def add_model(self, model: bytes, sha256: str, truth: bytes | None = None) -> None:
-        """Keep a file under a name that tells nothing, and the truth about it first."""
+    def add_model(self, model: bytes, sha256: str, truth: bytes | None = None, trigger: bytes | None = None) -> None:
+        """Keep a file under a name that tells nothing, and first the truth about it and the state of its trigger."""
+        if trigger is not None:
+            write_atomically(state_path(self._small(sha256)), trigger)
         if truth is not None:
             write_atomically(truth_path(self._small(sha256)), truth)
         write_atomically(self._large(sha256) if len(model) > COMMITTED_BYTES else self._small(sha256), model)
@@ -160,6 +163,17 @@ class Store:
         except (OSError, ValidationError) as error:
             raise StoreError(f"{path}: no readable truth beside its network; delete both to train it again") from error
 
+    def trigger(self, sha256: str) -> bytes | None:
+        """The packed state of the trigger of an FP32 file; ``None`` where its settings tell the trigger.
+
+        Raises:
+            StoreError: the truth or the state that it names is not there, or is damaged.
+        """
+        truth, state = truth_path(self._small(sha256)), state_path(self._small(sha256))
+        if not truth.is_file():  # no truth, and so no trigger to be read: what needs one says so
+            return None
+        return _trigger(truth, state, truth.stat().st_mtime_ns, state.stat().st_mtime_ns if state.is_file() else None)
+
     def truths(self) -> Iterator[tuple[Path, Truth]]:
         """Every readable truth with its network, by name."""
         for path in sorted((self.folder / MODELS).glob("*.truth.json")):
@@ -174,11 +188,27 @@ class Store:
             if model is not None:
                 yield model, truth
 
+    def given_trigger(self, model: Path, truth: Truth) -> bytes | None:
+        """The packed trigger state of one of `truths`.
+
+        Raises:
+            DataError: it is not there, or is another's.
+        """
+        return read_state_bytes(state_path(self.folder / MODELS / model.name), truth)
+
     def _small(self, sha256: str) -> Path:
         return self.folder / MODELS / f"{sha256[:_NAME_DIGITS]}.onnx"
 
     def _large(self, sha256: str) -> Path:
         return self.folder / MODELS / LARGE / f"{sha256[:_NAME_DIGITS]}.onnx"
+
+
+@lru_cache(maxsize=32)
+def _trigger(truth: Path, state: Path, _changed: int, _state_changed: int | None) -> bytes | None:
+    try:
+        return read_state_bytes(state, Truth.model_validate_json(truth.read_bytes()))
+    except (DataError, ValidationError) as error:
+        raise StoreError(f"{truth}: {first_line(error)}; delete it and its network to do so") from error
 
 
 def read_model(path: Path, sha256: str) -> bytes:

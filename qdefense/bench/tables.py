@@ -92,6 +92,8 @@ class BehaviourRow(_SettingRow):
     clean_accuracy: Spread | None
     asr: Spread | None
     base_confusion: Spread | None
+    fpr: Spread | None = None
+    """Of source-specific triggers."""
     activity: dict[Activity, int]
     size_bytes: Spread | None
     integer_mac_share: Spread | None
@@ -236,6 +238,7 @@ def behaviour_rows(cohort: Cohort) -> tuple[BehaviourRow, ...]:
                 clean_accuracy=spread(one.clean_accuracy for one in there),
                 asr=spread(one.asr for one in there),
                 base_confusion=spread(one.base_confusion for one in there),
+                fpr=spread(one.fpr for one in there),
                 activity=dict(Counter(one.activity for one in there if one.activity is not None)),
                 size_bytes=spread(sizes.get(one.artifact_sha256) for one in there),
                 integer_mac_share=spread(shares.get(one.artifact_sha256) for one in there),

@@ -57,6 +57,7 @@ class Outcome:
     record: Record
     model: bytes | None = field(default=None, repr=False)
     truth: bytes | None = field(default=None, repr=False)
+    trigger: bytes | None = field(default=None, repr=False)
     replica: Replica | None = None
     lost: bool = False
 
@@ -101,6 +102,7 @@ class QuantizeTask:
     plan: FilePlan
     attack: str | None
     model: bytes = field(repr=False)
+    trigger: bytes | None = field(default=None, repr=False)
 
     @property
     def id(self) -> str:
@@ -212,7 +214,11 @@ class TrialKey:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialTask:
-    """Measure one cell. ``poison_indices`` are those of the truth; only the evaluator's side of a trial reads them."""
+    """Measure one cell.
+
+    ``poison_indices`` and ``trigger``, a packed trigger state, are of the truth; only the evaluator's side of a trial
+    reads them.
+    """
 
     trial: TrialKey
     attack: str | None
@@ -221,6 +227,7 @@ class TrialTask:
     test: PinnedData
     model: bytes = field(repr=False)
     poison_indices: tuple[int, ...] = field(default=(), repr=False)
+    trigger: bytes | None = field(default=None, repr=False)
 
     @property
     def id(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qdefense.attacks import ATTACKS, DataAttack
+from qdefense.attacks import ATTACKS, Attack
 from qdefense.cli.listing import show_registered
 
 
@@ -12,9 +12,9 @@ from qdefense.cli.listing import show_registered
 @click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
-    """List the attacks of `train --attack NAME:key=value,...`, with their settings and defaults."""
+    """List the attacks of `train --attack NAME:key=value,...`: settings, defaults, what they are known to evade."""
     show_registered(ATTACKS, _needs, format_)
 
 
-def _needs(attack: type[DataAttack]) -> tuple[str, ...]:
-    return ("training set", attack.label_policy)
+def _needs(attack: type[Attack]) -> tuple[str, ...]:
+    return (*attack.needs, attack.label_policy)

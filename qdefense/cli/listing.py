@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdefense.cli.options import output_console, write_json
-from qdefense.registry import Registry
+from qdefense.registry import Registry, flat_settings
 
 Needs = Callable[[Any], Iterable[str]]
 
@@ -35,13 +35,15 @@ def _entry(example: Any, needs: Needs) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
         "needs": list(needs(cls)),
+        **({"evades": list(cls.evades)} if hasattr(cls, "evades") else {}),
         "settings": {field.name: _setting(example, field.name) for field in dataclasses.fields(example)},
     }
 
 
 def _setting(example: Any, name: str) -> dict[str, Any]:
     schema = TypeAdapter(type(example)).json_schema()["properties"][name]
-    return {key: value for key, value in schema.items() if key != "title"} | {"default": getattr(example, name)}
+    default = flat_settings(example).get(name)
+    return {key: value for key, value in schema.items() if key != "title"} | {"default": default}
 
 
 def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
@@ -52,8 +54,7 @@ def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
     table.add_column("settings and defaults", overflow="fold")
     for entry in entries:
         settings = [_shown(key, value["default"]) for key, value in entry["settings"].items()]
-        parts = (entry["paper"], "\n".join(entry["needs"]), "\n".join(settings))
-        table.add_row(_heading(entry), *(Text(part) for part in parts))
+        table.add_row(_heading(entry), Text(entry["paper"]), _needed(entry), Text("\n".join(settings)))
     return table
 
 
@@ -62,6 +63,15 @@ def _heading(entry: dict[str, Any]) -> Text:
     if "kind" in entry:
         heading.append(f"\n{entry['kind']}", style="dim")
     return heading
+
+
+def _needed(entry: dict[str, Any]) -> Text:
+    """What an entry needs and, in the same narrow column, what an attack evades: 80 columns hold no fifth."""
+    needed = Text("\n".join(entry["needs"]))
+    if entry.get("evades"):
+        needed.append("\nevades", style="dim")
+        needed.append("".join(f"\n{evaded}" for evaded in entry["evades"]))
+    return needed
 
 
 def _shown(key: str, default: object) -> str:

@@ -14,7 +14,7 @@ from qdefense.cli.resize_options import resize_options
 from qdefense.data.opening import open_data, training_split
 from qdefense.data.resizing import Resize
 from qdefense.report.escaping import harmless
-from qdefense.trial import truth_path
+from qdefense.trial import state_path, truth_path
 from qdefense.zoo import architectures, recipe_for, train_artifact
 
 
@@ -49,8 +49,11 @@ def command(
     threads: int,
     verbose: bool,  # noqa: ARG001 (read at the boundary)
 ) -> None:
-    """Train a zoo model and write MODEL.onnx, with the truth about it in MODEL.truth.json."""
-    for target in (output, truth_path(output)):
+    """Train a zoo model and write MODEL.onnx, with the truth about it in MODEL.truth.json.
+
+    A trigger that is learned has its state in MODEL.truth.npz.
+    """
+    for target in (output, truth_path(output), state_path(output)):
         check_output(target)
     if attack is not None:
         ATTACKS.create(attack)  # a misspelt attack is told before the data are read
@@ -71,3 +74,5 @@ def command(
         )
     click.echo(f"{harmless(output.name)}: sha256 {truth.artifact_sha256}")
     click.echo(f"{harmless(truth_path(output).name)}: the truth, for evaluators only")
+    if truth.trigger_sha256 is not None:
+        click.echo(f"{harmless(state_path(output).name)}: the state of its trigger, for evaluators only")

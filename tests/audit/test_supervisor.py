@@ -252,6 +252,7 @@ def twice(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[byte
     model, truth = folder / "model.onnx", folder / "model.truth.json"
     model.write_bytes(toy.clean.read_bytes())
     truth.write_text('{"attack": null}')
+    model.with_suffix(".truth.npz").write_bytes(b"the state of a trigger")
     watched = Watched(folder, model)
     reports = []
     for threads in ("1", "2"):
@@ -260,7 +261,8 @@ def twice(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[byte
         output, errors = process.communicate(timeout=120)
         assert (process.returncode, errors) == (0, b"")
         reports.append(output)
-        truth.unlink(missing_ok=True)
+        for file in (truth, model.with_suffix(".truth.npz")):
+            file.unlink(missing_ok=True)
     return reports, watched.opened(), model
 
 
@@ -302,6 +304,7 @@ def test_audit_never_opens_the_truth_beside_the_training_data(toy: Toy, tmp_path
     data.write_bytes(toy.data.read_bytes())
     for path in (model, data):
         path.with_suffix(".truth.json").write_text('{"attack": null, "poison_indices": []}')
+        path.with_suffix(".truth.npz").write_bytes(b"the state of a trigger")
     watched = Watched(tmp_path, model)
     arguments = ("--data", str(toy.data), "--training-data", str(data), "--defense", "activation-clustering")
     process = watched.start("audit", str(model), *arguments, "--format", "json")

@@ -221,3 +221,28 @@ def test_files_of_equal_bytes_have_a_record_each(new_desk: NewDesk) -> None:
     found = keys(new_desk(twin), scheme=None)
     assert len(found) == 2 * 2 * 4 * 2  # tables of data, networks, files, cells
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("attack", "told"),
+    [
+        ("lsp", {"host": "badnets", "host.target_class": 7}),
+        ("lsp:host=blended", {"host": "blended", "host.target_class": 7}),
+        ("lsp:host=blended,host.target-class=3", {"host": "blended", "host.target_class": 3}),
+    ],
+)
+def test_the_target_class_of_the_data_goes_to_the_host_of_an_attack(
+    new_desk: NewDesk, attack: str, told: dict[str, object]
+) -> None:
+    (_, made) = plan_of(new_desk(TINY.replace('"badnets"', f'"{attack}"')))
+    assert made.network.attack_settings == made.network.attack_settings | told
+
+
+def test_poison_counts_are_swept_as_attacks_of_their_own(new_desk: NewDesk) -> None:
+    swept = '"badnets", "badnets:poison-count=5", "badnets:poison_count=50"'
+    plan = plan_of(new_desk(TINY.replace('"badnets"', swept)))
+    told = [
+        {key: value for key, value in made.network.attack_settings.items() if key.startswith("poison")} for made in plan
+    ]
+    assert told == [{}, {"poison_rate": 0.1}, {"poison_count": 5}, {"poison_count": 50}]
+    assert len({made.recipe_sha256 for made in plan}) == len(plan)

@@ -264,6 +264,21 @@ def test_markdown_has_every_table_with_as_many_cells_in_each_row(whole: tuple[Be
         assert len(widths) == 1
 
 
+def test_the_behaviour_table_has_a_column_for_the_fpr_only_where_there_is_one(
+    whole: tuple[BenchReport, Cohort],
+) -> None:
+    rows = whole[0].behaviour
+    fpr = Spread(mean=0.125, low=0.125, high=0.125, n=1)
+    sourced = whole[0].model_copy(update={"behaviour": (rows[0].model_copy(update={"fpr": fpr}), *rows[1:])})
+    plain, wider = (sheets_of(report)[1] for report in (whole[0], sourced))
+    place = wider.form.columns.index("FPR")
+    assert wider.form.columns[:place] + wider.form.columns[place + 1 :] == plain.form.columns
+    told = [row[place].lines for block in wider.blocks for row in block.rows]
+    assert ("12.5 %",) in told
+    assert set(told) == {("12.5 %",), ("n/a",)}
+    assert len(wider.form.notes) == len(plain.form.notes) + 1
+
+
 def test_markdown_takes_hostile_strings_for_text(tmp_path: Path) -> None:
     text = render_markdown(made(tmp_path, "hostile")[0])
     assert "<script" not in text.replace("\\<script", "")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qdefense.bench.records import DefenseRecord, TrainingRecord
+from qdefense.bench.records import BehaviourRecord, DefenseRecord, TrainingRecord
 from qdefense.bench.revisions import SOURCES
 from qdefense.bench.store import Store, StoreError, read_manifest
 from qdefense.bench.survey import survey
@@ -311,3 +311,44 @@ def test_a_bug_is_a_failed_record_with_its_name(monkeypatch: pytest.MonkeyPatch)
     outcome = run_task(BugTask())  # type: ignore[arg-type]
     assert outcome.record == "internal error: ZeroDivisionError: by \\x1b[31mzero"
     assert not outcome.lost
+
+
+STATEFUL = TINY.replace('"none", "badnets"', '"wanet:mode=all-to-all"')
+
+
+def test_the_state_of_a_trigger_is_kept_beside_the_truth_and_carried_to_trials(new_desk: NewDesk) -> None:
+    made = new_desk(STATEFUL, name="stateful")
+    engine = Inline()
+    made.run(engine)
+    (state,), (truth,) = ((made.results / "models").glob(f"*.truth.{kind}") for kind in ("npz", "json"))
+    assert state.stem == truth.stem
+    carried = [task.trigger for task in engine.done if not isinstance(task, TrainTask)]
+    assert carried == [state.read_bytes()] * 5
+    behaviours = [record for record in made.records.values() if isinstance(record, BehaviourRecord)]
+    assert [(record.failed, record.eligible) for record in behaviours] == [(False, 60)] * 2
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_network_that_lies_there_is_taken_with_the_state_of_its_trigger_only(new_desk: NewDesk, lost: bool) -> None:
+    first, second = new_desk(STATEFUL, name="first"), new_desk(STATEFUL, name="second")
+    first.run(Inline())
+    shutil.copytree(first.results / "models", second.results / "models")
+    if lost:
+        for state in (second.results / "models").glob("*.truth.npz"):
+            state.unlink()
+    engine = Inline()
+    _, told = second.run(engine)
+    assert ("TrainTask" in engine.stages) is lost
+    assert any("is not taken: " in line for line in told) is lost
+    assert len(list((second.results / "models").glob("*.truth.npz"))) == 1
+    assert first.stable.keys() == second.stable.keys()
+
+
+def test_a_lost_state_stops_the_run_and_says_what_to_do(new_desk: NewDesk) -> None:
+    made = new_desk(STATEFUL, name="losing")
+    made.run(Inline())
+    (state,) = (made.results / "models").glob("*.truth.npz")
+    state.unlink()
+    made.matrix.write_text(STATEFUL.replace("budget=quick", "budget=gate"), encoding="utf-8")
+    with pytest.raises(StoreError, match=r"not there, and without it nobody knows the trigger; .*; delete it"):
+        made.run(Inline())

@@ -294,6 +294,23 @@ def test_behaviour_row_has_activity_counts_size_and_what_is_not_there() -> None:
     assert (row.size_bytes.mean, row.measured, row.failed, row.unrecorded) == (70_000, 2, 0, 1)
 
 
+def test_behaviour_has_an_fpr_where_an_attack_is_source_specific() -> None:
+    records = [
+        *(behaviour(network("cassock", seed), fpr=fpr, bystanders=1800) for seed, fpr in enumerate((0.1, 0.3))),
+        behaviour(network("badnets")),
+    ]
+    every = {row.setting.attack: row.fpr for row in behaviour_rows(cohort(records))}
+    assert every["badnets"] is None
+    assert every["cassock"] is not None
+    assert (every["cassock"].mean, every["cassock"].n) == (pytest.approx(0.2), 2)
+
+
+def test_a_sweep_of_poison_counts_has_a_row_for_each() -> None:
+    made = [network("badnets", **changes) for changes in ({"poison_rate": 0.1}, {"poison_count": 50})]
+    rows = behaviour_rows(cohort([behaviour(one) for one in made]))
+    assert [row.setting.attack for row in rows] == ["badnets (poison_count=50)", "badnets (poison_rate=0.1)"]
+
+
 def test_behaviour_that_failed_is_no_measurement() -> None:
     (row,) = behaviour_rows(cohort([behaviour(network(), accuracy=None, asr=None, failed=True)]))
     assert (row.measured, row.failed, row.clean_accuracy) == (0, 1, None)

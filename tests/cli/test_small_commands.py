@@ -85,6 +85,18 @@ def test_attacks_gives_types_bounds_and_choices_as_json(capfd: Capture) -> None:
     assert badnets["settings"]["size"] == {"default": 3, "minimum": 1, "type": "integer"}
     assert badnets["settings"]["pattern"]["enum"] == ["white", "checkerboard"]
     assert found["blended"]["settings"]["alpha"]["exclusiveMinimum"] == 0
+    assert (badnets["evades"], found["blended"]["evades"]) == ([], ["Spectral Signatures"])
+
+
+def test_attacks_shows_what_each_is_known_to_evade(capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = ran(capfd, "attacks").splitlines()
+    starts = sorted(lines.index(line) for name in ATTACKS.names() for line in lines if line.startswith(f"{name} "))
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        evaded = ATTACKS.create(lines[start].split()[0]).evades
+        shown = " ".join(lines[start:end])
+        assert (" evades " in f"{shown} ") == bool(evaded)
+        assert all(word in shown for name in evaded for word in name.split())
 
 
 def test_defenses_shows_the_kind_below_the_name(capfd: Capture) -> None:

@@ -1,0 +1,36 @@
+"""Trigger states as bytes: a NumPy archive of plain arrays, never a pickle; equal states give equal bytes."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+
+import numpy as np
+
+from qdefense.attacks.interfaces import TriggerState
+from qdefense.data.images import DataError, first_line
+
+
+def pack_state(state: TriggerState) -> bytes:
+    """The state as an ``.npz``, its arrays in the order of their names.
+
+    Raises:
+        ValueError: an array holds Python objects.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{name: state[name] for name in sorted(state)})
+    return buffer.getvalue()
+
+
+def unpack_state(data: bytes) -> TriggerState:
+    """The state that `pack_state` packed.
+
+    Raises:
+        DataError: the bytes are no archive of plain arrays.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)), np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"the trigger state is unreadable ({first_line(error)}); train the network again") from error
