@@ -82,17 +82,29 @@ class Subject(NamedTuple):
 def status_of(record: DefenseRecord) -> Status:
     """Whether there is an answer; one that is missing is never a negative one.
 
-    Of a dataset scan the answer is the order of the rows: a method that draws no line has one without a verdict.
+    Of a scan of training data that draws no line the answer is the order of the rows, if all of them are in it.
     """
     if record.failed:
         return "failed"
-    if isinstance(record.metrics, DatasetMetrics):
-        return "measured"
     if record.verdict in _UNANSWERED:
-        return _UNANSWERED[record.verdict]
+        return "measured" if _orders_all_rows(record) else _UNANSWERED[record.verdict]
     judged = record.verdict is not None or record.kind in ("filter", "repair")
     unrepaired = isinstance(record.metrics, RepairMetrics) and record.metrics.accuracy_after is None
     return "not measured" if record.metrics is None or not judged or unrepaired else "measured"
+
+
+def _orders_all_rows(record: DefenseRecord) -> bool:
+    """A method that draws a line says where in its finding, whatever its verdict (`DatasetScan`)."""
+    draws_no_line = record.finding is not None and record.finding.threshold is None
+    return draws_no_line and isinstance(record.metrics, DatasetMetrics) and not record.metrics.unmeasured
+
+
+def reason_of(record: DefenseRecord) -> str:
+    """Its own, and where it has no answer how many rows are without a score."""
+    rows = record.metrics.unmeasured if isinstance(record.metrics, DatasetMetrics) else 0
+    if not rows or status_of(record) == "measured":
+        return record.reason
+    return f"{record.reason}; {rows} rows of the training set have no score"
 
 
 def lost_for_gradients(record: DefenseRecord) -> bool:

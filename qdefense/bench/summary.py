@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdefense.bench.cohort import Cohort, Status, network_id, status_of
+from qdefense.bench.cohort import Cohort, Status, network_id, reason_of, status_of
 from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows, unpaired_trials
 from qdefense.bench.figures import told_runtime
 from qdefense.bench.matrix import read_matrix
@@ -258,7 +258,7 @@ def _unanswered(records: Sequence[Record], cohort: Cohort) -> tuple[Unanswered, 
         groups[behaviour.stage, "", "", "failed", behaviour.reason].append(behaviour.key)
     for trial in (one for group in cohort.defenses.values() for one in group):
         if status_of(trial) != "measured":
-            where = (trial.stage, trial.defense, trial.access, status_of(trial), trial.reason)
+            where = (trial.stage, trial.defense, trial.access, status_of(trial), reason_of(trial))
             groups[where].append(trial.key)
     return tuple(
         Unanswered(stage=stage, defense=name, access=access, status=status, reason=reason, keys=tuple(sorted(keys)))

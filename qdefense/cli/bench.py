@@ -11,6 +11,7 @@ import click
 
 from qdefense.audit.gate import INCOMPLETE, PASSED
 from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
+from qdefense.bench.cohort import reason_of
 from qdefense.bench.costs import CostModel
 from qdefense.bench.engines import Engine, EngineError, LocalPool
 from qdefense.bench.matrix import Matrix, MatrixError, read_matrix
@@ -196,4 +197,6 @@ def _summarise(items: Sequence[Item], folder: Path) -> None:
 def _why(item: Item) -> str:
     if item.blocked is not None:
         return item.blocked
-    return "not done yet" if item.record is None else item.record.reason
+    if item.record is None:
+        return "not done yet"
+    return reason_of(item.record) if isinstance(item.record, DefenseRecord) else item.record.reason

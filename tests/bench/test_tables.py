@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qdefense.bench.cohort import Cohort, Setting, status_of
+from qdefense.bench.cohort import Cohort, Setting, reason_of, status_of
 from qdefense.bench.published import published_rows
 from qdefense.bench.records import (
     DatasetMetrics,
@@ -28,7 +28,7 @@ from qdefense.bench.tables import (
     share,
     spread,
 )
-from qdefense.findings import Verdict
+from qdefense.findings import Finding, Threshold, Verdict
 from qdefense.profile import Runtime
 from qdefense.trial import Activity
 
@@ -58,6 +58,14 @@ def attacked(seed: int, score: float | None, verdict: Verdict = FOUND, **changes
 def clean(seed: int, score: float | None, verdict: Verdict = MISSED) -> list[Record]:
     made = network(None, seed)
     return [behaviour(made), defense(made, metrics=None if score is None else scan_metrics(score), verdict=verdict)]
+
+
+def dataset_trial(made: Network, metrics: DatasetMetrics, line: float | None) -> DefenseRecord:
+    """Of a scan of training data without a verdict; ``line`` is where it draws one, if it does."""
+    threshold = None if line is None else Threshold(value=line, source="paper")
+    facts = {"verdict": LOST, "reason": "class 3: 20 images"}
+    found = Finding(defense="spectral-signatures", kind="dataset", threshold=threshold, seed=0, **facts)
+    return defense(made, metrics=metrics, name="spectral-signatures", kind="dataset", finding=found, **facts)
 
 
 def cohort(*groups: list[Record]) -> Cohort:
@@ -208,7 +216,7 @@ def test_a_method_that_only_ranks_rows_has_figures_and_raises_no_alarm() -> None
     """Spectral Signatures draws no line: its verdict is NOT_MEASURED, the order of its rows is not."""
     made = network("badnets", 0)
     metrics = DatasetMetrics(auroc=0.6, within_auroc=0.9, tpr=Rate(hits=1, n=2), fpr=Rate(hits=0, n=2))
-    trial = defense(made, metrics=metrics, name="spectral-signatures", kind="dataset", verdict=LOST)
+    trial = dataset_trial(made, metrics, None)
     (row,) = dataset_rows(cohort([behaviour(made), trial]))
     assert row.answers == Answers(measured=1)
     assert row.within_auroc is not None
@@ -216,6 +224,31 @@ def test_a_method_that_only_ranks_rows_has_figures_and_raises_no_alarm() -> None
     assert row.alarms is None
     (published,) = published_rows(cohort([behaviour(made), trial]))
     assert (published.judges, published.alarms, published.calm) == (False, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "unmeasured", "status", "reason"),
+    [
+        (None, 0, "measured", "class 3: 20 images"),
+        (None, 20, "not measured", "class 3: 20 images; 20 rows of the training set have no score"),
+        (0.15, 0, "not measured", "class 3: 20 images"),
+        (0.15, 20, "not measured", "class 3: 20 images; 20 rows of the training set have no score"),
+    ],
+)
+def test_scores_of_rows_are_an_answer_without_a_verdict_only_where_no_line_is_drawn_and_no_row_is_left_out(
+    line: float | None, unmeasured: int, status: str, reason: str
+) -> None:
+    metrics = DatasetMetrics(auroc=0.6, fpr=Rate(hits=0, n=200), unmeasured=unmeasured)
+    trial = dataset_trial(network("badnets", 0), metrics, line)
+    assert status_of(trial) == status
+    assert reason_of(trial) == reason
+    judged = trial.model_copy(update={"verdict": FOUND})
+    assert (status_of(judged), reason_of(judged)) == ("measured", trial.reason)
+
+
+def test_scores_of_rows_are_no_answer_where_the_finding_is_not_told() -> None:
+    metrics = DatasetMetrics(auroc=0.6, fpr=Rate(hits=0, n=200))
+    assert status_of(defense(network(), metrics=metrics, name="ac", kind="dataset", verdict=LOST)) == "not measured"
 
 
 def test_filter_row_pools_inputs_and_counts_those_without_a_score() -> None:
