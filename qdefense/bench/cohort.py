@@ -152,10 +152,11 @@ class _Rules:
 
 
 class Cohort:
-    """The records of a bench, by setting; of a network that was trained again only the last one.
+    """The records of a bench in the order of their lines, by setting; of a recipe's networks the one measured last.
 
-    The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed;
-    ``superseded`` counts the trials that a later network, file or revision of the code replaced; ``precisions`` are the
+    The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed: of the
+    replica that the last answer is of, or where that one has none here, of another;
+    ``superseded`` counts the trials that another network, file or revision of the code replaced; ``precisions`` are the
     labels by full name; ``makings`` are the records of networks trained and files quantized.
     """
 
@@ -173,12 +174,17 @@ class Cohort:
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
         self._calibrations: dict[str, Calibration] = {}
-        self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest((self.setting(one), one) for one in seen)
-        self.defenses: dict[Subject, tuple[DefenseRecord, ...]] = _latest((self.subject(one), one) for one in trials)
+        current = {network_id(one.network): one.replica for one in newest if not one.failed}
+        self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest(
+            ((self.setting(one), one) for one in seen), current
+        )
+        self.defenses: dict[Subject, tuple[DefenseRecord, ...]] = _latest(
+            ((self.subject(one), one) for one in trials), current
+        )
         kept = sum(map(len, self.behaviours.values())) + sum(map(len, self.defenses.values()))
         self.superseded = len(every) - kept
         self._files: defaultdict[tuple[str, str], list[BehaviourRecord]] = defaultdict(list)
-        for one in (one for group in self.behaviours.values() for one in group):
+        for one in seen:  # of every replica: a defense may have been tried on any
             self._files[one.artifact_sha256, one.arithmetic].append(one)
         makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
         self.makings = tuple(sorted(makings, key=_making_rank))
@@ -245,7 +251,9 @@ class Cohort:
         found = {
             one.activity
             for one in files
-            if images in (None, one.data_sha256) and (record.runtime is None or self.runtime(one.runtime) == runtime)
+            if one.activity is not None
+            and images in (None, one.data_sha256)
+            and (record.runtime is None or self.runtime(one.runtime) == runtime)
         }
         return found.pop() if len(found) == 1 else None
 
@@ -357,14 +365,17 @@ def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[str | None, tuple
 _Place = TypeVar("_Place", Setting, Subject)
 
 
-def _latest(trials: Iterable[tuple[_Place, _Trial]]) -> dict[_Place, tuple[_Trial, ...]]:
-    """One record per place and network: of the last replica, and of those the last."""
+def _latest(
+    trials: Iterable[tuple[_Place, _Trial]], current: Mapping[str, int]
+) -> dict[_Place, tuple[_Trial, ...]]:
+    """One record per place and network: an answer before a failure, then the ``current`` replica, then the last line."""
     kept: defaultdict[_Place, dict[str, _Trial]] = defaultdict(dict)
+    ranks: dict[tuple[_Place, str], tuple[bool, bool]] = {}
     for place, trial in trials:
-        mine = kept[place]
         name = network_id(trial.network)
-        if name not in mine or trial.replica >= mine[name].replica:
-            mine[name] = trial
+        rank = (not trial.failed, trial.replica == current.get(name))
+        if rank >= ranks.get((place, name), rank):
+            kept[place][name], ranks[place, name] = trial, rank
     return {place: tuple(found[name] for name in sorted(found, key=_by_seed(found))) for place, found in kept.items()}
 
 

@@ -154,7 +154,10 @@ def read_results(folder: Path, matrix: Path | None = None) -> Results:
         DataError: images of the matrix that the folder has never seen cannot be read.
         OSError: a file cannot be read.
     """
-    records = {record.key: record for record in read_records(folder / RECORDS)}
+    records: dict[str, Record] = {}
+    for record in read_records(folder / RECORDS):
+        records.pop(record.key, None)  # the place of a record is that of its last line
+        records[record.key] = record
     if not records:
         raise StoreError(
             f"{folder / RECORDS}: no records; `qdefense bench MATRIX.toml` writes them to results/ beside the matrix"

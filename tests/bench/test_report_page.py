@@ -186,6 +186,12 @@ def test_page_says_that_rates_without_clean_networks_have_no_control(tmp_path: P
     assert "no clean network" in told
 
 
+def test_a_record_that_was_made_again_stands_where_its_last_line_is(tmp_path: Path) -> None:
+    first, second = (samples.behaviour(samples.network(seed=seed)) for seed in range(2))
+    failed = first.model_copy(update={"failed": True})
+    assert read_results(samples.write(tmp_path, [failed, second, first])).records == (second, first)
+
+
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 

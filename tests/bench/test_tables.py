@@ -332,16 +332,52 @@ def test_behaviour_that_failed_is_no_measurement() -> None:
     assert (row.measured, row.failed, row.clean_accuracy) == (0, 1, None)
 
 
-def test_cohort_takes_the_network_that_was_trained_last() -> None:
+@pytest.mark.parametrize("last", [0, 1])
+def test_cohort_takes_the_network_that_was_measured_last(last: int) -> None:
+    """Whatever its number: of two machines in turn either may be the last one."""
     made = network("badnets", 0)
-    again = [behaviour(made, accuracy=0.5, replica=1), defense(made, metrics=scan_metrics(2.0), replica=1)]
-    found = cohort(again, [behaviour(made, accuracy=0.9), defense(made, metrics=scan_metrics(9.0))])
+    groups = [measured_of(made, replica, score) for replica, score in enumerate((9.0, 2.0))]
+    found = cohort(*(groups if last else reversed(groups)))
     (row,) = behaviour_rows(found)
     assert row.clean_accuracy is not None
-    assert (row.clean_accuracy.mean, row.measured) == (0.5, 1)
+    assert (row.clean_accuracy.mean, row.measured) == ((0.9, 0.5)[last], 1)
     assert found.superseded == 2
     (scan,) = scan_rows(found)
     assert scan.answers == Answers(measured=1)
+
+
+def measured_of(made: Network, replica: int, score: float, **changes: object) -> list[Record]:
+    trial = defense(made, metrics=scan_metrics(score), verdict=FOUND, replica=replica, **changes)  # type: ignore[arg-type]
+    return [behaviour(made, accuracy=(0.9, 0.5)[replica], replica=replica), trial]
+
+
+def test_a_defense_tried_on_an_older_network_has_that_networks_rates_and_the_others_too() -> None:
+    """The newer one is on another machine, so that a new defense meets the one that is at hand."""
+    made = network("badnets", 0)
+    trials = [record for replica in range(2) for record in measured_of(made, replica, 3.0)]
+    new = measured_of(made, 0, 3.0, name="strip-scan")[1]
+    found = cohort([*trials, new])
+    old, added = scan_rows(found)
+    assert (added.answers, added.unknown_activity, old.answers) == (Answers(measured=1), 0, Answers(measured=1))
+    assert {one.replica for group in found.defenses.values() for one in group} == {0}
+    assert [row.clean_accuracy.mean for row in behaviour_rows(found) if row.clean_accuracy] == [0.9]
+
+
+def test_rows_that_only_another_network_of_the_recipe_has_keep_it_and_what_it_does() -> None:
+    made = network("badnets", 0)
+    only_there = measured_of(made, 1, 3.0, name="strip-scan")
+    found = cohort(only_there, measured_of(made, 0, 3.0))
+    assert [row.answers for row in scan_rows(found)] == [Answers(measured=1)] * 2
+    assert [row.unknown_activity for row in scan_rows(found)] == [0, 0]
+
+
+def test_a_trial_that_failed_takes_no_answers_place() -> None:
+    made = network("badnets", 0)
+    failed = measured_of(made, 1, 3.0, failed=True)[1]
+    found = cohort(measured_of(made, 0, 3.0), [failed])
+    (row,) = scan_rows(found)
+    assert (row.answers, found.superseded) == (Answers(measured=1), 1)
+    assert scan_rows(cohort([failed]))[0].setting == row.setting
 
 
 def test_cohort_names_the_settings_in_which_attacks_and_defenses_differ() -> None:
