@@ -114,7 +114,7 @@ def lost_for_gradients(record: DefenseRecord) -> bool:
 
 
 class _Rules:
-    """Under which rules trials were made, and on which test images; told only where they differ.
+    """Under which rules trials were made, by which code, and on which test images; told only where they differ.
 
     Digests tell them apart even in records that are older than the fields which say them.
     """
@@ -142,13 +142,20 @@ class _Rules:
         return _text({"data": made.data, "train": made.train_sha256, "defense": asked})
 
     def _facts(self, record: BehaviourRecord | DefenseRecord) -> dict[str, Any]:
+        code = {"evaluation_revision": _told(record.evaluation_revision)}
         if isinstance(record, BehaviourRecord):
-            return {"test_sha256": record.data_sha256[:_DIGITS]}
+            return {"test_sha256": record.data_sha256[:_DIGITS], **code}
+        code["revision"] = _told(record.revision)
         told = self._told.get(record.data_sha256)
         if told is None or told.evaluation is None:
-            return {"seed": record.seed, "rules": "not recorded", "data_sha256": record.data_sha256[:_DIGITS]}
+            unsaid = {"rules": "not recorded", "data_sha256": record.data_sha256[:_DIGITS]}
+            return {"seed": record.seed, **unsaid, **code}
         images = {} if told.test_sha256 is None else {"test_sha256": told.test_sha256[:_DIGITS]}
-        return {**told.evaluation.model_dump(), **images, "seed": record.seed}
+        return {**told.evaluation.model_dump(), **images, "seed": record.seed, **code}
+
+
+def _told(revision: int | None) -> str:
+    return "not recorded" if revision is None else f"{revision}"
 
 
 class Cohort:
@@ -348,18 +355,27 @@ def _precision_labels(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _newest(trials: Sequence[BehaviourRecord | DefenseRecord]) -> list[BehaviourRecord | DefenseRecord]:
-    """Without those that older code gave, of the evaluator or of the defense: a bench measures them again."""
-    newest: dict[str | None, tuple[int, int]] = {}
+    """Of each cell those that the newest code answered, or where none has an answer, those of the newest code."""
+    newest: dict[str, tuple[bool, int, int]] = {}
     for one in trials:
-        name, code = _code_of(one)
-        newest[name] = max(code, newest.get(name, code))
-    return [one for one in trials if newest[_code_of(one)[0]] == _code_of(one)[1]]
+        cell, code = _cell_of(one), _code_of(one)
+        newest[cell] = max(code, newest.get(cell, code))
+    return [one for one in trials if newest[_cell_of(one)] == _code_of(one)]
 
 
-def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[str | None, tuple[int, int]]:
+def _cell_of(record: BehaviourRecord | DefenseRecord) -> str:
+    """What is asked, of which file, on which images: all that a key holds but the code."""
+    asked = record.model_dump(mode="json", include={"defense", "settings", "access", "seed"})
+    file = {"sha256": record.artifact_sha256, "precision": record.precision, "arithmetic": record.arithmetic}
+    calibration = _calibration_label(record.calibration)
+    made, images = network_id(record.network), record.data_sha256
+    return digest_of(asked=asked, file=file, calibration=calibration, network=made, images=images)
+
+
+def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:
     """Lines that are older than revisions are of none."""
-    name, own = (record.defense, record.revision) if isinstance(record, DefenseRecord) else (None, None)
-    return name, (record.evaluation_revision or 0, own or 0)
+    own = record.revision if isinstance(record, DefenseRecord) else None
+    return not record.failed, record.evaluation_revision or 0, own or 0
 
 
 _Place = TypeVar("_Place", Setting, Subject)

@@ -473,11 +473,51 @@ def test_activity_is_of_the_same_test_images() -> None:
     assert found.activity(trial.model_copy(update={"data_sha256": sha("?")})) is None
 
 
-def test_answers_of_older_code_are_left_out() -> None:
-    old, new = {"evaluation_revision": 1, "revision": 1}, {"evaluation_revision": 1, "revision": 2}
-    found = cohort([asked(0, 3.0, 40, **new), asked(0, 9.0, 40, **old), asked(1, 2.0, 40, **old), asked(2, 2.0, 40)])
+OLD, NEW = ({"evaluation_revision": 1, "revision": revision} for revision in (1, 2))
+
+
+def test_an_answer_of_newer_code_takes_the_place_of_the_older_one_of_its_cell_alone() -> None:
+    found = cohort([asked(0, 9.0, 40, **OLD), asked(0, 3.0, 40, **NEW), asked(1, 2.0, 40, **OLD), asked(2, 2.0, 40)])
+    assert found.superseded == 1
+    rows = {row.setting.evaluation: row for row in scan_rows(found)}
+    assert {label: (len(row.keys), row.unrecorded) for label, row in rows.items()} == {
+        "evaluation (evaluation_revision=1, revision=2)": (1, 2),
+        "evaluation (evaluation_revision=1, revision=1)": (1, 2),
+        "evaluation (evaluation_revision=not recorded, revision=not recorded)": (1, 2),
+    }
+
+
+@pytest.mark.parametrize("others", [{"settings": {"budget": "gate"}}, {"access": "shadow"}, {"seed": 1}])
+def test_an_answer_of_newer_code_to_another_question_takes_no_place(others: dict[str, object]) -> None:
+    newer = asked(0, 3.0, 40, **NEW).model_copy(update=others)
+    assert cohort([asked(0, 9.0, 40, **OLD), newer]).superseded == 0
+
+
+def test_a_failure_of_newer_code_takes_no_answers_place() -> None:
+    failed = asked(0, 3.0, 40, failed=True, **NEW)
+    found = cohort([asked(0, 9.0, 40, **OLD), failed])
     (row,) = scan_rows(found)
-    assert (len(row.keys), found.superseded, row.unrecorded) == (1, 3, 2)
+    assert (row.answers, row.setting.evaluation, found.superseded) == (Answers(), "", 1)
+    assert row.keys == (asked(0, 9.0, 40, **OLD).key,)
+
+
+def test_clean_twins_are_of_the_same_code() -> None:
+    """A file keeps its place under every revision; figures of two are of two methods."""
+    twin = asked(0, 1.0, 40, None, **OLD)
+    files = [behaviour(network("badnets", 0)), behaviour(network(None, 0))]
+    (_, old), (_, new) = (scan_rows(cohort([*files, asked(0, 3.0, 40, **code), twin])) for code in (OLD, NEW))
+    assert (old.auroc, new.auroc, old.unknown_activity, new.unknown_activity) == (1.0, None, 0, 0)
+
+
+def test_what_a_file_does_is_superseded_file_by_file() -> None:
+    first, second = (behaviour(network("badnets", seed), evaluation_revision=1) for seed in range(2))
+    again = behaviour(network("badnets", 0), accuracy=0.5, evaluation_revision=2)
+    found = cohort([first, second, again])
+    assert found.superseded == 1
+    assert {row.setting.evaluation: row.measured for row in behaviour_rows(found)} == {
+        "evaluation (evaluation_revision=1)": 1,
+        "evaluation (evaluation_revision=2)": 1,
+    }
 
 
 VNNI, AVX2 = RUNTIME, RUNTIME.model_copy(update={"isa": ("avx2", "fma")})
