@@ -191,8 +191,7 @@ class Run:
                 yield train
             return
         self._record_training(train, made)
-        if self._path(made) is None and any(self._unmade(network, file, made) for file in network.files.values()):
-            made = self._store.use_another(network.recipe_sha256) or made
+        made = self._choose_replicas(network, made)
         for file in network.files.values():
             yield from self._file_tasks(network, file, made, train)
 
@@ -209,27 +208,35 @@ class Run:
     def _missing_cells(self, network: NetworkPlan, file: FilePlan, artifact: Replica) -> list[Cell]:
         return [cell for cell in file.cells.values() if self._missing(self._key(network, file, cell, artifact))]
 
-    def _unmade(self, network: NetworkPlan, file: FilePlan, made: Replica) -> bool:
-        """Whether a cell waits for a file that is not at hand."""
+    def _choose_replicas(self, network: NetworkPlan, made: Replica) -> Replica:
+        """Take what is at hand for what is not, where a cell waits for it: another file of the network, or network."""
+        self._choose_files(network, made)
+        if self._path(made) is None and any(self._waits(network, file, made) for file in network.files.values()):
+            another = self._store.use_another(network.recipe_sha256)
+            if another is not None:
+                self._choose_files(network, another)
+                return another
+        return made
+
+    def _choose_files(self, network: NetworkPlan, made: Replica) -> None:
+        for file in network.files.values():
+            if file.quantization is not None and self._waits(network, file, made):
+                self._store.use_another(_recipe_of(file, made))
+
+    def _waits(self, network: NetworkPlan, file: FilePlan, made: Replica) -> bool:
+        """Whether a cell waits for a file that is not at hand; for one that could not be made at all none does."""
         artifact = current_file(self._store, file, made)
         if artifact is None:
-            return True
-        if self._path(artifact) is not None or not self._missing_cells(network, file, artifact):
-            return False
-        return file.quantization is None or self._store.use_another(_recipe_of(file, made)) is None
+            return self._missing(quantization_key(_recipe_of(file, made), None))
+        return self._path(artifact) is None and bool(self._missing_cells(network, file, artifact))
 
     def _file_tasks(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
-        source = self._path(made)
-        if self._unmade(network, file, made):
-            if source is not None:
-                yield from self._quantization(network, file, made, source)
-            elif self._missing(train.id):  # too large to be committed, and this is another machine
-                yield train
-            else:
-                self._tell_untrained(train)
+        if self._waits(network, file, made):
+            yield from self._making(network, file, made, train)
             return
-        artifact = current_file(self._store, file, made)
-        assert artifact is not None  # noqa: S101 (it is made)
+        source, artifact = self._path(made), current_file(self._store, file, made)
+        if artifact is None:
+            return
         if source is not None and not self._recorded(file, made, artifact):
             yield from self._quantization(network, file, made, source)
         path = self._path(artifact)
@@ -237,14 +244,22 @@ class Run:
             model = read_model(path, artifact.artifact_sha256)
             yield from (self._trial(network, file, cell, artifact, made, model) for cell in cells)
 
-    def _tell_untrained(self, train: TrainTask) -> None:
-        if train.id not in self._attempted:
-            self._attempted.add(train.id)
-            reason = self._store.records[train.id].reason
-            self._on_notice(
-                f"{train.network.title}: its file is not here, and could not be trained again: {reason}; "
-                "--retry-failed tries it once more"
-            )
+    def _making(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
+        """A file, or first its network: too large to be committed, and this is another machine."""
+        source = self._path(made)
+        if file.quantization is not None and not self._missing(key := quantization_key(_recipe_of(file, made), None)):
+            self._tell_unmade(key, f"{network.network.title}: {file.precision} is not here, and could not be made again")
+        elif source is not None:
+            yield from self._quantization(network, file, made, source)
+        elif self._missing(train.id):
+            yield train
+        else:
+            self._tell_unmade(train.id, f"{network.network.title}: its file is not here, and could not be trained again")
+
+    def _tell_unmade(self, key: str, what: str) -> None:
+        if key not in self._attempted:
+            self._attempted.add(key)
+            self._on_notice(f"{what}: {self._store.records[key].reason}; --retry-failed tries it once more")
 
     def _recorded(self, file: FilePlan, made: Replica, artifact: Replica) -> bool:
         key = quantization_key(_recipe_of(file, made), artifact.artifact_sha256)
