@@ -21,7 +21,7 @@ from qdefense.bench.datasets import (
 from qdefense.bench.engines import Engine
 from qdefense.bench.matrix import Matrix
 from qdefense.bench.records import DataFacts, Record, Replica, digest_of
-from qdefense.bench.store import Store, read_model
+from qdefense.bench.store import Store, StoreError, read_model
 from qdefense.bench.survey import current_file, estimate, survey_network, trial_key
 from qdefense.bench.tasks import (
     Clock,
@@ -107,7 +107,7 @@ class Run:
 
         Raises:
             EngineError: the machines are gone.
-            StoreError: a truth file that a defense's trial needs is not there.
+            StoreError: a record holds a number that is not finite.
         """
         owner: dict[str, NetworkPlan] = {}
         left = {network.recipe_sha256: self._seconds_left(network) for network in self._plan}
@@ -193,7 +193,15 @@ class Run:
         self._record_training(train, made)
         made = self._choose_replicas(network, made)
         for file in network.files.values():
-            yield from self._file_tasks(network, file, made, train)
+            try:
+                yield from self._file_tasks(network, file, made, train)
+            except StoreError as error:  # costs the cells that need it, and no other
+                self._tell_broken(network, str(error))
+
+    def _tell_broken(self, network: NetworkPlan, problem: str) -> None:
+        if problem not in self._attempted:
+            self._attempted.add(problem)
+            self._on_notice(f"not done: {network.network.title}: {problem}")
 
     def _path(self, replica: Replica) -> Path | None:
         return self._store.model_path(replica.artifact_sha256)
