@@ -12,6 +12,7 @@ import torch
 from qdefense.artifact import Artifact
 from qdefense.bench.latency import behind, deployed_variants, measure_latency, peak_memory
 from qdefense.bench.measuring import Bench, fit_filter, lay_out, open_trial
+from qdefense.bench.revisions import EVALUATION_REVISION
 from qdefense.bench.running import Notice, Progress
 from qdefense.bench.store import Store, StoreError, read_model
 from qdefense.bench.tasks import Clock, TrialKey, TrialTask
@@ -76,6 +77,7 @@ def _time_file(item: TimingItem, store: Store, rounds: Rounds, on_notice: Notice
             "memory": memory,
             "key": item.key,
             "data_sha256": timed_data(task.trial),
+            "evaluation_revision": EVALUATION_REVISION,
             "filters": told,
             "volatile": clock.read(),
         }

@@ -28,6 +28,8 @@ from qdefense.bench.tables import (
     share,
     spread,
 )
+from qdefense.bench.timing_records import FileLatency
+from qdefense.bench.timings import latency_rows
 from qdefense.findings import Finding, Threshold, Verdict
 from qdefense.profile import Runtime
 from qdefense.trial import Activity
@@ -38,6 +40,7 @@ from .sample_records import (
     RUNTIME,
     behaviour,
     defense,
+    latency,
     network,
     quantization,
     scan_metrics,
@@ -471,6 +474,15 @@ def test_activity_is_of_the_same_test_images() -> None:
     assert isinstance(trial, DefenseRecord)
     assert found.activity(trial) is Activity.ACTIVE
     assert found.activity(trial.model_copy(update={"data_sha256": sha("?")})) is None
+
+
+@pytest.mark.parametrize(("told", "rows"), [({}, 0), ({"evaluation_revision": 1}, 0), ({"evaluation_revision": 2}, 2)])
+def test_a_time_by_older_code_than_measured_its_file_since_is_left_out(told: dict[str, int], rows: int) -> None:
+    old = behaviour(network("badnets", 0), evaluation_revision=1)
+    timed = FileLatency.model_validate({**latency(old, 0.5), **told})
+    again = old.model_copy(update={"evaluation_revision": 2})
+    assert len(latency_rows([timed], cohort([old, again]))) == rows
+    assert len(latency_rows([timed], cohort([old]))) == 2
 
 
 OLD, NEW = ({"evaluation_revision": 1, "revision": revision} for revision in (1, 2))
