@@ -47,12 +47,18 @@ def evaluation_of(matrix: Matrix) -> Evaluation:
     return Evaluation(seed=facts.seed, clean_images=facts.clean_images, held_out_images=facts.held_out_images)
 
 
-def sources_of(matrix: Matrix, store: Store, *, pin: bool) -> Sources:
+def _silent(_text: str) -> None:
+    """Tell nobody."""
+
+
+def sources_of(matrix: Matrix, store: Store, *, pin: bool, on_notice: Notice = _silent) -> Sources:
     """Digests from the manifest; images that it does not know are read, and with ``pin`` their digest is kept.
 
-    What comes of it raises a MatrixError where networks would be tested on images that they were trained on.
+    What comes of it raises a MatrixError where networks would be tested on nothing but images that they were trained
+    on; of fewer such images the share is told when they are read first.
     """
     read: dict[DataRequest, PinnedData] = {}
+    told: set[str] = set()
 
     def find(request: DataRequest) -> PinnedData:
         if request not in read:
@@ -63,7 +69,10 @@ def sources_of(matrix: Matrix, store: Store, *, pin: bool) -> Sources:
         train, test = train_request(matrix, name), test_request(matrix, name)
         # Images that are named by the manifest were apart when they were read first.
         if store.data_facts(train) is None or store.data_facts(test) is None:
-            require_unseen(train, test)
+            share = require_unseen(train, test)
+            if share and name not in told:
+                on_notice(f"data.{name}: {share:.2%} of the test images are among the training images, too")
+            told.add(name)
         require_apart(find(train).facts, find(test).facts)
         return read[train], read[test]
 
@@ -256,13 +265,17 @@ class Run:
         """A file, or first its network: too large to be committed, and this is another machine."""
         source = self._path(made)
         if file.quantization is not None and not self._missing(key := quantization_key(_recipe_of(file, made), None)):
-            self._tell_unmade(key, f"{network.network.title}: {file.precision} is not here, and could not be made again")
+            self._tell_unmade(
+                key, f"{network.network.title}: {file.precision} is not here, and could not be made again"
+            )
         elif source is not None:
             yield from self._quantization(network, file, made, source)
         elif self._missing(train.id):
             yield train
         else:
-            self._tell_unmade(train.id, f"{network.network.title}: its file is not here, and could not be trained again")
+            self._tell_unmade(
+                train.id, f"{network.network.title}: its file is not here, and could not be trained again"
+            )
 
     def _tell_unmade(self, key: str, what: str) -> None:
         if key not in self._attempted:

@@ -110,7 +110,7 @@ def command(
 
 
 def _planned(table: Matrix, store: Store, only: str | None, limit: int | None, *, pin: bool) -> tuple[NetworkPlan, ...]:
-    whole = plan_cells(table, sources_of(table, store, pin=pin))
+    whole = plan_cells(table, sources_of(table, store, pin=pin, on_notice=_tell))
     plan = chosen(whole, only=only, limit=limit)
     if not plan:
         raise MatrixError(_none_chosen([cell.title for network in whole for _, cell in network.cells], only))
