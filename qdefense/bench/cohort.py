@@ -381,10 +381,8 @@ def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:
 _Place = TypeVar("_Place", Setting, Subject)
 
 
-def _latest(
-    trials: Iterable[tuple[_Place, _Trial]], current: Mapping[str, int]
-) -> dict[_Place, tuple[_Trial, ...]]:
-    """One record per place and network: an answer before a failure, then the ``current`` replica, then the last line."""
+def _latest(trials: Iterable[tuple[_Place, _Trial]], current: Mapping[str, int]) -> dict[_Place, tuple[_Trial, ...]]:
+    """One record per place and network: an answer before a failure, then the ``current`` replica, then the last."""
     kept: defaultdict[_Place, dict[str, _Trial]] = defaultdict(dict)
     ranks: dict[tuple[_Place, str], tuple[bool, bool]] = {}
     for place, trial in trials:

@@ -51,8 +51,8 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
         ),
         (
             report.superseded,
-            "Trials that another network, file or revision of the code replaced, or that failed where another one has an "
-            "answer, left out of the tables: {}.",
+            "Trials that another network, file or revision of the code replaced, or that failed where another one has "
+            "an answer, left out of the tables: {}.",
         ),
     )
 

@@ -196,7 +196,8 @@ ELSEWHERE = samples.RUNTIME.model_copy(update={"isa": ("avx2",)})
         ({"revision": 2}, "clean networks were measured under other rules, revisions or test images"),
         (
             {"runtime": ELSEWHERE, "revision": 2},
-            "clean networks were measured on another CPU or ONNX Runtime and under other rules, revisions or test images",
+            "clean networks were measured on another CPU or ONNX Runtime "
+            "and under other rules, revisions or test images",
         ),
         ({"name": "other"}, "this defense was tried on no clean network at this precision"),
         ({}, None),
