@@ -26,7 +26,7 @@ class DaskCluster:
     """The workers of a scheduler. Start them with one thread each; a work item is done in one process at a time.
 
     A worker that dies loses its work item to another one, by Dask's own doing; one at which worker after worker died is
-    lost to this run.
+    lost to this run: Dask tells neither how they died nor whether it was that item or one beside it.
 
     Raises:
         EngineError: Dask is not installed, there is no scheduler or no worker, or one of them lacks this version.

@@ -82,17 +82,29 @@ class Subject(NamedTuple):
 def status_of(record: DefenseRecord) -> Status:
     """Whether there is an answer; one that is missing is never a negative one.
 
-    Of a dataset scan the answer is the order of the rows: a method that draws no line has one without a verdict.
+    Of a scan of training data that draws no line the answer is the order of the rows, if all of them are in it.
     """
     if record.failed:
         return "failed"
-    if isinstance(record.metrics, DatasetMetrics):
-        return "measured"
     if record.verdict in _UNANSWERED:
-        return _UNANSWERED[record.verdict]
+        return "measured" if _orders_all_rows(record) else _UNANSWERED[record.verdict]
     judged = record.verdict is not None or record.kind in ("filter", "repair")
     unrepaired = isinstance(record.metrics, RepairMetrics) and record.metrics.accuracy_after is None
     return "not measured" if record.metrics is None or not judged or unrepaired else "measured"
+
+
+def _orders_all_rows(record: DefenseRecord) -> bool:
+    """A method that draws a line says where in its finding, whatever its verdict (`DatasetScan`)."""
+    draws_no_line = record.finding is not None and record.finding.threshold is None
+    return draws_no_line and isinstance(record.metrics, DatasetMetrics) and not record.metrics.unmeasured
+
+
+def reason_of(record: DefenseRecord) -> str:
+    """Its own, and where it has no answer how many rows are without a score."""
+    rows = record.metrics.unmeasured if isinstance(record.metrics, DatasetMetrics) else 0
+    if not rows or status_of(record) == "measured":
+        return record.reason
+    return f"{record.reason}; {rows} rows of the training set have no score"
 
 
 def lost_for_gradients(record: DefenseRecord) -> bool:
@@ -102,7 +114,7 @@ def lost_for_gradients(record: DefenseRecord) -> bool:
 
 
 class _Rules:
-    """Under which rules trials were made, and on which test images; told only where they differ.
+    """Under which rules trials were made, by which code, and on which test images; told only where they differ.
 
     Digests tell them apart even in records that are older than the fields which say them.
     """
@@ -130,20 +142,28 @@ class _Rules:
         return _text({"data": made.data, "train": made.train_sha256, "defense": asked})
 
     def _facts(self, record: BehaviourRecord | DefenseRecord) -> dict[str, Any]:
+        code = {"evaluation_revision": _told(record.evaluation_revision)}
         if isinstance(record, BehaviourRecord):
-            return {"test_sha256": record.data_sha256[:_DIGITS]}
+            return {"test_sha256": record.data_sha256[:_DIGITS], **code}
+        code["revision"] = _told(record.revision)
         told = self._told.get(record.data_sha256)
         if told is None or told.evaluation is None:
-            return {"seed": record.seed, "rules": "not recorded", "data_sha256": record.data_sha256[:_DIGITS]}
+            unsaid = {"rules": "not recorded", "data_sha256": record.data_sha256[:_DIGITS]}
+            return {"seed": record.seed, **unsaid, **code}
         images = {} if told.test_sha256 is None else {"test_sha256": told.test_sha256[:_DIGITS]}
-        return {**told.evaluation.model_dump(), **images, "seed": record.seed}
+        return {**told.evaluation.model_dump(), **images, "seed": record.seed, **code}
+
+
+def _told(revision: int | None) -> str:
+    return "not recorded" if revision is None else f"{revision}"
 
 
 class Cohort:
-    """The records of a bench, by setting; of a network that was trained again only the last one.
+    """The records of a bench in the order of their lines, by setting; of a recipe's networks the one measured last.
 
-    The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed;
-    ``superseded`` counts the trials that a later network, file or revision of the code replaced; ``precisions`` are the
+    The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed: of the
+    replica that the last answer is of, or where that one has none here, of another;
+    ``superseded`` counts the trials that another network, file or revision of the code replaced; ``precisions`` are the
     labels by full name; ``makings`` are the records of networks trained and files quantized.
     """
 
@@ -161,12 +181,17 @@ class Cohort:
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
         self._calibrations: dict[str, Calibration] = {}
-        self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest((self.setting(one), one) for one in seen)
-        self.defenses: dict[Subject, tuple[DefenseRecord, ...]] = _latest((self.subject(one), one) for one in trials)
+        current = {network_id(one.network): one.replica for one in newest if not one.failed}
+        self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest(
+            ((self.setting(one), one) for one in seen), current
+        )
+        self.defenses: dict[Subject, tuple[DefenseRecord, ...]] = _latest(
+            ((self.subject(one), one) for one in trials), current
+        )
         kept = sum(map(len, self.behaviours.values())) + sum(map(len, self.defenses.values()))
         self.superseded = len(every) - kept
         self._files: defaultdict[tuple[str, str], list[BehaviourRecord]] = defaultdict(list)
-        for one in (one for group in self.behaviours.values() for one in group):
+        for one in seen:  # of every replica: a defense may have been tried on any
             self._files[one.artifact_sha256, one.arithmetic].append(one)
         makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
         self.makings = tuple(sorted(makings, key=_making_rank))
@@ -233,7 +258,9 @@ class Cohort:
         found = {
             one.activity
             for one in files
-            if images in (None, one.data_sha256) and (record.runtime is None or self.runtime(one.runtime) == runtime)
+            if one.activity is not None
+            and images in (None, one.data_sha256)
+            and (record.runtime is None or self.runtime(one.runtime) == runtime)
         }
         return found.pop() if len(found) == 1 else None
 
@@ -328,31 +355,41 @@ def _precision_labels(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _newest(trials: Sequence[BehaviourRecord | DefenseRecord]) -> list[BehaviourRecord | DefenseRecord]:
-    """Without those that older code gave, of the evaluator or of the defense: a bench measures them again."""
-    newest: dict[str | None, tuple[int, int]] = {}
+    """Of each cell those that the newest code answered, or where none has an answer, those of the newest code."""
+    newest: dict[str, tuple[bool, int, int]] = {}
     for one in trials:
-        name, code = _code_of(one)
-        newest[name] = max(code, newest.get(name, code))
-    return [one for one in trials if newest[_code_of(one)[0]] == _code_of(one)[1]]
+        cell, code = _cell_of(one), _code_of(one)
+        newest[cell] = max(code, newest.get(cell, code))
+    return [one for one in trials if newest[_cell_of(one)] == _code_of(one)]
 
 
-def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[str | None, tuple[int, int]]:
+def _cell_of(record: BehaviourRecord | DefenseRecord) -> str:
+    """What is asked, of which file, on which images: all that a key holds but the code."""
+    asked = record.model_dump(mode="json", include={"defense", "settings", "access", "seed"})
+    file = {"sha256": record.artifact_sha256, "precision": record.precision, "arithmetic": record.arithmetic}
+    calibration = _calibration_label(record.calibration)
+    made, images = network_id(record.network), record.data_sha256
+    return digest_of(asked=asked, file=file, calibration=calibration, network=made, images=images)
+
+
+def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:
     """Lines that are older than revisions are of none."""
-    name, own = (record.defense, record.revision) if isinstance(record, DefenseRecord) else (None, None)
-    return name, (record.evaluation_revision or 0, own or 0)
+    own = record.revision if isinstance(record, DefenseRecord) else None
+    return not record.failed, record.evaluation_revision or 0, own or 0
 
 
 _Place = TypeVar("_Place", Setting, Subject)
 
 
-def _latest(trials: Iterable[tuple[_Place, _Trial]]) -> dict[_Place, tuple[_Trial, ...]]:
-    """One record per place and network: of the last replica, and of those the last."""
+def _latest(trials: Iterable[tuple[_Place, _Trial]], current: Mapping[str, int]) -> dict[_Place, tuple[_Trial, ...]]:
+    """One record per place and network: an answer before a failure, then the ``current`` replica, then the last."""
     kept: defaultdict[_Place, dict[str, _Trial]] = defaultdict(dict)
+    ranks: dict[tuple[_Place, str], tuple[bool, bool]] = {}
     for place, trial in trials:
-        mine = kept[place]
         name = network_id(trial.network)
-        if name not in mine or trial.replica >= mine[name].replica:
-            mine[name] = trial
+        rank = (not trial.failed, trial.replica == current.get(name))
+        if rank >= ranks.get((place, name), rank):
+            kept[place][name], ranks[place, name] = trial, rank
     return {place: tuple(found[name] for name in sorted(found, key=_by_seed(found))) for place, found in kept.items()}
 
 

@@ -26,6 +26,8 @@ ONE_THREAD = {
 """Work is spread over processes: sums, and so records, do not depend on the number of threads."""
 
 _GRACE_SECONDS = 5.0
+_OF_MACHINE = (-signal.SIGKILL, -signal.SIGTERM, None)
+"""Endings that somebody else, or want of memory, put to a worker (None: unknown); any other is the cell's own crash."""
 
 
 class EngineError(RuntimeError):
@@ -89,6 +91,7 @@ class _Child:
     process: BaseProcess
     connection: Connection
     task: Task | None = None
+    sent: bool = True
     clock: Clock = field(default_factory=Clock)
 
 
@@ -105,7 +108,7 @@ class LocalPool:
         self._queue.push(task)
 
     def completed(self) -> Outcome:
-        """Wait for the next outcome; a dead child's work item is lost to this run."""
+        """Wait for the next outcome; one whose child was killed is lost to this run, one that crashed it has failed."""
         self._dispatch()
         busy = {child.connection: child for child in self._children if child.task is not None}
         ready = wait(list(busy))
@@ -134,9 +137,12 @@ class LocalPool:
             try:
                 child.connection.send(task)
             except OSError:  # it died before it had anything to do; the task is told as lost where it is waited for
-                continue
+                child.sent = False
 
     def _idle(self) -> _Child | None:
+        for dead in [child for child in self._children if child.task is None and not child.process.is_alive()]:
+            dead.connection.close()  # or the next task would be blamed
+            self._children.remove(dead)
         found = next((child for child in self._children if child.task is None), None)
         if found is None and len(self._children) < self._workers:
             found = _spawn()
@@ -147,8 +153,10 @@ class LocalPool:
         child.process.join(_GRACE_SECONDS)
         child.connection.close()
         self._children.remove(child)
-        reason = f"the worker process ended with {_ending(child.process.exitcode)} at this cell"
-        return Outcome(task_id=task.id, record=task.failure(reason, child.clock.read()), lost=True)
+        code = child.process.exitcode
+        reason = f"the worker process ended with {_ending(code)} at this cell"
+        lost = code in _OF_MACHINE or not child.sent
+        return Outcome(task_id=task.id, record=task.failure(reason, child.clock.read()), lost=lost)
 
 
 def _ending(exitcode: int | None) -> str:

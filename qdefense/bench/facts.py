@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 from qdefense.bench.cohort import NO_ATTACK
@@ -50,7 +51,8 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
         ),
         (
             report.superseded,
-            "Trials that a later network, file or revision of the code replaced, left out of the tables: {}.",
+            "Trials that another network, file or revision of the code replaced, or that failed where another one has "
+            "an answer, left out of the tables: {}.",
         ),
     )
 
@@ -68,6 +70,43 @@ def _without_twins(report: BenchReport, rows: _Rows) -> Iterator[str]:
     clean = {f"{row.data}, {row.architecture}" for row in report.networks if row.attack == NO_ATTACK}
     for place in sorted(places - clean):
         yield f"{place}: there is no clean network, so that nobody knows how often its alarms are false."
+    causes: defaultdict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if f"{row.setting.data}, {row.setting.architecture}" in clean and _lacks_twin(row):
+            causes[_cause(row, rows)].append(f"{row.defense} on {row.setting.place}, {row.setting.file}")
+    for cause, names in causes.items():
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{names[0]}{more}: rates of attacked files without a clean twin: {cause}."
+
+
+def _lacks_twin(row: ScanRow | DatasetRow | FilterRow | RepairRow) -> bool:
+    """Whether there are active files and no clean one, measured or not; a repair is no detector, and needs none."""
+    alone = not any(row.clean.model_dump().values()) and any(row.answers.model_dump().values())
+    return alone and row.setting.attack != NO_ATTACK and not isinstance(row, RepairRow)
+
+
+def _cause(row: ScanRow | DatasetRow | FilterRow | RepairRow, rows: _Rows) -> str:
+    """What parts it from the nearest clean row of the same defense at the same precision."""
+    mine = row.setting
+    near = [
+        {name for name in _PARTS if getattr(other.setting, name) != getattr(mine, name)}
+        for other in rows
+        if other.setting.attack == NO_ATTACK
+        and (other.defense, other.access) == (row.defense, row.access)
+        and (other.setting.data, other.setting.architecture) == (mine.data, mine.architecture)
+        and (other.setting.precision, other.setting.arithmetic) == (mine.precision, mine.arithmetic)
+    ]
+    if not near:
+        return "this defense was tried on no clean network at this precision"
+    parts = min(near, key=len)
+    return "clean networks were measured " + " and ".join(told for name, told in _PARTS.items() if name in parts)
+
+
+_PARTS = {
+    "runtime": "on another CPU or ONNX Runtime",
+    "evaluation": "under other rules, revisions or test images",
+    "calibration": "with another calibration",
+}
 
 
 def network_rows(report: BenchReport) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from qdefense.bench.datasets import (
 from qdefense.bench.engines import Engine
 from qdefense.bench.matrix import Matrix
 from qdefense.bench.records import DataFacts, Record, Replica, digest_of
-from qdefense.bench.store import Store, read_model
+from qdefense.bench.store import Store, StoreError, read_model
 from qdefense.bench.survey import current_file, estimate, survey_network, trial_key
 from qdefense.bench.tasks import (
     Clock,
@@ -48,12 +48,18 @@ def evaluation_of(matrix: Matrix) -> Evaluation:
     return Evaluation(seed=facts.seed, clean_images=facts.clean_images, held_out_images=facts.held_out_images)
 
 
-def sources_of(matrix: Matrix, store: Store, *, pin: bool) -> Sources:
+def _silent(_text: str) -> None:
+    """Tell nobody."""
+
+
+def sources_of(matrix: Matrix, store: Store, *, pin: bool, on_notice: Notice = _silent) -> Sources:
     """Digests from the manifest; images that it does not know are read, and with ``pin`` their digest is kept.
 
-    What comes of it raises a MatrixError where networks would be tested on images that they were trained on.
+    What comes of it raises a MatrixError where networks would be tested on nothing but images that they were trained
+    on; of fewer such images the share is told when they are read first.
     """
     read: dict[DataRequest, PinnedData] = {}
+    told: set[str] = set()
 
     def find(request: DataRequest) -> PinnedData:
         if request not in read:
@@ -64,7 +70,10 @@ def sources_of(matrix: Matrix, store: Store, *, pin: bool) -> Sources:
         train, test = train_request(matrix, name), test_request(matrix, name)
         # Images that are named by the manifest were apart when they were read first.
         if store.data_facts(train) is None or store.data_facts(test) is None:
-            require_unseen(train, test)
+            share = require_unseen(train, test)
+            if share and name not in told:
+                on_notice(f"data.{name}: {share:.2%} of the test images are among the training images, too")
+            told.add(name)
         require_apart(find(train).facts, find(test).facts)
         return read[train], read[test]
 
@@ -108,7 +117,7 @@ class Run:
 
         Raises:
             EngineError: the machines are gone.
-            StoreError: a truth file that a defense's trial needs is not there.
+            StoreError: a record holds a number that is not finite.
         """
         owner: dict[str, NetworkPlan] = {}
         left = {network.recipe_sha256: self._seconds_left(network) for network in self._plan}
@@ -192,10 +201,17 @@ class Run:
                 yield train
             return
         self._record_training(train, made)
-        if self._path(made) is None and any(self._unmade(network, file, made) for file in network.files.values()):
-            made = self._store.use_another(network.recipe_sha256) or made
+        made = self._choose_replicas(network, made)
         for file in network.files.values():
-            yield from self._file_tasks(network, file, made, train)
+            try:
+                yield from self._file_tasks(network, file, made, train)
+            except StoreError as error:  # costs the cells that need it, and no other
+                self._tell_broken(network, str(error))
+
+    def _tell_broken(self, network: NetworkPlan, problem: str) -> None:
+        if problem not in self._attempted:
+            self._attempted.add(problem)
+            self._on_notice(f"not done: {network.network.title}: {problem}")
 
     def _path(self, replica: Replica) -> Path | None:
         return self._store.model_path(replica.artifact_sha256)
@@ -210,27 +226,35 @@ class Run:
     def _missing_cells(self, network: NetworkPlan, file: FilePlan, artifact: Replica) -> list[Cell]:
         return [cell for cell in file.cells.values() if self._missing(self._key(network, file, cell, artifact))]
 
-    def _unmade(self, network: NetworkPlan, file: FilePlan, made: Replica) -> bool:
-        """Whether a cell waits for a file that is not at hand."""
+    def _choose_replicas(self, network: NetworkPlan, made: Replica) -> Replica:
+        """Take what is at hand for what is not, where a cell waits for it: another file of the network, or network."""
+        self._choose_files(network, made)
+        if self._path(made) is None and any(self._waits(network, file, made) for file in network.files.values()):
+            another = self._store.use_another(network.recipe_sha256)
+            if another is not None:
+                self._choose_files(network, another)
+                return another
+        return made
+
+    def _choose_files(self, network: NetworkPlan, made: Replica) -> None:
+        for file in network.files.values():
+            if file.quantization is not None and self._waits(network, file, made):
+                self._store.use_another(_recipe_of(file, made))
+
+    def _waits(self, network: NetworkPlan, file: FilePlan, made: Replica) -> bool:
+        """Whether a cell waits for a file that is not at hand; for one that could not be made at all none does."""
         artifact = current_file(self._store, file, made)
         if artifact is None:
-            return True
-        if self._path(artifact) is not None or not self._missing_cells(network, file, artifact):
-            return False
-        return file.quantization is None or self._store.use_another(_recipe_of(file, made)) is None
+            return self._missing(quantization_key(_recipe_of(file, made), None))
+        return self._path(artifact) is None and bool(self._missing_cells(network, file, artifact))
 
     def _file_tasks(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
-        source = self._path(made)
-        if self._unmade(network, file, made):
-            if source is not None:
-                yield from self._quantization(network, file, made, source)
-            elif self._missing(train.id):  # too large to be committed, and this is another machine
-                yield train
-            else:
-                self._tell_untrained(train)
+        if self._waits(network, file, made):
+            yield from self._making(network, file, made, train)
             return
-        artifact = current_file(self._store, file, made)
-        assert artifact is not None  # noqa: S101 (it is made)
+        source, artifact = self._path(made), current_file(self._store, file, made)
+        if artifact is None:
+            return
         if source is not None and not self._recorded(file, made, artifact):
             yield from self._quantization(network, file, made, source)
         path = self._path(artifact)
@@ -238,14 +262,26 @@ class Run:
             model = read_model(path, artifact.artifact_sha256)
             yield from (self._trial(network, file, cell, artifact, made, model) for cell in cells)
 
-    def _tell_untrained(self, train: TrainTask) -> None:
-        if train.id not in self._attempted:
-            self._attempted.add(train.id)
-            reason = self._store.records[train.id].reason
-            self._on_notice(
-                f"{train.network.title}: its file is not here, and could not be trained again: {reason}; "
-                "--retry-failed tries it once more"
+    def _making(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
+        """A file, or first its network: too large to be committed, and this is another machine."""
+        source = self._path(made)
+        if file.quantization is not None and not self._missing(key := quantization_key(_recipe_of(file, made), None)):
+            self._tell_unmade(
+                key, f"{network.network.title}: {file.precision} is not here, and could not be made again"
             )
+        elif source is not None:
+            yield from self._quantization(network, file, made, source)
+        elif self._missing(train.id):
+            yield train
+        else:
+            self._tell_unmade(
+                train.id, f"{network.network.title}: its file is not here, and could not be trained again"
+            )
+
+    def _tell_unmade(self, key: str, what: str) -> None:
+        if key not in self._attempted:
+            self._attempted.add(key)
+            self._on_notice(f"{what}: {self._store.records[key].reason}; --retry-failed tries it once more")
 
     def _recorded(self, file: FilePlan, made: Replica, artifact: Replica) -> bool:
         key = quantization_key(_recipe_of(file, made), artifact.artifact_sha256)

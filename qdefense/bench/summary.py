@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdefense.bench.cohort import Cohort, Status, network_id, status_of
+from qdefense.bench.cohort import Cohort, Status, network_id, reason_of, status_of
 from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows, unpaired_trials
 from qdefense.bench.figures import told_runtime
 from qdefense.bench.matrix import read_matrix
@@ -154,7 +154,10 @@ def read_results(folder: Path, matrix: Path | None = None) -> Results:
         DataError: images of the matrix that the folder has never seen cannot be read.
         OSError: a file cannot be read.
     """
-    records = {record.key: record for record in read_records(folder / RECORDS)}
+    records: dict[str, Record] = {}
+    for record in read_records(folder / RECORDS):
+        records.pop(record.key, None)  # the place of a record is that of its last line
+        records[record.key] = record
     if not records:
         raise StoreError(
             f"{folder / RECORDS}: no records; `qdefense bench MATRIX.toml` writes them to results/ beside the matrix"
@@ -258,7 +261,7 @@ def _unanswered(records: Sequence[Record], cohort: Cohort) -> tuple[Unanswered, 
         groups[behaviour.stage, "", "", "failed", behaviour.reason].append(behaviour.key)
     for trial in (one for group in cohort.defenses.values() for one in group):
         if status_of(trial) != "measured":
-            where = (trial.stage, trial.defense, trial.access, status_of(trial), trial.reason)
+            where = (trial.stage, trial.defense, trial.access, status_of(trial), reason_of(trial))
             groups[where].append(trial.key)
     return tuple(
         Unanswered(stage=stage, defense=name, access=access, status=status, reason=reason, keys=tuple(sorted(keys)))

@@ -111,6 +111,10 @@ class FileLatency(LatencyRecord):
     data_sha256: str = Field(
         description="digest of the test images, and of how many of them the filters were fitted on"
     )
+    evaluation_revision: int = Field(
+        default=1,
+        description="of the evaluator's code (`EVALUATION_REVISION`); lines older than the field are of the first",
+    )
     filters: tuple[TimedFilter, ...] = ()
     volatile: Volatile
 

@@ -12,8 +12,9 @@ import torch
 from qdefense.artifact import Artifact
 from qdefense.bench.latency import behind, deployed_variants, measure_latency, peak_memory
 from qdefense.bench.measuring import Bench, fit_filter, lay_out, open_trial
+from qdefense.bench.revisions import EVALUATION_REVISION
 from qdefense.bench.running import Notice, Progress
-from qdefense.bench.store import Store, read_model
+from qdefense.bench.store import Store, StoreError, read_model
 from qdefense.bench.tasks import Clock, TrialKey, TrialTask
 from qdefense.bench.timing_plan import TimingItem, timed_data
 from qdefense.bench.timing_records import PLAIN, FileLatency, PeakMemory, Rounds, TimedFilter
@@ -45,7 +46,7 @@ def time_files(
     for done, item in enumerate(missing, start=1):
         try:
             record = _time_file(item, store, rounds, on_notice)
-        except (FileRefusedError, RuntimeGraphError, SessionError, DataError) as error:
+        except (FileRefusedError, RuntimeGraphError, SessionError, DataError, StoreError) as error:
             failed[item.title] = str(error)
             on_notice(f"failed: {item.title}: {error}")
         else:
@@ -76,6 +77,7 @@ def _time_file(item: TimingItem, store: Store, rounds: Rounds, on_notice: Notice
             "memory": memory,
             "key": item.key,
             "data_sha256": timed_data(task.trial),
+            "evaluation_revision": EVALUATION_REVISION,
             "filters": told,
             "volatile": clock.read(),
         }

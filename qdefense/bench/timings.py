@@ -34,13 +34,14 @@ class LatencyRow(Row):
 def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[LatencyRow, ...]:
     """One row per file and variant, of the files that have a record of what they do.
 
-    Of a file that was timed twice with the same filters on the same runtime, the last time counts.
+    Of a file that was timed twice with the same filters on the same runtime, the last time counts; a time by older code
+    than its file was measured by since, as `Cohort` leaves out such answers, does not.
     """
     files = {(one.artifact_sha256, one.arithmetic): one for group in cohort.behaviours.values() for one in group}
     rows: list[LatencyRow] = []
     for latency in {_asked(one): one for one in latencies}.values():
         record = files.get((latency.artifact_sha256, latency.profile.arithmetic))
-        if record is not None:
+        if record is not None and latency.evaluation_revision >= (record.evaluation_revision or 0):
             filters = {
                 one.variant: cohort.defense(one.name, one.settings)
                 for one in latency.filters

@@ -11,6 +11,7 @@ import click
 
 from qdefense.audit.gate import INCOMPLETE, PASSED
 from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
+from qdefense.bench.cohort import reason_of
 from qdefense.bench.costs import CostModel
 from qdefense.bench.engines import Engine, EngineError, LocalPool
 from qdefense.bench.matrix import Matrix, MatrixError, read_matrix
@@ -109,7 +110,7 @@ def command(
 
 
 def _planned(table: Matrix, store: Store, only: str | None, limit: int | None, *, pin: bool) -> tuple[NetworkPlan, ...]:
-    whole = plan_cells(table, sources_of(table, store, pin=pin))
+    whole = plan_cells(table, sources_of(table, store, pin=pin, on_notice=_tell))
     plan = chosen(whole, only=only, limit=limit)
     if not plan:
         raise MatrixError(_none_chosen([cell.title for network in whole for _, cell in network.cells], only))
@@ -196,4 +197,6 @@ def _summarise(items: Sequence[Item], folder: Path) -> None:
 def _why(item: Item) -> str:
     if item.blocked is not None:
         return item.blocked
-    return "not done yet" if item.record is None else item.record.reason
+    if item.record is None:
+        return "not done yet"
+    return reason_of(item.record) if isinstance(item.record, DefenseRecord) else item.record.reason

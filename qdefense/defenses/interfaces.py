@@ -62,7 +62,10 @@ class Calibratable(Protocol):
 
 
 class DatasetScan(Protocol):
-    """Judges the training set through the file."""
+    """Judges the training set through the file.
+
+    A finding names its threshold whatever the verdict; one without draws no line, and its answer is the order of rows.
+    """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["dataset"]]

@@ -60,13 +60,32 @@ def test_a_child_that_dies_costs_its_cell_and_is_replaced(pool: LocalPool, faili
     assert pool._children[0].process.pid != first_child.process.pid
 
 
-def test_a_child_that_died_idle_costs_the_next_cell_and_no_more(pool: LocalPool, failing_task: TrainTask) -> None:
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [(signal.SIGSEGV, False), (signal.SIGABRT, False), (signal.SIGTERM, True), (signal.SIGKILL, True)],
+)
+def test_a_cell_that_crashes_its_child_has_failed_and_one_whose_child_is_killed_is_lost(
+    pool: LocalPool, failing_task: TrainTask, number: signal.Signals, lost: bool
+) -> None:
+    pool.submit(failing_task)
+    pool._dispatch()
+    pid = pool._children[0].process.pid
+    assert pid is not None
+    os.kill(pid, number)
+    outcome = pool.completed()
+    assert (outcome.lost, outcome.record.failed) == (lost, True)
+    assert outcome.record.reason == f"the worker process ended with {number.name} at this cell"
+
+
+def test_a_child_that_died_idle_costs_no_cell(pool: LocalPool, failing_task: TrainTask) -> None:
     pool.submit(failing_task)
     assert "fewer than one batch" in pool.completed().record.reason
-    pool._children[0].process.kill()
+    pid = pool._children[0].process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSEGV)
     pool._children[0].process.join()
     pool.submit(failing_task)
-    assert "SIGKILL" in pool.completed().record.reason
+    assert "fewer than one batch" in pool.completed().record.reason
 
 
 def test_the_environment_of_children_is_pinned_and_ours_left_alone(

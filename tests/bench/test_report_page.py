@@ -186,6 +186,42 @@ def test_page_says_that_rates_without_clean_networks_have_no_control(tmp_path: P
     assert "no clean network" in told
 
 
+ELSEWHERE = samples.RUNTIME.model_copy(update={"isa": ("avx2",)})
+
+
+@pytest.mark.parametrize(
+    ("clean", "cause"),
+    [
+        ({"runtime": ELSEWHERE}, "clean networks were measured on another CPU or ONNX Runtime"),
+        ({"revision": 2}, "clean networks were measured under other rules, revisions or test images"),
+        (
+            {"runtime": ELSEWHERE, "revision": 2},
+            "clean networks were measured on another CPU or ONNX Runtime "
+            "and under other rules, revisions or test images",
+        ),
+        ({"name": "other"}, "this defense was tried on no clean network at this precision"),
+        ({}, None),
+    ],
+)
+def test_page_says_which_rates_have_no_clean_twin_and_why(
+    tmp_path: Path, clean: dict[str, object], cause: str | None
+) -> None:
+    attacked, spotless = samples.network(), samples.network(None)
+    tried = samples.defense(attacked, metrics=samples.scan_metrics(3.0), revision=1)
+    twin = samples.defense(spotless, metrics=samples.scan_metrics(1.0), **{"revision": 1, **clean})  # type: ignore[arg-type]
+    files = [samples.behaviour(attacked), samples.behaviour(spotless)]
+    results = read_results(samples.write(tmp_path, [*files, tried, twin]))
+    told = omissions(summarise(results, Cohort(results.records)))
+    assert [line.partition("without a clean twin: ")[2] for line in told] == ([f"{cause}."] if cause else [])
+    assert all(line.startswith("neural-cleanse on gtsrb, resnet8, width 16, ") for line in told)
+
+
+def test_a_record_that_was_made_again_stands_where_its_last_line_is(tmp_path: Path) -> None:
+    first, second = (samples.behaviour(samples.network(seed=seed)) for seed in range(2))
+    failed = first.model_copy(update={"failed": True})
+    assert read_results(samples.write(tmp_path, [failed, second, first])).records == (second, first)
+
+
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 

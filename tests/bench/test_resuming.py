@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from qdefense.bench import making, measuring, store
+from qdefense.bench.cells import plan_cells
 from qdefense.bench.datasets import MissingDataError
+from qdefense.bench.matrix import read_matrix
 from qdefense.bench.records import BehaviourRecord, Curve, DatasetMetrics, Rate, Replica
+from qdefense.bench.running import Run, evaluation_of, sources_of
 from qdefense.bench.store import Store, StoreError, read_manifest
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask, TrialTask
 from qdefense.bench.worker import run_task
@@ -249,6 +252,64 @@ def test_training_again_that_fails_is_not_tried_every_time(new_desk: NewDesk) ->
     assert len(measured(made)) == 2
 
 
+def no_quantization(task: Task) -> Outcome:
+    if isinstance(task, QuantizeTask):
+        return Outcome(task_id=task.id, record=task.failure("no such operator", Clock().read()))
+    return Machine()(task)
+
+
+def test_a_file_that_cannot_be_made_is_no_reason_to_train_again(new_desk: NewDesk) -> None:
+    """On another machine, where the networks are not at hand."""
+    made = new_desk(ONE)
+    made.run(Inline(no_quantization))
+    assert {precision for precision, _ in measured(made)} == {"fp32"}
+    without_files(made)
+    idle = Inline(Machine())
+    made.run(idle)
+    assert idle.done == []
+    retried = Inline(Machine())
+    made.run(retried, retry_failed=True)
+    assert retried.stages == ["TrainTask", "QuantizeTask", "TrialTask"]
+    assert len(measured(made)) == 2
+
+
+def test_making_a_file_again_that_fails_is_told_and_trains_nothing(new_desk: NewDesk) -> None:
+    """It was made once; here it cannot be."""
+    made = new_desk(ONE)
+    made.run(Inline(Machine()))
+    without_files(made)
+    without_behaviour(made)
+    made.run(Inline(no_quantization))
+    without_files(made)
+    idle = Inline(Machine())
+    _, told = made.run(idle)
+    assert idle.done == []
+    assert any("could not be made again: no such operator; --retry-failed tries it once more" in line for line in told)
+
+
+def test_looking_for_what_is_missing_writes_nothing(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which replica is measured is decided in one place, before anything is asked of it."""
+    made = new_desk(ONE)
+    made.run(Inline(Machine()))
+    without_files(made)
+    without_behaviour(made)
+    table = read_matrix(made.matrix)
+    with Store.for_writing(made.results) as folder:
+        (plan,) = plan_cells(table, sources_of(table, folder, pin=True))
+        work = Run(
+            (plan,),
+            folder,
+            evaluation_of(table),
+            retry_failed=False,
+            on_progress=lambda *_: None,
+            on_notice=lambda _: None,
+        )
+        network = folder.measured(plan.recipe_sha256)
+        assert network is not None
+        monkeypatch.setattr(folder, "use_another", lambda _: pytest.fail("asked"))
+        assert [work._waits(plan, file, network) for file in plan.files.values()] == [True, True]
+
+
 @pytest.mark.parametrize("stage", ["train", "quantize"])
 def test_a_file_with_other_bytes_is_named_and_made_again_once_it_is_deleted(new_desk: NewDesk, stage: str) -> None:
     made = new_desk(ONE)
@@ -257,12 +318,25 @@ def test_a_file_with_other_bytes_is_named_and_made_again_once_it_is_deleted(new_
     without_behaviour(made)
     path = file_of(made, stage)
     path.write_bytes(b"swapped")
-    with pytest.raises(StoreError, match=rf"{path.name}: damaged or another file: sha256 \w+, .*; delete it") as told:
-        made.run(Inline(Machine()))
-    assert str(path) in str(told.value)
+    _, told = made.run(Inline(Machine()))
+    (line,) = told
+    assert line.startswith("not done: signs/resnet8/badnets/seed 0: ")
+    assert re.search(rf"{path}: damaged or another file: sha256 \w+, .*; delete it", line)
     path.unlink()
     made.run(Inline(Machine()))
     assert made.stable == before
+
+
+@pytest.mark.parametrize("stage", ["train", "quantize"])
+def test_a_damaged_file_costs_the_cells_that_need_it_and_no_others(new_desk: NewDesk, stage: str) -> None:
+    made = new_desk(TINY.replace('defenses = ["neural-cleanse:budget=quick"]', ""))
+    made.run(Inline(Machine()))
+    without_behaviour(made)
+    file_of(made, stage).write_bytes(b"swapped")
+    for _ in range(2):
+        _, told = made.run(Inline(Machine()))
+        assert len(told) == 1
+        assert len([one for one in made.records.values() if isinstance(one, BehaviourRecord)]) == 3
 
 
 def because(cause: Exception) -> SessionError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qdefense.bench.cohort import Cohort, Setting, status_of
+from qdefense.bench.cohort import Cohort, Setting, reason_of, status_of
 from qdefense.bench.published import published_rows
 from qdefense.bench.records import (
     DatasetMetrics,
@@ -28,7 +28,9 @@ from qdefense.bench.tables import (
     share,
     spread,
 )
-from qdefense.findings import Verdict
+from qdefense.bench.timing_records import FileLatency
+from qdefense.bench.timings import latency_rows
+from qdefense.findings import Finding, Threshold, Verdict
 from qdefense.profile import Runtime
 from qdefense.trial import Activity
 
@@ -38,6 +40,7 @@ from .sample_records import (
     RUNTIME,
     behaviour,
     defense,
+    latency,
     network,
     quantization,
     scan_metrics,
@@ -58,6 +61,14 @@ def attacked(seed: int, score: float | None, verdict: Verdict = FOUND, **changes
 def clean(seed: int, score: float | None, verdict: Verdict = MISSED) -> list[Record]:
     made = network(None, seed)
     return [behaviour(made), defense(made, metrics=None if score is None else scan_metrics(score), verdict=verdict)]
+
+
+def dataset_trial(made: Network, metrics: DatasetMetrics, line: float | None) -> DefenseRecord:
+    """Of a scan of training data without a verdict; ``line`` is where it draws one, if it does."""
+    threshold = None if line is None else Threshold(value=line, source="paper")
+    facts = {"verdict": LOST, "reason": "class 3: 20 images"}
+    found = Finding(defense="spectral-signatures", kind="dataset", threshold=threshold, seed=0, **facts)
+    return defense(made, metrics=metrics, name="spectral-signatures", kind="dataset", finding=found, **facts)
 
 
 def cohort(*groups: list[Record]) -> Cohort:
@@ -208,7 +219,7 @@ def test_a_method_that_only_ranks_rows_has_figures_and_raises_no_alarm() -> None
     """Spectral Signatures draws no line: its verdict is NOT_MEASURED, the order of its rows is not."""
     made = network("badnets", 0)
     metrics = DatasetMetrics(auroc=0.6, within_auroc=0.9, tpr=Rate(hits=1, n=2), fpr=Rate(hits=0, n=2))
-    trial = defense(made, metrics=metrics, name="spectral-signatures", kind="dataset", verdict=LOST)
+    trial = dataset_trial(made, metrics, None)
     (row,) = dataset_rows(cohort([behaviour(made), trial]))
     assert row.answers == Answers(measured=1)
     assert row.within_auroc is not None
@@ -216,6 +227,31 @@ def test_a_method_that_only_ranks_rows_has_figures_and_raises_no_alarm() -> None
     assert row.alarms is None
     (published,) = published_rows(cohort([behaviour(made), trial]))
     assert (published.judges, published.alarms, published.calm) == (False, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "unmeasured", "status", "reason"),
+    [
+        (None, 0, "measured", "class 3: 20 images"),
+        (None, 20, "not measured", "class 3: 20 images; 20 rows of the training set have no score"),
+        (0.15, 0, "not measured", "class 3: 20 images"),
+        (0.15, 20, "not measured", "class 3: 20 images; 20 rows of the training set have no score"),
+    ],
+)
+def test_scores_of_rows_are_an_answer_without_a_verdict_only_where_no_line_is_drawn_and_no_row_is_left_out(
+    line: float | None, unmeasured: int, status: str, reason: str
+) -> None:
+    metrics = DatasetMetrics(auroc=0.6, fpr=Rate(hits=0, n=200), unmeasured=unmeasured)
+    trial = dataset_trial(network("badnets", 0), metrics, line)
+    assert status_of(trial) == status
+    assert reason_of(trial) == reason
+    judged = trial.model_copy(update={"verdict": FOUND})
+    assert (status_of(judged), reason_of(judged)) == ("measured", trial.reason)
+
+
+def test_scores_of_rows_are_no_answer_where_the_finding_is_not_told() -> None:
+    metrics = DatasetMetrics(auroc=0.6, fpr=Rate(hits=0, n=200))
+    assert status_of(defense(network(), metrics=metrics, name="ac", kind="dataset", verdict=LOST)) == "not measured"
 
 
 def test_filter_row_pools_inputs_and_counts_those_without_a_score() -> None:
@@ -316,16 +352,52 @@ def test_behaviour_that_failed_is_no_measurement() -> None:
     assert (row.measured, row.failed, row.clean_accuracy) == (0, 1, None)
 
 
-def test_cohort_takes_the_network_that_was_trained_last() -> None:
+@pytest.mark.parametrize("last", [0, 1])
+def test_cohort_takes_the_network_that_was_measured_last(last: int) -> None:
+    """Whatever its number: of two machines in turn either may be the last one."""
     made = network("badnets", 0)
-    again = [behaviour(made, accuracy=0.5, replica=1), defense(made, metrics=scan_metrics(2.0), replica=1)]
-    found = cohort(again, [behaviour(made, accuracy=0.9), defense(made, metrics=scan_metrics(9.0))])
+    groups = [measured_of(made, replica, score) for replica, score in enumerate((9.0, 2.0))]
+    found = cohort(*(groups if last else reversed(groups)))
     (row,) = behaviour_rows(found)
     assert row.clean_accuracy is not None
-    assert (row.clean_accuracy.mean, row.measured) == (0.5, 1)
+    assert (row.clean_accuracy.mean, row.measured) == ((0.9, 0.5)[last], 1)
     assert found.superseded == 2
     (scan,) = scan_rows(found)
     assert scan.answers == Answers(measured=1)
+
+
+def measured_of(made: Network, replica: int, score: float, **changes: object) -> list[Record]:
+    trial = defense(made, metrics=scan_metrics(score), verdict=FOUND, replica=replica, **changes)  # type: ignore[arg-type]
+    return [behaviour(made, accuracy=(0.9, 0.5)[replica], replica=replica), trial]
+
+
+def test_a_defense_tried_on_an_older_network_has_that_networks_rates_and_the_others_too() -> None:
+    """The newer one is on another machine, so that a new defense meets the one that is at hand."""
+    made = network("badnets", 0)
+    trials = [record for replica in range(2) for record in measured_of(made, replica, 3.0)]
+    new = measured_of(made, 0, 3.0, name="strip-scan")[1]
+    found = cohort([*trials, new])
+    old, added = scan_rows(found)
+    assert (added.answers, added.unknown_activity, old.answers) == (Answers(measured=1), 0, Answers(measured=1))
+    assert {one.replica for group in found.defenses.values() for one in group} == {0}
+    assert [row.clean_accuracy.mean for row in behaviour_rows(found) if row.clean_accuracy] == [0.9]
+
+
+def test_rows_that_only_another_network_of_the_recipe_has_keep_it_and_what_it_does() -> None:
+    made = network("badnets", 0)
+    only_there = measured_of(made, 1, 3.0, name="strip-scan")
+    found = cohort(only_there, measured_of(made, 0, 3.0))
+    assert [row.answers for row in scan_rows(found)] == [Answers(measured=1)] * 2
+    assert [row.unknown_activity for row in scan_rows(found)] == [0, 0]
+
+
+def test_a_trial_that_failed_takes_no_answers_place() -> None:
+    made = network("badnets", 0)
+    failed = measured_of(made, 1, 3.0, failed=True)[1]
+    found = cohort(measured_of(made, 0, 3.0), [failed])
+    (row,) = scan_rows(found)
+    assert (row.answers, found.superseded) == (Answers(measured=1), 1)
+    assert scan_rows(cohort([failed]))[0].setting == row.setting
 
 
 def test_cohort_names_the_settings_in_which_attacks_and_defenses_differ() -> None:
@@ -421,11 +493,60 @@ def test_activity_is_of_the_same_test_images() -> None:
     assert found.activity(trial.model_copy(update={"data_sha256": sha("?")})) is None
 
 
-def test_answers_of_older_code_are_left_out() -> None:
-    old, new = {"evaluation_revision": 1, "revision": 1}, {"evaluation_revision": 1, "revision": 2}
-    found = cohort([asked(0, 3.0, 40, **new), asked(0, 9.0, 40, **old), asked(1, 2.0, 40, **old), asked(2, 2.0, 40)])
+@pytest.mark.parametrize(("told", "rows"), [({}, 0), ({"evaluation_revision": 1}, 0), ({"evaluation_revision": 2}, 2)])
+def test_a_time_by_older_code_than_measured_its_file_since_is_left_out(told: dict[str, int], rows: int) -> None:
+    old = behaviour(network("badnets", 0), evaluation_revision=1)
+    timed = FileLatency.model_validate({**latency(old, 0.5), **told})
+    again = old.model_copy(update={"evaluation_revision": 2})
+    assert len(latency_rows([timed], cohort([old, again]))) == rows
+    assert len(latency_rows([timed], cohort([old]))) == 2
+
+
+OLD, NEW = ({"evaluation_revision": 1, "revision": revision} for revision in (1, 2))
+
+
+def test_an_answer_of_newer_code_takes_the_place_of_the_older_one_of_its_cell_alone() -> None:
+    found = cohort([asked(0, 9.0, 40, **OLD), asked(0, 3.0, 40, **NEW), asked(1, 2.0, 40, **OLD), asked(2, 2.0, 40)])
+    assert found.superseded == 1
+    rows = {row.setting.evaluation: row for row in scan_rows(found)}
+    assert {label: (len(row.keys), row.unrecorded) for label, row in rows.items()} == {
+        "evaluation (evaluation_revision=1, revision=2)": (1, 2),
+        "evaluation (evaluation_revision=1, revision=1)": (1, 2),
+        "evaluation (evaluation_revision=not recorded, revision=not recorded)": (1, 2),
+    }
+
+
+@pytest.mark.parametrize("others", [{"settings": {"budget": "gate"}}, {"access": "shadow"}, {"seed": 1}])
+def test_an_answer_of_newer_code_to_another_question_takes_no_place(others: dict[str, object]) -> None:
+    newer = asked(0, 3.0, 40, **NEW).model_copy(update=others)
+    assert cohort([asked(0, 9.0, 40, **OLD), newer]).superseded == 0
+
+
+def test_a_failure_of_newer_code_takes_no_answers_place() -> None:
+    failed = asked(0, 3.0, 40, failed=True, **NEW)
+    found = cohort([asked(0, 9.0, 40, **OLD), failed])
     (row,) = scan_rows(found)
-    assert (len(row.keys), found.superseded, row.unrecorded) == (1, 3, 2)
+    assert (row.answers, row.setting.evaluation, found.superseded) == (Answers(), "", 1)
+    assert row.keys == (asked(0, 9.0, 40, **OLD).key,)
+
+
+def test_clean_twins_are_of_the_same_code() -> None:
+    """A file keeps its place under every revision; figures of two are of two methods."""
+    twin = asked(0, 1.0, 40, None, **OLD)
+    files = [behaviour(network("badnets", 0)), behaviour(network(None, 0))]
+    (_, old), (_, new) = (scan_rows(cohort([*files, asked(0, 3.0, 40, **code), twin])) for code in (OLD, NEW))
+    assert (old.auroc, new.auroc, old.unknown_activity, new.unknown_activity) == (1.0, None, 0, 0)
+
+
+def test_what_a_file_does_is_superseded_file_by_file() -> None:
+    first, second = (behaviour(network("badnets", seed), evaluation_revision=1) for seed in range(2))
+    again = behaviour(network("badnets", 0), accuracy=0.5, evaluation_revision=2)
+    found = cohort([first, second, again])
+    assert found.superseded == 1
+    assert {row.setting.evaluation: row.measured for row in behaviour_rows(found)} == {
+        "evaluation (evaluation_revision=1)": 1,
+        "evaluation (evaluation_revision=2)": 1,
+    }
 
 
 VNNI, AVX2 = RUNTIME, RUNTIME.model_copy(update={"isa": ("avx2", "fma")})

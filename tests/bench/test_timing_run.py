@@ -137,6 +137,15 @@ def test_times_the_first_network_plain_and_behind_every_filter_that_can_be_fitte
     assert (bench.results / RECORDS).read_bytes() == before
 
 
+def test_a_damaged_file_is_told_and_not_timed(bench: Desk, capfd: Capture) -> None:
+    for path in (bench.results / "models").rglob("*.onnx"):
+        path.write_bytes(b"swapped")
+    assert timed(bench) == 3
+    assert f"failed: {TITLE}: " in (told := capfd.readouterr().err)
+    assert "damaged or another file" in told
+    assert not (bench.results / LATENCY).exists()
+
+
 def test_nothing_is_timed_twice(bench: Desk) -> None:
     assert [timed(bench, "--only", "overlays=20") for _ in range(2)] == [0, 0]
     assert len(lines(bench)) == 1
