@@ -22,6 +22,7 @@ _INPUTS = {
     "matrix": "--matrix",
     "model": "the model itself",
     "models": "one of the models",
+    "reference": "--reference",
     "training_data": "--training-data",
 }
 """Parameters of the commands that name what is read, and what people call it."""
@@ -35,7 +36,7 @@ def check_output(target: Path) -> None:
     """Find out before long work that ``target`` can be written, and replaces nothing that the command reads.
 
     Raises:
-        DataError: it is the model, data, calibration, contract or class names of this command, or a file of the data.
+        DataError: it is the model, data, calibration, contract, class names or results of this command, or a file of them.
         OSError: as `qdefense.files.check_writable`.
     """
     check_writable(target)
@@ -43,14 +44,35 @@ def check_output(target: Path) -> None:
 
 
 def keep_inputs(target: Path) -> None:
-    """The same of a file that is there and would be replaced or removed."""
+    """The same of a file that is there and would be replaced or removed; of a folder of results, also where it is not.
+
+    A page may lie beside the records and the models of such a folder.
+    """
+    params = click.get_current_context().params
+    if params.get("results") is not None:
+        _keep_results(target, params["results"])
     if not target.exists():
         return
-    for path, called in _inputs(click.get_current_context().params):
+    for path, called in _inputs(params):
         if path.is_dir() and target.suffix.lower() not in _WRITTEN and _lies_in(target, path):
             raise DataError(f"{target} is a file of {called}, which the result would replace; write to another folder")
         if path.samefile(target):
             raise DataError(f"{target} is {called}, which the result would replace; write to another file")
+
+
+def _keep_results(target: Path, folder: Path) -> None:
+    from qdefense.bench.store import LATENCY, MANIFEST, MODELS, RECORDS  # noqa: PLC0415 (imports ONNX Runtime)
+
+    kept = [folder / name for name in (RECORDS, LATENCY, MANIFEST)]
+    models = folder / MODELS
+    if any(_same(target, path) for path in kept) or (models.is_dir() and _lies_in(target, models)):
+        raise DataError(f"{target} is one of RESULTS, which the page would replace; write to another file")
+
+
+def _same(target: Path, path: Path) -> bool:
+    if target.exists() and path.exists():
+        return path.samefile(target)
+    return target.parent.resolve() / target.name == path.parent.resolve() / path.name
 
 
 def keep_weights(target: Path, model: Path, external: Iterable[str]) -> None:

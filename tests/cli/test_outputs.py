@@ -15,6 +15,8 @@ from PIL import Image
 from qdefense.cli import run
 from qdefense.cli.outputs import check_output
 
+from ..bench import sample_records as samples  # noqa: TID252 (the made-up records are there)
+
 if TYPE_CHECKING:
     from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
 
@@ -41,6 +43,9 @@ def here(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.move("images/b", "elsewhere/b")
     Path("images/b").symlink_to(tmp_path / "elsewhere/b")
     Path("link.npz").symlink_to("toy.npz")
+    samples.write_sample(Path("results"), "one network")
+    Path("results/models/large").mkdir(parents=True, exist_ok=True)
+    Path("records.html").symlink_to("results/records.jsonl")
     return tmp_path
 
 
@@ -93,6 +98,28 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["audit", "m.onnx", "--data", "toy.npz", "--inputs", "out/report.json", "--output-dir", "out"],
         "out/report.json is --inputs, ",
     ),
+    "audit: the reference": (
+        ["audit", "m.onnx", "--data", "toy.npz", "--training-data", "toy.npz", "--reference", "out/report.json",
+         "--output-dir", "out"],
+        "out/report.json is --reference, ",
+    ),
+    "report: the records": (
+        ["report", "results", "-o", "results/records.jsonl"],
+        "results/records.jsonl is one of RESULTS, which the page would replace; write to another file",
+    ),
+    "report: a link to the records": (["report", "results", "-o", "records.html"], "records.html is one of RESULTS, "),
+    "report: the manifest": (
+        ["report", "results", "--format", "json", "-o", "./results/manifest.json"],
+        "results/manifest.json is one of RESULTS, ",
+    ),
+    "report: latencies that are not there yet": (
+        ["report", "results", "-o", "results/latency.jsonl"],
+        "results/latency.jsonl is one of RESULTS, ",
+    ),
+    "report: a file among the models": (
+        ["report", "results", "-o", "results/models/large/new.html"],
+        "results/models/large/new.html is one of RESULTS, ",
+    ),
     "audit: a page that would be removed": (
         ["audit", "m.onnx", "--data", "toy.npz", "--classes", "out/report.html", "--output-dir", "out"],
         "out/report.html is --classes, ",
@@ -111,6 +138,12 @@ def test_no_command_replaces_what_it_reads(here: Path, capfd: Capture, arguments
     assert message in capfd.readouterr().err
     after = _contents(here)
     assert {name: after.get(name) for name in before} == before
+
+
+def test_report_may_lie_beside_the_records(here: Path) -> None:
+    for _ in range(2):
+        assert run(["report", "results", "-o", "results/report.html"]) == 0
+    assert (here / "results/report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 ALLOWED: dict[str, tuple[dict[str, object], str]] = {
