@@ -76,7 +76,14 @@ class DatasetScan(Protocol):
 
 
 class FittedFilter(Protocol):
-    """An `InputFilter` with its boundary, ready to decide."""
+    """An `InputFilter` with its boundary, ready to decide.
+
+    ``most_held_out`` is how many clean images it measures its false rejections on at most; ``remedy`` what spec of the
+    filter is not weakened by what the boundary's ``note`` tells of this file.
+    """
+
+    most_held_out: ClassVar[int]
+    remedy: ClassVar[str]
 
     @property
     def boundary(self) -> FilterBoundary:
