@@ -75,6 +75,16 @@ class DatasetScan(Protocol):
         ...
 
 
+@runtime_checkable
+class AsksReference(Protocol):
+    """A dataset scan that may ask the evidence's reference network."""
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether it does with these settings."""
+        ...
+
+
 class FittedFilter(Protocol):
     """An `InputFilter` with its boundary, ready to decide.
 

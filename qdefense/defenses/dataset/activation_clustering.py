@@ -6,7 +6,7 @@ dimensions by ICA and split by k-means with k = 2 (section 4). Three rules judge
 - relative size: it holds less than 35 % of the class;
 - exclusionary reclassification (ExRe): it does, and a network trained anew without such clusters gives its samples to
   one other class more often (p) than to their own (l): ``l / p < 1``. That network is the evidence's reference session;
-  without one the rule is NOT_APPLICABLE, with one its figures stand beside those of the other rules.
+  without one the rule is NOT_APPLICABLE. The other rules ask none.
 
 A class is suspicious under the chosen rule; one suspicious class makes the model BACKDOORED, and the rows of its
 smaller cluster are flagged. CLEAN needs every label that has images to be measured. The score of a class is what the
@@ -24,6 +24,10 @@ Deviations from the paper, and limits:
   ``reduction=pca`` keeps the variances (ART's default); silhouettes are then far higher on clean classes, too.
 - The default rule is the silhouette's, its line the upper end of the paper's range.
 - Nothing is trained here, so ExRe needs the reference. Cheap stand-ins were measured and left out: see decision 0014.
+- A copy of the audited file, in whatever precision, learned from the very rows and clears them all. A reference that
+  gives the audited file's class to at least 99 % of the small clusters' rows, of the training set and of the clean images
+  is taken for one: NOT_MEASURED. So is a network that was trained anew where all of these are that easy; a coarse copy
+  that disagrees more often (some INT4 files) is not seen.
 - k-means starts 100 times. Its best split is what separates poison, and whitened data has many others nearly as good:
   with 10 starts it depended on the seed whether it was found.
 - A sample's score is how much nearer it is to the smaller cluster's centre; the paper gives members only.
@@ -68,6 +72,8 @@ ROWS_PER_DIMENSION = 5
 """Fewer are not to be split in so many dimensions."""
 LEAST_CLUSTER = 5
 """Rows of a cluster: a tenth of the fewest images that a label may have."""
+COPY_AGREEMENT = 0.99
+"""Top-1, with the audited file; it was chosen before any result was looked at."""
 _NO_REFERENCE = (
     "exclusionary reclassification asks a network that was trained anew without the small clusters, and no such "
     "reference was given; the rules silhouette and relative-size need none"
@@ -111,10 +117,11 @@ class ActivationClustering:
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the training set, class by class; the reason of anything but a verdict is in the finding."""
-        if self.rule == "exclusionary-reclassification" and evidence.reference is None:
+        if self.asks_reference and evidence.reference is None:
             return finding_of(self, evidence, Verdict.NOT_APPLICABLE, _NO_REFERENCE, threshold=self.threshold)
         try:
-            _check_reference(evidence)
+            if self.asks_reference:
+                _check_reference(evidence)
             training = read_training_set(evidence, self.name)
             with threadpool_limits(1):  # the order of sums, and so the report, must not depend on the threads
                 scored = self._score_classes(training, evidence)
@@ -124,6 +131,11 @@ class ActivationClustering:
         clean = f"no class scores above {line.value:.2f} by {self.rule}; highest {result.score or 0:.2f}"
         verdict, reason = judge(result.classes, clean)
         return finding_of(self, evidence, verdict, reason, threshold=line, training=training, result=result)
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether the rule is exclusionary reclassification."""
+        return self.rule == "exclusionary-reclassification"
 
     @property
     def threshold(self) -> Threshold:
@@ -138,9 +150,9 @@ class ActivationClustering:
 
     def _score_classes(self, training: TrainingFeatures, evidence: Evidence) -> list[Scored]:
         found = [self._split(training, label, rows, evidence.seed) for label, rows in training.by_class()]
-        return [
-            self._scored(training, _reclassified(evidence, one)) if isinstance(one, _Split) else one for one in found
-        ]
+        if self.asks_reference:
+            found = _reclassified(evidence, training, found)
+        return [self._scored(training, one) if isinstance(one, _Split) else one for one in found]
 
     def _split(self, training: TrainingFeatures, label: int, rows: NDArray[np.int64], seed: int) -> _Split | Scored:
         problem = too_few(rows, max(MIN_ROWS, ROWS_PER_DIMENSION * self.dimensions))
@@ -204,14 +216,41 @@ def _check_reference(evidence: Evidence) -> None:
         raise NoFeaturesError(Verdict.NOT_MEASURED, f"the reference guesses: {problem}")
 
 
-def _reclassified(evidence: Evidence, split: _Split) -> _Split:
-    """ExRe of a small cluster, by the reference if there is one."""
-    if evidence.reference is None or evidence.training_set is None or not split.small:
-        return split
-    answers = evidence.reference.logits_of(evidence.training_set.take(split.flagged))
-    if not np.isfinite(answers).all():
+def _reclassified(evidence: Evidence, training: TrainingFeatures, found: list[_Split | Scored]) -> list[_Split | Scored]:
+    """ExRe of the small clusters, by the reference."""
+    rows = [one.flagged for one in found if isinstance(one, _Split) and one.small]
+    if evidence.reference is None or evidence.training_set is None or not rows:
+        return found
+    logits = evidence.reference.logits_of(evidence.training_set)
+    if not np.isfinite(logits).all():
         raise NoFeaturesError(Verdict.NOT_MEASURED, "the reference answers with values that are not finite")
-    return replace(split, reclassified=count_reclassified(answers.argmax(axis=1), split.label))
+    answers = logits.argmax(axis=1)
+    _check_copy(evidence, answers == training.answers, np.concatenate(rows))
+    return [
+        replace(one, reclassified=count_reclassified(answers[one.flagged], one.label))
+        if isinstance(one, _Split) and one.small
+        else one
+        for one in found
+    ]
+
+
+def _check_copy(evidence: Evidence, same: NDArray[np.bool_], rows: NDArray[np.int64]) -> None:
+    """``same: (N,)``, which training rows the reference and the audited file answer alike.
+
+    Raises:
+        NoFeaturesError: the two are as good as one network.
+    """
+    sessions = [session for session in (evidence.session, evidence.reference) if session is not None]
+    mine, its = (session.logits_of(evidence.clean).argmax(axis=1) for session in sessions)
+    shares = (float(same[rows].mean()), float(same.mean()), float(np.mean(mine == its)))
+    if min(shares) >= COPY_AGREEMENT:
+        of_rows, of_set, of_clean = shares
+        raise NoFeaturesError(
+            Verdict.NOT_MEASURED,
+            f"the reference answers as the audited file does: {of_rows:.1%} of the small clusters, {of_set:.1%} of the "
+            f"training set and {of_clean:.1%} of the clean images alike; a copy of it, of whatever precision, learned "
+            "from the rows in question and proves nothing: give one that was trained anew without them",
+        )
 
 
 def _statistics(split: _Split) -> dict[str, float]:

@@ -18,6 +18,9 @@ from .pixel_sets import CLASSES, NAMES, TARGET, evidence, pixel_session, pixel_s
 from .small_training import PRECISIONS, small_evidence
 
 
+EXRE = ActivationClustering(rule="exclusionary-reclassification")
+
+
 def result_of(finding: Finding) -> DatasetResult:
     assert isinstance(finding.result, DatasetResult)
     return finding.result
@@ -104,10 +107,41 @@ def test_exclusionary_reclassification_asks_a_network_without_the_cluster(monkey
     assert result.flagged == tuple(np.flatnonzero(poisoned))
     assert (entry.score, entry.statistics["reclassified_own"], entry.statistics["exre"]) == (1.0, 0, 0)
     assert "; without it 0 of its images go to their own class, " in entry.reason
-    # without the rule the figures stand beside the silhouette
-    beside = result_of(ActivationClustering().scan(evidence(images, reference=reference))).classes[TARGET]
-    assert beside.statistics == entry.statistics
-    assert beside.score == entry.statistics["silhouette"]
+    # no other rule asks
+    alone = result_of(ActivationClustering().scan(evidence(images, reference=reference))).classes[TARGET]
+    assert set(alone.statistics) == {"relative_size", "silhouette"}
+
+
+@pytest.mark.parametrize("other", [{}, {"name": "same weights, other bytes"}])
+def test_exclusionary_reclassification_is_not_measured_when_the_network_is_a_copy(other: dict[str, str]) -> None:
+    """It learned from the planted rows, gives them the planted label, and would clear them all."""
+    images, _ = pixel_set(poison=15)
+    assert ActivationClustering().scan(evidence(images)).verdict is Verdict.BACKDOORED
+    finding = EXRE.scan(evidence(images, reference=pixel_session(**other)))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason.startswith(
+        "the reference answers as the audited file does: 100.0% of the small clusters, 100.0% of the training set and "
+        "100.0% of the clean images alike; a copy of it, of whatever precision, learned from the rows in question"
+    )
+
+
+def test_exclusionary_reclassification_clears_by_a_network_that_differs_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It agrees on the rows, and is another network all the same: 2 % of the clean images tell."""
+    images, _ = pixel_set(poison=15)
+    reference = pixel_session()
+    honest = reference.logits_of
+    clean = evidence(images).clean
+
+    def differing(part: Any) -> Any:
+        logits = honest(part)
+        if len(part) == len(clean):
+            logits[:2] = np.roll(logits[:2], 1, axis=1)
+        return logits
+
+    monkeypatch.setattr(reference, "logits_of", differing)
+    assert EXRE.scan(evidence(images, reference=reference)).verdict is Verdict.CLEAN
 
 
 def test_exclusionary_reclassification_is_not_applicable_when_there_is_no_such_network() -> None:
@@ -123,7 +157,8 @@ def test_exclusionary_reclassification_is_not_measured_when_the_network_answers_
 ) -> None:
     reference = pixel_session()
     monkeypatch.setattr(reference, "logits_of", lambda part: np.full((len(part), CLASSES), np.nan))
-    finding = ActivationClustering().scan(evidence(pixel_set(poison=15)[0], reference=reference))
+    given = evidence(pixel_set(poison=15)[0], reference=reference)
+    finding = EXRE.scan(given)
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason == "the reference answers with values that are not finite"
 
@@ -131,9 +166,11 @@ def test_exclusionary_reclassification_is_not_measured_when_the_network_answers_
 def test_a_reference_that_guesses_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = pixel_session()
     monkeypatch.setattr(reference, "logits_of", lambda part: np.eye(CLASSES)[np.zeros(len(part), int)])
-    finding = ActivationClustering().scan(evidence(pixel_set(poison=15)[0], reference=reference))
+    given = evidence(pixel_set(poison=15)[0], reference=reference)
+    finding = EXRE.scan(given)
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason.startswith("the reference guesses: clean accuracy ")
+    assert ActivationClustering().scan(given).verdict is Verdict.BACKDOORED, "a rule that asks none is not voided by it"
 
 
 @pytest.mark.parametrize(
