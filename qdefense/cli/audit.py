@@ -53,8 +53,8 @@ RANKING = frozenset({"spectral-signatures"})
     "--reference",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="A network trained without the rows that Activation Clustering flagged: asked what they are (its rule "
-    "exclusionary-reclassification).",
+    help="A network trained without the rows that Activation Clustering flagged: asked what they are by "
+    "--defense activation-clustering:rule=exclusionary-reclassification, and by nothing else.",
 )
 @click.option(
     "--calibration",
