@@ -84,4 +84,4 @@ def _first_problem(error: ValidationError, cls: type[Any]) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         known = ", ".join(field.name for field in dataclasses.fields(cls))
         return f"there is no setting {where!r}; known: {known}"
-    return f"{where}: {problem['msg']}"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
