@@ -25,7 +25,7 @@ Deviations from the paper, and limits:
 - The default rule is the silhouette's, its line the upper end of the paper's range.
 - Nothing is trained here, so ExRe needs the reference. Cheap stand-ins were measured and left out: see decision 0014.
 - A copy of the audited file, in whatever precision, learned from the very rows and clears them all. A reference that
-  gives the audited file's class to at least 99 % of the small clusters' rows, of the training set and of the clean images
+  gives the audited file's class to at least 99 % of the small clusters' rows, the training set and the clean images
   is taken for one: NOT_MEASURED. So is a network that was trained anew where all of these are that easy; a coarse copy
   that disagrees more often (some INT4 files) is not seen.
 - k-means starts 100 times. Its best split is what separates poison, and whitened data has many others nearly as good:
@@ -34,8 +34,10 @@ Deviations from the paper, and limits:
 - The method takes poison for the smaller part of its class: where it is the larger, the clean rows are flagged.
 - Fewer than 50 images of a label (5 for each dimension), features that do not differ, or values that are no numbers
   are NOT_MEASURED. So are features of a label that span fewer dimensions than asked for: the fewer there are, the
-  higher the silhouette of data without any structure (.16 of 4 dimensions, .56 of 1), which no line was drawn for. So
-  is a smaller cluster of fewer than 5 rows, which are outliers rather than a part of the class.
+  higher the silhouette of data without any structure (.16 of 4 dimensions, .56 of 1), which no line was drawn for.
+- A smaller cluster of fewer than 5 rows is outliers, no part of the class: they are set aside without a score, told
+  in the text of the class, and the rest is reduced and split again, up to 5 times; after that it is NOT_MEASURED.
+  CLEAN says nothing of rows that were set aside.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ ROWS_PER_DIMENSION = 5
 """Fewer are not to be split in so many dimensions."""
 LEAST_CLUSTER = 5
 """Rows of a cluster: a tenth of the fewest images that a label may have."""
+MOST_SPLITS = 5
 COPY_AGREEMENT = 0.99
 """Top-1, with the audited file; it was chosen before any result was looked at."""
 _NO_REFERENCE = (
@@ -82,10 +85,14 @@ _NO_REFERENCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Split:
-    """The two clusters of one label; ``small`` where one is below the size threshold, what ExRe asks for."""
+    """The two clusters of one label; ``small`` where one is below the size threshold, what ExRe asks for.
+
+    ``aside`` outliers of the label are not among the ``rows``.
+    """
 
     label: int
     rows: NDArray[np.int64]
+    aside: int
     clusters: Clusters
     small: bool
     reclassified: Reclassified | None = None
@@ -155,22 +162,34 @@ class ActivationClustering:
         return [self._scored(training, one) if isinstance(one, _Split) else one for one in found]
 
     def _split(self, training: TrainingFeatures, label: int, rows: NDArray[np.int64], seed: int) -> _Split | Scored:
+        kept = rows
+        for _ in range(MOST_SPLITS):
+            clusters = self._clusters(training, kept, seed)
+            if isinstance(clusters, str):
+                return unmeasured(training, label, rows, f"{clusters}{_told_aside(len(rows) - len(kept))}")
+            few = int(clusters.smaller.sum())
+            if few >= LEAST_CLUSTER:
+                small = clusters.relative_size < self.size_threshold
+                return _Split(label=label, rows=kept, aside=len(rows) - len(kept), clusters=clusters, small=small)
+            kept = kept[~clusters.smaller]
+        again = (
+            f"{MOST_SPLITS} times the smaller of its two clusters held fewer than {LEAST_CLUSTER} of {len(rows)} images"
+        )
+        return unmeasured(training, label, rows, f"{again}; look for outliers in it")
+
+    def _clusters(self, training: TrainingFeatures, rows: NDArray[np.int64], seed: int) -> Clusters | str:
+        """The two of these rows, or why there are none."""
         problem = too_few(rows, max(MIN_ROWS, ROWS_PER_DIMENSION * self.dimensions))
         if problem is not None:
-            return unmeasured(training, label, rows, problem)
+            return problem
         try:
             points = reduced(training.features[rows], self.dimensions, self.reduction)
         except FlatFeaturesError as error:
-            return unmeasured(training, label, rows, str(error))
+            return str(error)
         if points.shape[1] < self.dimensions:
             spanned = f"the features of its {len(rows)} images span {points.shape[1]} dimensions"
-            return unmeasured(training, label, rows, f"{spanned}; {self.dimensions} are needed")
-        clusters = two_clusters(points, starts=self.starts, seed=seed)
-        few = int(clusters.smaller.sum())
-        if few < LEAST_CLUSTER:
-            few_rows = f"the smaller of its two clusters holds {few} of {len(rows)} images"
-            return unmeasured(training, label, rows, f"{few_rows}; at least {LEAST_CLUSTER} are needed")
-        return _Split(label=label, rows=rows, clusters=clusters, small=clusters.relative_size < self.size_threshold)
+            return f"{spanned}; {self.dimensions} are needed"
+        return two_clusters(points, starts=self.starts, seed=seed)
 
     def _scored(self, training: TrainingFeatures, split: _Split) -> Scored:
         score = self._score(split)
@@ -179,7 +198,7 @@ class ActivationClustering:
         entry = DatasetClass(
             target_class=split.label,
             class_name=training.class_names[split.label],
-            n=len(split.rows),
+            n=len(split.rows) + split.aside,
             score=score,
             suspicious=suspicious,
             flagged=len(flagged),
@@ -216,7 +235,9 @@ def _check_reference(evidence: Evidence) -> None:
         raise NoFeaturesError(Verdict.NOT_MEASURED, f"the reference guesses: {problem}")
 
 
-def _reclassified(evidence: Evidence, training: TrainingFeatures, found: list[_Split | Scored]) -> list[_Split | Scored]:
+def _reclassified(
+    evidence: Evidence, training: TrainingFeatures, found: list[_Split | Scored]
+) -> list[_Split | Scored]:
     """ExRe of the small clusters, by the reference."""
     rows = [one.flagged for one in found if isinstance(one, _Split) and one.small]
     if evidence.reference is None or evidence.training_set is None or not rows:
@@ -265,8 +286,13 @@ def _statistics(split: _Split) -> dict[str, float]:
 def _describe(split: _Split, class_names: Sequence[str]) -> str:
     clusters = split.clusters
     text = f"the smaller cluster holds {clusters.relative_size:.0%} of it, silhouette {clusters.silhouette:.2f}"
+    text += _told_aside(split.aside)
     if split.reclassified is None:
         return text
     own, other, number = split.reclassified
     elsewhere = f", {other} to class {number} ({class_names[number]!r})" if other else ""
     return f"{text}; without it {own} of its images go to their own class{elsewhere}"
+
+
+def _told_aside(rows: int) -> str:
+    return f" ({rows} outlying images were set aside)" if rows else ""

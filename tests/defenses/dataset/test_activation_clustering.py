@@ -17,7 +17,6 @@ from qdefense.registry import SpecError
 from .pixel_sets import CLASSES, NAMES, TARGET, evidence, pixel_session, pixel_set
 from .small_training import PRECISIONS, small_evidence
 
-
 EXRE = ActivationClustering(rule="exclusionary-reclassification")
 
 
@@ -281,24 +280,45 @@ def test_scan_is_not_measured_when_the_features_of_a_label_span_too_few_dimensio
     assert fewer.verdict is not Verdict.NOT_MEASURED, "who asks for so few gets them"
 
 
-@pytest.mark.parametrize(("poison", "measured"), [(5, True), (4, False), (1, False)])
-def test_scan_is_not_measured_when_a_cluster_is_but_a_few_outliers(
-    monkeypatch: pytest.MonkeyPatch, poison: int, measured: bool
-) -> None:
+def with_outliers(monkeypatch: pytest.MonkeyPatch, *groups: int) -> Any:
+    """Noise in which so many rows of the target lie far from all others, each group three times as far as the last."""
     reading = read_training_set(evidence(pixel_set()[0]), "any")
     features = np.random.default_rng(0).normal(size=(len(reading.labels), 12)).astype(np.float32)
-    outliers = np.flatnonzero(reading.labels == TARGET)[:poison]
-    features[outliers] += 1000
+    rows = np.flatnonzero(reading.labels == TARGET)[: sum(groups)]
+    distances = np.repeat(100 * 3.0 ** np.arange(len(groups)), groups)
+    features[rows, 0] += distances.astype(np.float32)
     monkeypatch.setattr(module, "read_training_set", lambda *_: replace(reading, features=features))
+    return rows
+
+
+def test_scan_takes_five_rows_for_a_part_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = with_outliers(monkeypatch, 5)
     finding = ActivationClustering(starts=20, reduction="pca").scan(evidence(pixel_set()[0]))
-    if measured:
-        assert finding.verdict is Verdict.BACKDOORED
-        assert result_of(finding).flagged == tuple(outliers)
-        return
+    assert finding.verdict is Verdict.BACKDOORED
+    assert result_of(finding).flagged == tuple(rows)
+
+
+@pytest.mark.parametrize("groups", [(1,), (4,), (1, 3, 1)])
+def test_scan_sets_a_few_outliers_aside_and_judges_the_rest(
+    monkeypatch: pytest.MonkeyPatch, groups: tuple[int, ...]
+) -> None:
+    rows = with_outliers(monkeypatch, *groups)
+    finding = ActivationClustering(starts=20, reduction="pca").scan(evidence(pixel_set()[0]))
+    assert finding.verdict is Verdict.CLEAN
+    result = result_of(finding)
+    entry = result.classes[TARGET]
+    assert entry.reason.endswith(f" ({len(rows)} outlying images were set aside)")
+    assert entry.n == 120
+    assert [row for row, score in enumerate(result.sample_scores) if score is None] == list(rows)
+
+
+def test_scan_is_not_measured_when_outlier_after_outlier_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_outliers(monkeypatch, *[1] * 6)
+    finding = ActivationClustering(starts=20, reduction="pca").scan(evidence(pixel_set()[0]))
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason == (
-        f"1 of 8 classes were not measured; class 3 ('zone 3'): the smaller of its two clusters holds {poison} of 120 "
-        "images; at least 5 are needed"
+        "1 of 8 classes were not measured; class 3 ('zone 3'): 5 times the smaller of its two clusters held fewer than "
+        "5 of 120 images; look for outliers in it"
     )
 
 
