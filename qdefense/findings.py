@@ -142,7 +142,7 @@ class DatasetResult(_Record):
 
     kind: Literal["dataset"] = "dataset"
     sample_scores: tuple[float | None, ...] = Field(
-        description="within a class higher is more suspicious; null where the class was not measured"
+        description="within a class higher is more suspicious; null: its class was not measured, or it was set aside"
     )
     flagged: tuple[int, ...]
     score: float | None = Field(default=None, description="of the model: higher is more suspicious")

@@ -46,6 +46,7 @@ class CleanModel:
     job: Job
     identity: str
     population: Population
+    external_files: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -136,6 +137,7 @@ def _read_model(job: Job, digests: dict[str, str]) -> CleanModel:
         job=job,
         identity=file_identity(artifact.sha256, dict(artifact.external_files)),
         population=population_of(artifact, digests[repr(resize)]),
+        external_files=tuple(name for name, _ in artifact.external_files),
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 from qdefense.audit.events import Job
 from qdefense.audit.gate import INCOMPLETE, PASSED, decide_repair
-from qdefense.audit.supervisor import ProgressBar, run_job
+from qdefense.audit.supervisor import OnDescribed, ProgressBar, run_job
 from qdefense.findings import RepairResult
 from qdefense.report.model import Gate, Report
 
@@ -16,6 +16,7 @@ def run_repair(
     *,
     max_drop: float,
     on_progress: ProgressBar,
+    on_described: OnDescribed = lambda _: None,
     command: tuple[str, ...] = (),
     verbose: bool = False,
 ) -> tuple[Report, bytes | None]:
@@ -25,6 +26,7 @@ def run_repair(
         job: with data and a repair.
         max_drop: percentage points of clean accuracy that it may cost.
         on_progress: hears of each stage.
+        on_described: hears what the file is before the long work begins; what it raises ends the worker.
         command: for the report.
         verbose: lets the worker's stderr through.
 
@@ -41,6 +43,7 @@ def run_repair(
         lambda findings, interruptions: decide_repair(findings, name, max_drop, interruptions),
         required=(name,),
         on_progress=on_progress,
+        on_described=on_described,
         command=command,
         verbose=verbose,
     )

@@ -40,6 +40,8 @@ from qdefense.report.model import Environment, Gate, Report, Subject, Volatile
 ProgressBar = Callable[[str, int, int], None]
 Judge = Callable[[Sequence[Finding], Sequence[str]], Gate]
 """The gate of findings, and of what interrupted the work."""
+OnDescribed = Callable[[Subject], None]
+"""Hears what the file is before the long work begins; what it raises ends the worker."""
 ENDING_SECONDS = 5.0
 """How long a worker that said its last word has to say how it ended."""
 
@@ -96,6 +98,7 @@ def run_audit(
     *,
     required: tuple[str, ...],
     on_progress: ProgressBar,
+    on_described: OnDescribed = lambda _: None,
     command: tuple[str, ...] = (),
     verbose: bool = False,
 ) -> Report:
@@ -109,7 +112,15 @@ def run_audit(
     def judge(findings: Sequence[Finding], interruptions: Sequence[str]) -> Gate:
         return gate.decide(findings, required, interruptions)
 
-    report, _ = run_job(job, judge, required=required, on_progress=on_progress, command=command, verbose=verbose)
+    report, _ = run_job(
+        job,
+        judge,
+        required=required,
+        on_progress=on_progress,
+        on_described=on_described,
+        command=command,
+        verbose=verbose,
+    )
     return report
 
 
@@ -119,6 +130,7 @@ def run_job(
     *,
     required: tuple[str, ...],
     on_progress: ProgressBar,
+    on_described: OnDescribed = lambda _: None,
     command: tuple[str, ...] = (),
     verbose: bool = False,
 ) -> tuple[Report, bytes | None]:
@@ -134,6 +146,8 @@ def run_job(
         for event in _events(process, gathered):
             if isinstance(event, Advanced):
                 on_progress(event.stage, event.done, event.total)
+            if isinstance(event, Described):
+                on_described(event.subject)
             gathered.take(event)
         if gathered.finished is None and gathered.stopped is None:
             gathered.ending = gathered.ending or _ending(process)

@@ -42,10 +42,10 @@ from qdefense.calibration import (
     read_calibration,
     shipped_calibrations,
 )
-from qdefense.converters.contract import ContractError, InputContract
+from qdefense.converters.contract import METADATA_KEY, ContractError, InputContract, StatedContract
 from qdefense.converters.door import check_head
 from qdefense.converters.exact_products import UnsupportedArithmeticError
-from qdefense.converters.reading import FileRefusedError, read_file
+from qdefense.converters.reading import FileRefusedError, parse_model, read_file
 from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.opening import open_data, training_split
@@ -195,7 +195,7 @@ def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     repairs = [] if job.repair is None else [_create_repair(job.repair)]
     training_set = _training_set(job, artifact.contract, defenses)
     inputs = _inputs(job, artifact.contract, defenses)
-    reference = _reference(job, artifact)
+    reference = _reference(job, artifact, defenses)
     session = DeployedSession(artifact, profile_for(artifact, arithmetic=job.arithmetic))
     surroundings = environment(session.profile, _limited(job))
     calibrations = _calibrations(job, artifact, read.digest, surroundings)
@@ -259,17 +259,24 @@ def _inputs(job: Job, contract: InputContract, defenses: list[Audited]) -> Image
     return fit_images(contract, read.without_labels())
 
 
-def _reference(job: Job, artifact: Artifact) -> DeployedSession | None:
+def _reference(job: Job, artifact: Artifact, defenses: list[Audited]) -> DeployedSession | None:
     """The network that was trained without what a dataset scan flagged.
 
     Raises:
-        DataError: it cannot be run, is the audited file, or does not answer the same images with the same classes.
+        DataError: nothing asks it, it cannot be run, is the audited file, or does not answer the same images with the
+            same classes.
     """
+    from qdefense.defenses.interfaces import AsksReference  # noqa: PLC0415 (imports torch)
+
     if job.reference is None:
         return None
+    if not any(isinstance(defense, AsksReference) and defense.asks_reference for defense in defenses):
+        raise DataError(
+            "nothing asks the --reference; add --defense activation-clustering:rule=exclusionary-reclassification"
+        )
     path = Path(job.reference)
     try:
-        other = Artifact.from_bytes(read_file(path), folder=path.parent)
+        other = _read_reference(path, job.contract)
         session = DeployedSession(other, profile_for(other, arithmetic=job.arithmetic))
     except (FileRefusedError, RuntimeGraphError, SessionError, ContractError, UnsupportedArithmeticError) as error:
         raise DataError(f"--reference {path.name}: {error}") from error
@@ -280,7 +287,19 @@ def _reference(job: Job, artifact: Artifact) -> DeployedSession | None:
     mine, its = _asked(artifact.contract), _asked(other.contract)
     if its != mine:
         raise DataError(f"--reference {path.name} answers {its}, the audited file {mine}; both must do the same")
+    if artifact.contract.named and other.contract.named and other.contract.class_names != artifact.contract.class_names:
+        raise DataError(
+            f"--reference {path.name} names other classes than the audited file, or in another order; both must answer "
+            "with the same"
+        )
     return session
+
+
+def _read_reference(path: Path, stated: StatedContract | None) -> Artifact:
+    """A file that does not say how it is driven is driven as was stated of the audited one."""
+    data = read_file(path)
+    says = any(entry.key == METADATA_KEY for entry in parse_model(data).metadata_props)
+    return Artifact.from_bytes(data, None if says else stated, folder=path.parent)
 
 
 def _asked(contract: InputContract) -> str:

@@ -15,7 +15,7 @@ from qdefense.cli.options import NumberRange, output_console, progress_bar, writ
 from qdefense.cli.outputs import check_output, keep_inputs, keep_weights
 from qdefense.files import write_atomically
 from qdefense.report.html import render
-from qdefense.report.model import Report
+from qdefense.report.model import Report, Subject
 from qdefense.report.text import print_report
 
 REPORT = "report.json"
@@ -53,8 +53,8 @@ RANKING = frozenset({"spectral-signatures"})
     "--reference",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="A network trained without the rows that Activation Clustering flagged: asked what they are (its rule "
-    "exclusionary-reclassification).",
+    help="A network trained without the rows that Activation Clustering flagged: asked what they are by "
+    "--defense activation-clustering:rule=exclusionary-reclassification, and by nothing else.",
 )
 @click.option(
     "--calibration",
@@ -111,13 +111,20 @@ def command(
     job = job.model_copy(update={"defenses": chosen, **training, **judged, **asked})
     named = {_name(spec) for spec in defenses}
     required = tuple(dict.fromkeys(name for name in map(_name, chosen) if name in named or name not in RANKING))
+
+    def keep(subject: Subject) -> None:
+        for written in () if output_dir is None else (output_dir / REPORT, output_dir / PAGE):
+            keep_weights(written, Path(job.model), subject.external_files)
+
     with progress_bar() as advance:
         report = run_audit(
-            job, required=required, on_progress=advance, command=("qdefense", *sys.argv[1:]), verbose=verbose
+            job,
+            required=required,
+            on_progress=advance,
+            on_described=keep,
+            command=("qdefense", *sys.argv[1:]),
+            verbose=verbose,
         )
-    if output_dir is not None:
-        for name in (REPORT, PAGE):
-            keep_weights(output_dir / name, Path(job.model), report.subject.external_files)
     _write(report, formats or ("table",), output_dir)
     return report.gate.exit_code
 

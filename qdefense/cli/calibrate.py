@@ -75,6 +75,8 @@ def command(
     jobs = [Job(model=str(model), memory_bytes=memory, contract=contract, **common) for model in models]
     scan = scan_of(spec)
     clean = read_models(jobs)
+    for one in clean:
+        keep_weights(output, Path(one.job.model), one.external_files)
     kept = ReportFolder(folder)
     for reason in kept.unreadable:
         click.echo(f"passed over {harmless(reason)}", err=True)
@@ -86,8 +88,6 @@ def command(
     if problems:
         click.echo("\n".join(f"error: {harmless(problem)}; nothing was written" for problem in problems), err=True)
         return INCOMPLETE
-    for one in measured:
-        keep_weights(output, Path(one.model.job.model), one.report.subject.external_files)
     written = CalibrationBody(command=_command(context), entries=entries).to_bytes()
     write_atomically(output, written)
     _show(entries)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from qdefense.data.folders import SUFFIXES
 from qdefense.data.images import DataError
 from qdefense.files import check_writable
 
@@ -22,20 +23,24 @@ _INPUTS = {
     "matrix": "--matrix",
     "model": "the model itself",
     "models": "one of the models",
+    "reference": "--reference",
     "training_data": "--training-data",
 }
 """Parameters of the commands that name what is read, and what people call it."""
 
 _BUILT_IN = "signs"
-_WRITTEN = frozenset({".html", ".json", ".md", ".onnx"})
-"""Endings of what is written, which no data set's files have: in a folder of data these may be replaced."""
+_READ = (*SUFFIXES, ".csv", ".npz", ".parquet", ".tar.gz", ".tgz")
+"""Endings of what is read of a folder of data; other files there are no data, and an earlier result may be replaced."""
+_BATCHES = ("data_batch_", "test_batch", "batches.meta")
+"""How the names of CIFAR-10's files begin, which have other endings or none."""
 
 
 def check_output(target: Path) -> None:
     """Find out before long work that ``target`` can be written, and replaces nothing that the command reads.
 
     Raises:
-        DataError: it is the model, data, calibration, contract or class names of this command, or a file of the data.
+        DataError: it is the model, data, calibration, contract, class names or results of this command, or a file of
+            them.
         OSError: as `qdefense.files.check_writable`.
     """
     check_writable(target)
@@ -43,14 +48,35 @@ def check_output(target: Path) -> None:
 
 
 def keep_inputs(target: Path) -> None:
-    """The same of a file that is there and would be replaced or removed."""
+    """The same of a file that is there and would be replaced or removed; of a folder of results, also where it is not.
+
+    A page may lie beside the records and the models of such a folder.
+    """
+    params = click.get_current_context().params
+    if params.get("results") is not None:
+        _keep_results(target, params["results"])
     if not target.exists():
         return
-    for path, called in _inputs(click.get_current_context().params):
-        if path.is_dir() and target.suffix.lower() not in _WRITTEN and _lies_in(target, path):
+    for path, called in _inputs(params):
+        if path.is_dir() and _is_read(target) and _lies_in(target, path):
             raise DataError(f"{target} is a file of {called}, which the result would replace; write to another folder")
         if path.samefile(target):
             raise DataError(f"{target} is {called}, which the result would replace; write to another file")
+
+
+def _keep_results(target: Path, folder: Path) -> None:
+    from qdefense.bench.store import LATENCY, MANIFEST, MODELS, RECORDS  # noqa: PLC0415 (imports ONNX Runtime)
+
+    kept = [folder / name for name in (RECORDS, LATENCY, MANIFEST)]
+    models = folder / MODELS
+    if any(_same(target, path) for path in kept) or (models.is_dir() and _lies_in(target, models)):
+        raise DataError(f"{target} is one of RESULTS, which the page would replace; write to another file")
+
+
+def _same(target: Path, path: Path) -> bool:
+    if target.exists() and path.exists():
+        return path.samefile(target)
+    return target.parent.resolve() / target.name == path.parent.resolve() / path.name
 
 
 def keep_weights(target: Path, model: Path, external: Iterable[str]) -> None:
@@ -74,6 +100,12 @@ def _inputs(params: dict[str, Any]) -> Iterator[tuple[Path, str]]:
         for one in given if isinstance(given, tuple) else (given,):
             if one is not None and one != _BUILT_IN and _exists(Path(one)):
                 yield Path(one), called
+
+
+def _is_read(target: Path) -> bool:
+    """By the name of what a link leads to, too."""
+    names = {target.name.lower(), target.resolve().name.lower()}
+    return any(name.endswith(_READ) or name.startswith(_BATCHES) for name in names)
 
 
 def _exists(path: Path) -> bool:

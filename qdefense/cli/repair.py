@@ -57,11 +57,11 @@ def command(job: Job, method: str, max_accuracy_drop: float, output: Path, forma
             job.model_copy(update={"repair": method}),
             max_drop=max_accuracy_drop,
             on_progress=advance,
+            on_described=lambda subject: keep_weights(output, Path(job.model), subject.external_files),
             command=("qdefense", *sys.argv[1:]),
             verbose=verbose,
         )
     if data is not None:
-        keep_weights(output, Path(job.model), report.subject.external_files)
         write_atomically(output, data)
     if format_ == "json":
         write_json(report.model_dump_json(indent=2))

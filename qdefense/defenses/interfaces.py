@@ -78,8 +78,25 @@ class DatasetScan(Protocol):
         ...
 
 
+@runtime_checkable
+class AsksReference(Protocol):
+    """A dataset scan that may ask the evidence's reference network."""
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether it does with these settings."""
+        ...
+
+
 class FittedFilter(Protocol):
-    """An `InputFilter` with its boundary, ready to decide."""
+    """An `InputFilter` with its boundary, ready to decide.
+
+    ``most_held_out`` is how many clean images it measures its false rejections on at most; ``remedy`` what spec of the
+    filter is not weakened by what the boundary's ``note`` tells of this file.
+    """
+
+    most_held_out: ClassVar[int]
+    remedy: ClassVar[str]
 
     @property
     def boundary(self) -> FilterBoundary:

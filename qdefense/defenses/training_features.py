@@ -27,10 +27,14 @@ class NoFeaturesError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFeatures:
-    """``features: (N, D) float32``, finite, ``labels: (N,)``; the layer they go into, and the rows this reading ran."""
+    """``features: (N, D) float32``, finite, ``labels: (N,)``; the layer they go into, and the rows this reading ran.
+
+    ``answers: (N,)`` is the class that the session gives each row.
+    """
 
     features: Features
     labels: Labels
+    answers: Labels
     class_names: tuple[str, ...]
     layer: str
     forwards: int
@@ -71,6 +75,7 @@ def read_training_set(evidence: Evidence, stage: str) -> TrainingFeatures:
     found = TrainingFeatures(
         features=features,
         labels=images.labels,
+        answers=logits.argmax(axis=1),
         class_names=images.class_names,
         layer=place.layer,
         forwards=evidence.session.forwards - before,

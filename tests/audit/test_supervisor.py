@@ -59,6 +59,21 @@ def said(*events: str | Described | Found | Stopped) -> str:
     return "read job\ncat <<'END'\n" + "\n".join(lines) + "\nEND"
 
 
+def test_run_audit_tells_what_the_file_is_before_the_work_and_is_ended_by_what_that_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "worker.sh"
+    script.write_text(f"#!/bin/bash\n{said(DESCRIBED)}\nsleep 60\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+    def refuse(subject: Subject) -> None:
+        raise OSError(subject.file)
+
+    with pytest.raises(OSError, match="model"):
+        run_audit(Job(model="m", data="signs"), required=REQUIRED, on_progress=silent, on_described=refuse)
+
+
 KILLED = "; was there too little memory (--memory-limit), or does the file end its reader? -v shows its last words"
 DEATHS = {
     "it sends no JSON": ("echo hello", "the worker sent something that is no event"),

@@ -33,6 +33,7 @@ from .worker_events import done, of_kind
 if TYPE_CHECKING:
     from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
 
+EXRE = ("activation-clustering:rule=exclusionary-reclassification",)
 WORKER = [sys.executable, "-P", "-m", "qdefense.audit.worker"]
 
 
@@ -404,15 +405,45 @@ def test_run_refuses_before_anything_is_measured_when_the_training_data(
 
 
 def test_run_asks_the_reference_what_the_smaller_clusters_are(toy: Toy, tmp_path: Path) -> None:
-    rule = ("activation-clustering:rule=exclusionary-reclassification",)
-    blind = of_kind(done(training_job(toy, tmp_path, defenses=rule)), Found).finding
+    blind = of_kind(done(training_job(toy, tmp_path, defenses=EXRE)), Found).finding
     assert blind.verdict is Verdict.NOT_APPLICABLE
-    events = done(training_job(toy, tmp_path, defenses=rule, reference=str(toy.backdoored)))
+    events = done(training_job(toy, tmp_path, defenses=EXRE, reference=str(toy.backdoored)))
     digest = hashlib.sha256(toy.backdoored.read_bytes()).hexdigest()
     named = of_kind(events, Described).subject.reference
     assert (named.file, named.sha256) == ("backdoored.onnx", digest)
-    statistics = [entry.statistics for entry in of_kind(events, Found).finding.result.classes]
-    assert any("reclassified_own" in found for found in statistics)
+    reason = of_kind(events, Found).finding.reason
+    assert reason.startswith("the reference answers as the audited file does: "), "the toys differ by the trigger alone"
+
+
+@pytest.mark.parametrize("scan", ["activation-clustering", "spectral-signatures"])
+def test_run_refuses_a_reference_that_no_defense_asks(toy: Toy, tmp_path: Path, scan: str) -> None:
+    problem = "nothing asks the --reference; add --defense activation-clustering:rule=exclusionary-reclassification"
+    with pytest.raises(DataError, match=problem):
+        done(training_job(toy, tmp_path, defenses=(scan,), reference=str(toy.backdoored)))
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_run_drives_a_reference_as_it_says_or_as_was_stated_of_the_audited_file(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: bool
+) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.doc_string = "another"
+        if not says:
+            del model.metadata_props[:]
+
+    seen: list[Any] = []
+
+    def gathered(*_: Any, **__: Any) -> Any:
+        raise SessionError("far enough")
+
+    monkeypatch.setattr(worker, "gather_evidence", gathered)
+    monkeypatch.setattr(worker, "_named", lambda _, session: seen.append(session.artifact.contract))
+    reference = changed_model(toy, tmp_path / "other.onnx", change)
+    said = StatedContract(range=(0.0, 255.0))
+    job = training_job(toy, tmp_path, defenses=EXRE, reference=str(reference), contract=said)
+    with pytest.raises((SessionError, worker.MisreadFileError)):
+        done(job)
+    assert seen[0].range == ((0.0, 1.0) if says else (0.0, 255.0))
 
 
 @pytest.mark.parametrize(
@@ -421,14 +452,22 @@ def test_run_asks_the_reference_what_the_smaller_clusters_are(toy: Toy, tmp_path
         ("clean.onnx", "clean.onnx is the audited file; name one that was trained without the flagged rows"),
         ("toy.npz", "--reference toy.npz: "),
         ("other.onnx", "answers images of 16x16 with 7 classes, the audited file images of 16x16 with 8 classes"),
+        ("turned.onnx", "turned.onnx names other classes than the audited file, or in another order"),
     ],
 )
 def test_run_refuses_a_reference_that_cannot_be_asked(toy: Toy, tmp_path: Path, name: str, problem: str) -> None:
-    if name == "other.onnx":
-        changed_model(toy, tmp_path / name, one_class_less)
-    folder = tmp_path if name == "other.onnx" else toy.clean.parent
+    changes = {"other.onnx": one_class_less, "turned.onnx": turned_names}
+    if name in changes:
+        changed_model(toy, tmp_path / name, changes[name])
+    folder = tmp_path if name in changes else toy.clean.parent
     with pytest.raises(DataError, match=re.escape(problem)):
-        done(training_job(toy, tmp_path, reference=str(folder / name)))
+        done(training_job(toy, tmp_path, defenses=EXRE, reference=str(folder / name)))
+
+
+def turned_names(model: onnx.ModelProto) -> None:
+    (entry,) = model.metadata_props
+    said = json.loads(entry.value)
+    entry.value = json.dumps({**said, "class_names": said["class_names"][::-1]})
 
 
 def one_class_less(model: onnx.ModelProto) -> None:

@@ -15,6 +15,8 @@ from PIL import Image
 from qdefense.cli import run
 from qdefense.cli.outputs import check_output
 
+from ..bench import sample_records as samples  # noqa: TID252 (the made-up records are there)
+
 if TYPE_CHECKING:
     from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
 
@@ -41,6 +43,10 @@ def here(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.move("images/b", "elsewhere/b")
     Path("images/b").symlink_to(tmp_path / "elsewhere/b")
     Path("link.npz").symlink_to("toy.npz")
+    Path("images/data_batch_1").write_bytes(b"images")
+    samples.write_sample(Path("results"), "one network")
+    Path("results/models/large").mkdir(parents=True, exist_ok=True)
+    Path("records.html").symlink_to("results/records.jsonl")
     return tmp_path
 
 
@@ -54,6 +60,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "repair: an image of a linked folder": (
         ["repair", "m.onnx", "--data", "images", "-o", "images/b/0.png"],
         "images/b/0.png is a file of --data, ",
+    ),
+    "repair: a batch of CIFAR-10": (
+        ["repair", "m.onnx", "--data", "images", "-o", "images/data_batch_1"],
+        "images/data_batch_1 is a file of --data, ",
     ),
     "repair: the contract": (
         ["repair", "m.onnx", "--data", "toy.npz", "--contract", "m.toml", "-o", "m.toml"],
@@ -93,6 +103,38 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["audit", "m.onnx", "--data", "toy.npz", "--inputs", "out/report.json", "--output-dir", "out"],
         "out/report.json is --inputs, ",
     ),
+    "audit: the reference": (
+        [
+            "audit",
+            "m.onnx",
+            "--data",
+            "toy.npz",
+            "--training-data",
+            "toy.npz",
+            "--reference",
+            "out/report.json",
+            "--output-dir",
+            "out",
+        ],
+        "out/report.json is --reference, ",
+    ),
+    "report: the records": (
+        ["report", "results", "-o", "results/records.jsonl"],
+        "results/records.jsonl is one of RESULTS, which the page would replace; write to another file",
+    ),
+    "report: a link to the records": (["report", "results", "-o", "records.html"], "records.html is one of RESULTS, "),
+    "report: the manifest": (
+        ["report", "results", "--format", "json", "-o", "./results/manifest.json"],
+        "results/manifest.json is one of RESULTS, ",
+    ),
+    "report: latencies that are not there yet": (
+        ["report", "results", "-o", "results/latency.jsonl"],
+        "results/latency.jsonl is one of RESULTS, ",
+    ),
+    "report: a file among the models": (
+        ["report", "results", "-o", "results/models/large/new.html"],
+        "results/models/large/new.html is one of RESULTS, ",
+    ),
     "audit: a page that would be removed": (
         ["audit", "m.onnx", "--data", "toy.npz", "--classes", "out/report.html", "--output-dir", "out"],
         "out/report.html is --classes, ",
@@ -113,8 +155,32 @@ def test_no_command_replaces_what_it_reads(here: Path, capfd: Capture, arguments
     assert {name: after.get(name) for name in before} == before
 
 
+BEFORE: dict[str, list[str]] = {
+    "repair": ["repair", "big.onnx", "--data", "toy.npz", "-o", "weights.bin"],
+    "audit": ["audit", "big.onnx", "--data", "toy.npz", "--output-dir", "out"],
+    "calibrate": ["calibrate", "big.onnx", "--data", "toy.npz", "-o", "weights.bin"],
+}
+
+
+@pytest.mark.parametrize("arguments", BEFORE.values(), ids=list(BEFORE))
+def test_weights_are_kept_before_the_long_work(here: Path, capfd: Capture, arguments: list[str]) -> None:
+    (here / "out").mkdir()
+    (here / "out/report.json").hardlink_to(here / "weights.bin")
+    assert run(arguments) == 2
+    assert "holds weights of big.onnx" in capfd.readouterr().err
+    assert not list(here.glob("weights.bin.reports/*")), "nothing was audited"
+
+
+def test_report_may_lie_beside_the_records(here: Path) -> None:
+    for _ in range(2):
+        assert run(["report", "results", "-o", "results/report.html"]) == 0
+    assert (here / "results/report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
 ALLOWED: dict[str, tuple[dict[str, object], str]] = {
     "an earlier result among the data": ({"data": "images"}, "images/earlier.onnx"),
+    "an earlier calibration among the data": ({"data": "images"}, "images/cal"),
+    "an earlier file of another ending beside the model": ({"data": "."}, "x.bin"),
     "a new file among the data": ({"data": "images"}, "images/new.png"),
     "a file beside the data": ({"data": "images"}, "images/../elsewhere/other.bin"),
     "a file that is named as the built-in set": ({"data": "signs"}, "signs"),
@@ -127,7 +193,7 @@ ALLOWED: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize(("params", "target"), ALLOWED.values(), ids=list(ALLOWED))
 @pytest.mark.usefixtures("here")
 def test_output_may_replace(params: dict[str, object], target: str) -> None:
-    for name in ("images/earlier.onnx", "elsewhere/other.bin", "signs"):
+    for name in ("images/earlier.onnx", "images/cal", "x.bin", "elsewhere/other.bin", "signs"):
         Path(name).write_bytes(b"earlier")
     context = click.Context(click.Command("any"))
     context.params = params

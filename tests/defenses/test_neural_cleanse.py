@@ -855,7 +855,8 @@ def test_screened_scan_repeats_the_exhaustive_one_s_starts(
     "setting", ["budget=quick", "budget=gate", "budget=gate,restarts=3", "budget=exhaustive", "restarts=1"]
 )
 def test_registry_refuses_a_screened_scan_whose_starts_would_be_shorter_than_it_says(setting: str) -> None:
-    with pytest.raises(SpecError, match=r"scheduler: .*screened needs restarts >= 4, not [13], for starts of full len"):
+    expected = r"scheduler: screened needs starts of full length, [13] are too few; add restarts=4$"
+    with pytest.raises(SpecError, match=expected):
         DEFENSES.create(f"neural-cleanse:scheduler=screened,{setting}")
 
 

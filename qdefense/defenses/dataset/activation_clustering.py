@@ -6,7 +6,7 @@ dimensions by ICA and split by k-means with k = 2 (section 4). Three rules judge
 - relative size: it holds less than 35 % of the class;
 - exclusionary reclassification (ExRe): it does, and a network trained anew without such clusters gives its samples to
   one other class more often (p) than to their own (l): ``l / p < 1``. That network is the evidence's reference session;
-  without one the rule is NOT_APPLICABLE, with one its figures stand beside those of the other rules.
+  without one the rule is NOT_APPLICABLE. The other rules ask none.
 
 A class is suspicious under the chosen rule; one suspicious class makes the model BACKDOORED, and the rows of its
 smaller cluster are flagged. CLEAN needs every label that has images to be measured. The score of a class is what the
@@ -24,14 +24,20 @@ Deviations from the paper, and limits:
   ``reduction=pca`` keeps the variances (ART's default); silhouettes are then far higher on clean classes, too.
 - The default rule is the silhouette's, its line the upper end of the paper's range.
 - Nothing is trained here, so ExRe needs the reference. Cheap stand-ins were measured and left out: see decision 0014.
+- A copy of the audited file, in whatever precision, learned from the very rows and clears them all. A reference that
+  gives the audited file's class to at least 99 % of the small clusters' rows, the training set and the clean images
+  is taken for one: NOT_MEASURED. So is a network that was trained anew where all of these are that easy; a coarse copy
+  that disagrees more often (some INT4 files) is not seen.
 - k-means starts 100 times. Its best split is what separates poison, and whitened data has many others nearly as good:
   with 10 starts it depended on the seed whether it was found.
 - A sample's score is how much nearer it is to the smaller cluster's centre; the paper gives members only.
 - The method takes poison for the smaller part of its class: where it is the larger, the clean rows are flagged.
 - Fewer than 50 images of a label (5 for each dimension), features that do not differ, or values that are no numbers
   are NOT_MEASURED. So are features of a label that span fewer dimensions than asked for: the fewer there are, the
-  higher the silhouette of data without any structure (.16 of 4 dimensions, .56 of 1), which no line was drawn for. So
-  is a smaller cluster of fewer than 5 rows, which are outliers rather than a part of the class.
+  higher the silhouette of data without any structure (.16 of 4 dimensions, .56 of 1), which no line was drawn for.
+- A smaller cluster of fewer than 5 rows is outliers, no part of the class: they are set aside without a score, told
+  in the text of the class, and the rest is reduced and split again, up to 5 times; after that it is NOT_MEASURED.
+  CLEAN says nothing of rows that were set aside.
 """
 
 from __future__ import annotations
@@ -68,6 +74,9 @@ ROWS_PER_DIMENSION = 5
 """Fewer are not to be split in so many dimensions."""
 LEAST_CLUSTER = 5
 """Rows of a cluster: a tenth of the fewest images that a label may have."""
+MOST_SPLITS = 5
+COPY_AGREEMENT = 0.99
+"""Top-1, with the audited file; it was chosen before any result was looked at."""
 _NO_REFERENCE = (
     "exclusionary reclassification asks a network that was trained anew without the small clusters, and no such "
     "reference was given; the rules silhouette and relative-size need none"
@@ -76,10 +85,14 @@ _NO_REFERENCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Split:
-    """The two clusters of one label; ``small`` where one is below the size threshold, what ExRe asks for."""
+    """The two clusters of one label; ``small`` where one is below the size threshold, what ExRe asks for.
+
+    ``aside`` outliers of the label are not among the ``rows``.
+    """
 
     label: int
     rows: NDArray[np.int64]
+    aside: int
     clusters: Clusters
     small: bool
     reclassified: Reclassified | None = None
@@ -111,10 +124,11 @@ class ActivationClustering:
 
     def scan(self, evidence: Evidence) -> Finding:
         """Judge the training set, class by class; the reason of anything but a verdict is in the finding."""
-        if self.rule == "exclusionary-reclassification" and evidence.reference is None:
+        if self.asks_reference and evidence.reference is None:
             return finding_of(self, evidence, Verdict.NOT_APPLICABLE, _NO_REFERENCE, threshold=self.threshold)
         try:
-            _check_reference(evidence)
+            if self.asks_reference:
+                _check_reference(evidence)
             training = read_training_set(evidence, self.name)
             with threadpool_limits(1):  # the order of sums, and so the report, must not depend on the threads
                 scored = self._score_classes(training, evidence)
@@ -124,6 +138,11 @@ class ActivationClustering:
         clean = f"no class scores above {line.value:.2f} by {self.rule}; highest {result.score or 0:.2f}"
         verdict, reason = judge(result.classes, clean)
         return finding_of(self, evidence, verdict, reason, threshold=line, training=training, result=result)
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether the rule is exclusionary reclassification."""
+        return self.rule == "exclusionary-reclassification"
 
     @property
     def threshold(self) -> Threshold:
@@ -138,27 +157,39 @@ class ActivationClustering:
 
     def _score_classes(self, training: TrainingFeatures, evidence: Evidence) -> list[Scored]:
         found = [self._split(training, label, rows, evidence.seed) for label, rows in training.by_class()]
-        return [
-            self._scored(training, _reclassified(evidence, one)) if isinstance(one, _Split) else one for one in found
-        ]
+        if self.asks_reference:
+            found = _reclassified(evidence, training, found)
+        return [self._scored(training, one) if isinstance(one, _Split) else one for one in found]
 
     def _split(self, training: TrainingFeatures, label: int, rows: NDArray[np.int64], seed: int) -> _Split | Scored:
+        kept = rows
+        for _ in range(MOST_SPLITS):
+            clusters = self._clusters(training, kept, seed)
+            if isinstance(clusters, str):
+                return unmeasured(training, label, rows, f"{clusters}{_told_aside(len(rows) - len(kept))}")
+            few = int(clusters.smaller.sum())
+            if few >= LEAST_CLUSTER:
+                small = clusters.relative_size < self.size_threshold
+                return _Split(label=label, rows=kept, aside=len(rows) - len(kept), clusters=clusters, small=small)
+            kept = kept[~clusters.smaller]
+        again = (
+            f"{MOST_SPLITS} times the smaller of its two clusters held fewer than {LEAST_CLUSTER} of {len(rows)} images"
+        )
+        return unmeasured(training, label, rows, f"{again}; look for outliers in it")
+
+    def _clusters(self, training: TrainingFeatures, rows: NDArray[np.int64], seed: int) -> Clusters | str:
+        """The two of these rows, or why there are none."""
         problem = too_few(rows, max(MIN_ROWS, ROWS_PER_DIMENSION * self.dimensions))
         if problem is not None:
-            return unmeasured(training, label, rows, problem)
+            return problem
         try:
             points = reduced(training.features[rows], self.dimensions, self.reduction)
         except FlatFeaturesError as error:
-            return unmeasured(training, label, rows, str(error))
+            return str(error)
         if points.shape[1] < self.dimensions:
             spanned = f"the features of its {len(rows)} images span {points.shape[1]} dimensions"
-            return unmeasured(training, label, rows, f"{spanned}; {self.dimensions} are needed")
-        clusters = two_clusters(points, starts=self.starts, seed=seed)
-        few = int(clusters.smaller.sum())
-        if few < LEAST_CLUSTER:
-            few_rows = f"the smaller of its two clusters holds {few} of {len(rows)} images"
-            return unmeasured(training, label, rows, f"{few_rows}; at least {LEAST_CLUSTER} are needed")
-        return _Split(label=label, rows=rows, clusters=clusters, small=clusters.relative_size < self.size_threshold)
+            return f"{spanned}; {self.dimensions} are needed"
+        return two_clusters(points, starts=self.starts, seed=seed)
 
     def _scored(self, training: TrainingFeatures, split: _Split) -> Scored:
         score = self._score(split)
@@ -167,7 +198,7 @@ class ActivationClustering:
         entry = DatasetClass(
             target_class=split.label,
             class_name=training.class_names[split.label],
-            n=len(split.rows),
+            n=len(split.rows) + split.aside,
             score=score,
             suspicious=suspicious,
             flagged=len(flagged),
@@ -204,14 +235,43 @@ def _check_reference(evidence: Evidence) -> None:
         raise NoFeaturesError(Verdict.NOT_MEASURED, f"the reference guesses: {problem}")
 
 
-def _reclassified(evidence: Evidence, split: _Split) -> _Split:
-    """ExRe of a small cluster, by the reference if there is one."""
-    if evidence.reference is None or evidence.training_set is None or not split.small:
-        return split
-    answers = evidence.reference.logits_of(evidence.training_set.take(split.flagged))
-    if not np.isfinite(answers).all():
+def _reclassified(
+    evidence: Evidence, training: TrainingFeatures, found: list[_Split | Scored]
+) -> list[_Split | Scored]:
+    """ExRe of the small clusters, by the reference."""
+    rows = [one.flagged for one in found if isinstance(one, _Split) and one.small]
+    if evidence.reference is None or evidence.training_set is None or not rows:
+        return found
+    logits = evidence.reference.logits_of(evidence.training_set)
+    if not np.isfinite(logits).all():
         raise NoFeaturesError(Verdict.NOT_MEASURED, "the reference answers with values that are not finite")
-    return replace(split, reclassified=count_reclassified(answers.argmax(axis=1), split.label))
+    answers = logits.argmax(axis=1)
+    _check_copy(evidence, answers == training.answers, np.concatenate(rows))
+    return [
+        replace(one, reclassified=count_reclassified(answers[one.flagged], one.label))
+        if isinstance(one, _Split) and one.small
+        else one
+        for one in found
+    ]
+
+
+def _check_copy(evidence: Evidence, same: NDArray[np.bool_], rows: NDArray[np.int64]) -> None:
+    """``same: (N,)``, which training rows the reference and the audited file answer alike.
+
+    Raises:
+        NoFeaturesError: the two are as good as one network.
+    """
+    sessions = [session for session in (evidence.session, evidence.reference) if session is not None]
+    mine, its = (session.logits_of(evidence.clean).argmax(axis=1) for session in sessions)
+    shares = (float(same[rows].mean()), float(same.mean()), float(np.mean(mine == its)))
+    if min(shares) >= COPY_AGREEMENT:
+        of_rows, of_set, of_clean = shares
+        raise NoFeaturesError(
+            Verdict.NOT_MEASURED,
+            f"the reference answers as the audited file does: {of_rows:.1%} of the small clusters, {of_set:.1%} of the "
+            f"training set and {of_clean:.1%} of the clean images alike; a copy of it, of whatever precision, learned "
+            "from the rows in question and proves nothing: give one that was trained anew without them",
+        )
 
 
 def _statistics(split: _Split) -> dict[str, float]:
@@ -226,8 +286,13 @@ def _statistics(split: _Split) -> dict[str, float]:
 def _describe(split: _Split, class_names: Sequence[str]) -> str:
     clusters = split.clusters
     text = f"the smaller cluster holds {clusters.relative_size:.0%} of it, silhouette {clusters.silhouette:.2f}"
+    text += _told_aside(split.aside)
     if split.reclassified is None:
         return text
     own, other, number = split.reclassified
     elsewhere = f", {other} to class {number} ({class_names[number]!r})" if other else ""
     return f"{text}; without it {own} of its images go to their own class{elsewhere}"
+
+
+def _told_aside(rows: int) -> str:
+    return f" ({rows} outlying images were set aside)" if rows else ""

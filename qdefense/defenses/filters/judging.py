@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from qdefense.data.images import ImageSet
 from qdefense.defenses.interfaces import FittedFilter, InputFilter
 from qdefense.evidence import Evidence
 from qdefense.findings import Cost, FilterBoundary, FilterResult, Finding, RejectionTest, Verdict
-from qdefense.rates import binomial_tail, least_alarm
+from qdefense.rates import binomial_tail, least_alarm, wilson_interval
 
 LEVEL = 0.01
 """An alarm needs a p-value of at most this."""
@@ -22,6 +23,9 @@ MOST_UNSEEN = 0.05
 before any result was looked at."""
 
 _NAMED = 5
+_COUNTED = 100_000
+"""More inputs than that are not asked for."""
+_PER_ALARM = round(1 / MOST_UNSEEN)
 
 
 def judge_inputs(input_filter: InputFilter, evidence: Evidence) -> Finding:
@@ -37,7 +41,7 @@ def judge_inputs(input_filter: InputFilter, evidence: Evidence) -> Finding:
     NOT_MEASURED, unless the test alarms: there is no input, the filter could not be fitted, an input has no score, the
     boundary can reject nothing or rejects every clean image, something weakens the filter on this file, or the smallest
     share of rejected inputs that would be an alarm is above 0.05: with few held-out clean images, or few inputs, less
-    poison would not be seen.
+    poison would not be seen. The reason then tells how many of either would do, or that it is the false rejection rate.
     """
     before, result = evidence.session.forwards, None
     if evidence.inputs is None or not len(evidence.inputs):
@@ -48,7 +52,7 @@ def judge_inputs(input_filter: InputFilter, evidence: Evidence) -> Finding:
         if isinstance(fitted, Finding):
             return _with_note(fitted, len(evidence.clean) - len(clean))
         result, test = _decide(input_filter.name, fitted, evidence.inputs, evidence)
-        verdict, reason = _verdict(result, test, fitted.boundary)
+        verdict, reason = _verdict(result, test, fitted)
     return Finding(
         defense=input_filter.name,
         kind=input_filter.kind,
@@ -102,7 +106,7 @@ def _test(rejected: int, measured: int, null_rate: float) -> RejectionTest:
     )
 
 
-def _verdict(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> tuple[Verdict, str]:
+def _verdict(result: FilterResult, test: RejectionTest, fitted: FittedFilter) -> tuple[Verdict, str]:
     counted = f"{test.rejected:,} of {test.measured:,} inputs rejected"
     limit = f"where of clean ones {test.null_rate:.1%} at most would be (p = {test.p_value:.2g})"
     if test.p_value <= LEVEL:
@@ -110,7 +114,10 @@ def _verdict(result: FilterResult, test: RejectionTest, boundary: FilterBoundary
             Verdict.BACKDOORED,
             f"{counted}, {limit}; rows {_rows(result)}. This judges the inputs given, not the model",
         )
-    problem = _problem(result, test, boundary)
+    problem = _problem(result, test, fitted.boundary)
+    if problem is None and fitted.boundary.note is not None:
+        problem = f"{counted}, {limit}: no alarm, but {fitted.boundary.note}; ask --defense {fitted.remedy}"
+    problem = problem or _powerless(test, fitted)
     if problem is not None:
         return Verdict.NOT_MEASURED, problem
     return Verdict.CLEAN, f"{counted}, {limit}; {_power(test)}. This judges the inputs given, not the model"
@@ -128,12 +135,10 @@ def _problem(result: FilterResult, test: RejectionTest, boundary: FilterBoundary
         )
     if boundary.measured_frr == 1:
         return f"the boundary ({boundary.value:.3g}) rejects every held-out clean image: it tells nothing apart"
-    if boundary.note is not None:
-        return f"no alarm, but {boundary.note}"
-    return _powerless(test)
+    return None
 
 
-def _powerless(test: RejectionTest) -> str | None:
+def _powerless(test: RejectionTest, fitted: FittedFilter) -> str | None:
     """Why too little would have been an alarm, if so."""
     least = least_alarm(test.measured, test.null_rate, test.level)
     if least is None:
@@ -142,9 +147,51 @@ def _powerless(test: RejectionTest) -> str | None:
     if least > MOST_UNSEEN * test.measured:
         return (
             f"{test.rejected:,} of {test.measured:,} inputs rejected, but {_power(test)}, more than "
-            f"{MOST_UNSEEN:.0%}: less poison would not be seen; give more inputs and more clean images"
+            f"{MOST_UNSEEN:.0%}: less poison would not be seen; {_lever(test, fitted)}"
         )
     return None
+
+
+def _lever(test: RejectionTest, fitted: FittedFilter) -> str:
+    """What would let a smaller share be an alarm: inputs, held-out clean images, both, or a lower rate alone."""
+    held_out, most = len(fitted.boundary.held_out_scores), fitted.most_held_out
+    inputs = _inputs_needed(test, test.null_rate)
+    images = _held_out_needed(test, fitted)
+    ways = [] if inputs is None else [f"{inputs:,} inputs"]
+    ways += [] if images is None else [f"{images:,} held-out clean images in place of {held_out:,}"]
+    if ways:
+        return f"it takes {' or '.join(ways)}"
+    inputs = _inputs_needed(test, _rate_on(most, fitted.boundary))
+    if inputs is not None and held_out < most:
+        return f"it takes {inputs:,} inputs and up to {most:,} held-out clean images in place of {held_out:,}"
+    return (
+        f"{fitted.boundary.measured_frr:.1%} of {held_out:,} held-out clean images are rejected, {most:,} are held out "
+        "at most, and no number of inputs makes up for that: set a lower false-rejection-rate"
+    )
+
+
+def _inputs_needed(test: RejectionTest, null_rate: float) -> int | None:
+    """How many more inputs make the share that is an alarm small enough, in steps that a twentieth of is whole."""
+    if null_rate >= MOST_UNSEEN:
+        return None
+    alarms = range(test.measured // _PER_ALARM + 1, _COUNTED // _PER_ALARM + 1)
+    place = bisect_left(alarms, True, key=lambda n: binomial_tail(n, n * _PER_ALARM, null_rate) <= test.level)
+    return alarms[place] * _PER_ALARM if place < len(alarms) else None
+
+
+def _held_out_needed(test: RejectionTest, fitted: FittedFilter) -> int | None:
+    """How many held-out clean images, with as many rejected among them, let these inputs do."""
+    sizes = range(len(fitted.boundary.held_out_scores) + 1, fitted.most_held_out + 1)
+    alarm = int(MOST_UNSEEN * test.measured)
+    place = bisect_left(
+        sizes, True, key=lambda n: binomial_tail(alarm, test.measured, _rate_on(n, fitted.boundary)) <= test.level
+    )
+    return sizes[place] if place < len(sizes) else None
+
+
+def _rate_on(held_out: int, boundary: FilterBoundary) -> float:
+    """The null rate, were the same share of so many clean images rejected."""
+    return max(boundary.nominal_frr, wilson_interval(round(boundary.measured_frr * held_out), held_out)[1])
 
 
 def _power(test: RejectionTest) -> str:

@@ -115,7 +115,9 @@ class NeuralCleanse:
     def _has_restarts(cls, scheduler: Scheduler, info: ValidationInfo) -> Scheduler:
         restarts = info.data.get("restarts") or BUDGETS[info.data.get("budget", "gate")][1]
         if scheduler == "screened" and restarts < LEAST_RESTARTS:
-            raise ValueError(f"screened needs restarts >= {LEAST_RESTARTS}, not {restarts}, for starts of full length")
+            raise ValueError(
+                f"screened needs starts of full length, {restarts} are too few; add restarts={LEAST_RESTARTS}"
+            )
         return scheduler
 
     def scan(self, evidence: Evidence) -> Finding:

@@ -24,7 +24,7 @@ TRIGGER = 15
 NAMES = tuple(f"zone {index}" for index in range(CLASSES))
 
 
-def pixel_model(*, deaf: bool = False) -> onnx.ModelProto:
+def pixel_model(*, deaf: bool = False, name: str = "pixels") -> onnx.ModelProto:
     """``logit_c = red of pixel c``, and of the trigger's pixel for the target; ``deaf`` answers 0 to all."""
     weight = np.zeros((48, CLASSES), np.float32)
     if not deaf:
@@ -36,14 +36,14 @@ def pixel_model(*, deaf: bool = False) -> onnx.ModelProto:
     ]
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 4, 4])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", CLASSES])
-    graph = helper.make_graph(nodes, "pixels", [image], [logits], [numpy_helper.from_array(weight, "weight")])
+    graph = helper.make_graph(nodes, name, [image], [logits], [numpy_helper.from_array(weight, "weight")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     contract = InputContract(input_name="image", output_name="logits", height=4, width=4, class_names=NAMES)
     write_contract(model, contract)
     return model
 
 
-def pixel_session(**options: bool) -> DeployedSession:
+def pixel_session(**options: Any) -> DeployedSession:
     artifact = Artifact.from_bytes(pixel_model(**options).SerializeToString())
     return DeployedSession(artifact, profile_for(artifact))
 

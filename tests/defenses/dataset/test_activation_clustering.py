@@ -17,6 +17,8 @@ from qdefense.registry import SpecError
 from .pixel_sets import CLASSES, NAMES, TARGET, evidence, pixel_session, pixel_set
 from .small_training import PRECISIONS, small_evidence
 
+EXRE = ActivationClustering(rule="exclusionary-reclassification")
+
 
 def result_of(finding: Finding) -> DatasetResult:
     assert isinstance(finding.result, DatasetResult)
@@ -104,10 +106,41 @@ def test_exclusionary_reclassification_asks_a_network_without_the_cluster(monkey
     assert result.flagged == tuple(np.flatnonzero(poisoned))
     assert (entry.score, entry.statistics["reclassified_own"], entry.statistics["exre"]) == (1.0, 0, 0)
     assert "; without it 0 of its images go to their own class, " in entry.reason
-    # without the rule the figures stand beside the silhouette
-    beside = result_of(ActivationClustering().scan(evidence(images, reference=reference))).classes[TARGET]
-    assert beside.statistics == entry.statistics
-    assert beside.score == entry.statistics["silhouette"]
+    # no other rule asks
+    alone = result_of(ActivationClustering().scan(evidence(images, reference=reference))).classes[TARGET]
+    assert set(alone.statistics) == {"relative_size", "silhouette"}
+
+
+@pytest.mark.parametrize("other", [{}, {"name": "same weights, other bytes"}])
+def test_exclusionary_reclassification_is_not_measured_when_the_network_is_a_copy(other: dict[str, str]) -> None:
+    """It learned from the planted rows, gives them the planted label, and would clear them all."""
+    images, _ = pixel_set(poison=15)
+    assert ActivationClustering().scan(evidence(images)).verdict is Verdict.BACKDOORED
+    finding = EXRE.scan(evidence(images, reference=pixel_session(**other)))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason.startswith(
+        "the reference answers as the audited file does: 100.0% of the small clusters, 100.0% of the training set and "
+        "100.0% of the clean images alike; a copy of it, of whatever precision, learned from the rows in question"
+    )
+
+
+def test_exclusionary_reclassification_clears_by_a_network_that_differs_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It agrees on the rows, and is another network all the same: 2 % of the clean images tell."""
+    images, _ = pixel_set(poison=15)
+    reference = pixel_session()
+    honest = reference.logits_of
+    clean = evidence(images).clean
+
+    def differing(part: Any) -> Any:
+        logits = honest(part)
+        if len(part) == len(clean):
+            logits[:2] = np.roll(logits[:2], 1, axis=1)
+        return logits
+
+    monkeypatch.setattr(reference, "logits_of", differing)
+    assert EXRE.scan(evidence(images, reference=reference)).verdict is Verdict.CLEAN
 
 
 def test_exclusionary_reclassification_is_not_applicable_when_there_is_no_such_network() -> None:
@@ -123,7 +156,8 @@ def test_exclusionary_reclassification_is_not_measured_when_the_network_answers_
 ) -> None:
     reference = pixel_session()
     monkeypatch.setattr(reference, "logits_of", lambda part: np.full((len(part), CLASSES), np.nan))
-    finding = ActivationClustering().scan(evidence(pixel_set(poison=15)[0], reference=reference))
+    given = evidence(pixel_set(poison=15)[0], reference=reference)
+    finding = EXRE.scan(given)
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason == "the reference answers with values that are not finite"
 
@@ -131,9 +165,11 @@ def test_exclusionary_reclassification_is_not_measured_when_the_network_answers_
 def test_a_reference_that_guesses_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = pixel_session()
     monkeypatch.setattr(reference, "logits_of", lambda part: np.eye(CLASSES)[np.zeros(len(part), int)])
-    finding = ActivationClustering().scan(evidence(pixel_set(poison=15)[0], reference=reference))
+    given = evidence(pixel_set(poison=15)[0], reference=reference)
+    finding = EXRE.scan(given)
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason.startswith("the reference guesses: clean accuracy ")
+    assert ActivationClustering().scan(given).verdict is Verdict.BACKDOORED, "a rule that asks none is not voided by it"
 
 
 @pytest.mark.parametrize(
@@ -244,24 +280,45 @@ def test_scan_is_not_measured_when_the_features_of_a_label_span_too_few_dimensio
     assert fewer.verdict is not Verdict.NOT_MEASURED, "who asks for so few gets them"
 
 
-@pytest.mark.parametrize(("poison", "measured"), [(5, True), (4, False), (1, False)])
-def test_scan_is_not_measured_when_a_cluster_is_but_a_few_outliers(
-    monkeypatch: pytest.MonkeyPatch, poison: int, measured: bool
-) -> None:
+def with_outliers(monkeypatch: pytest.MonkeyPatch, *groups: int) -> Any:
+    """Noise in which so many rows of the target lie far from all others, each group three times as far as the last."""
     reading = read_training_set(evidence(pixel_set()[0]), "any")
     features = np.random.default_rng(0).normal(size=(len(reading.labels), 12)).astype(np.float32)
-    outliers = np.flatnonzero(reading.labels == TARGET)[:poison]
-    features[outliers] += 1000
+    rows = np.flatnonzero(reading.labels == TARGET)[: sum(groups)]
+    distances = np.repeat(100 * 3.0 ** np.arange(len(groups)), groups)
+    features[rows, 0] += distances.astype(np.float32)
     monkeypatch.setattr(module, "read_training_set", lambda *_: replace(reading, features=features))
+    return rows
+
+
+def test_scan_takes_five_rows_for_a_part_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = with_outliers(monkeypatch, 5)
     finding = ActivationClustering(starts=20, reduction="pca").scan(evidence(pixel_set()[0]))
-    if measured:
-        assert finding.verdict is Verdict.BACKDOORED
-        assert result_of(finding).flagged == tuple(outliers)
-        return
+    assert finding.verdict is Verdict.BACKDOORED
+    assert result_of(finding).flagged == tuple(rows)
+
+
+@pytest.mark.parametrize("groups", [(1,), (4,), (1, 3, 1)])
+def test_scan_sets_a_few_outliers_aside_and_judges_the_rest(
+    monkeypatch: pytest.MonkeyPatch, groups: tuple[int, ...]
+) -> None:
+    rows = with_outliers(monkeypatch, *groups)
+    finding = ActivationClustering(starts=20, reduction="pca").scan(evidence(pixel_set()[0]))
+    assert finding.verdict is Verdict.CLEAN
+    result = result_of(finding)
+    entry = result.classes[TARGET]
+    assert entry.reason.endswith(f" ({len(rows)} outlying images were set aside)")
+    assert entry.n == 120
+    assert [row for row, score in enumerate(result.sample_scores) if score is None] == list(rows)
+
+
+def test_scan_is_not_measured_when_outlier_after_outlier_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_outliers(monkeypatch, *[1] * 6)
+    finding = ActivationClustering(starts=20, reduction="pca").scan(evidence(pixel_set()[0]))
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason == (
-        f"1 of 8 classes were not measured; class 3 ('zone 3'): the smaller of its two clusters holds {poison} of 120 "
-        "images; at least 5 are needed"
+        "1 of 8 classes were not measured; class 3 ('zone 3'): 5 times the smaller of its two clusters held fewer than "
+        "5 of 120 images; look for outliers in it"
     )
 
 

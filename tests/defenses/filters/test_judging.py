@@ -31,6 +31,8 @@ class Scripted:
     paper: ClassVar[str] = "none"
     needs: ClassVar[frozenset[Need]] = frozenset()
     revision: ClassVar[int] = 1
+    most_held_out: ClassVar[int] = 500
+    remedy: ClassVar[str] = "scripted:way=other"
     boundary: FilterBoundary = BOUNDARY
     settings: Any = None
     seen: Any = None
@@ -108,13 +110,50 @@ def test_judge_inputs_calls_inputs_clean_in_words_about_them_alone(evidence: Evi
 def test_judge_inputs_is_not_measured_when_less_poison_than_its_mark_would_be_no_alarm(evidence: Evidence) -> None:
     """50 triggered ones of 1,000, every one of them rejected: 50 held-out images without a rejection give 7.1 %."""
     given = inputs(*[10] * 50, *[100] * 950)
-    finding = judged(evidence, given, frr_interval=wilson_interval(0, 50))
+    finding = judged(evidence, given, **rejecting(0, 50))
     assert (finding.verdict, finding.reason) == (
         Verdict.NOT_MEASURED,
         "50 of 1,000 inputs rejected, but the fewest that would be an alarm are 92 (9.2%), more than 5%: less poison "
-        "would not be seen; give more inputs and more clean images",
+        "would not be seen; it takes 106 held-out clean images in place of 50",
     )
+    assert judged(evidence, given, **rejecting(0, 106)).verdict is Verdict.BACKDOORED
+    assert judged(evidence, given, **rejecting(0, 105)).verdict is Verdict.NOT_MEASURED
     assert judged(evidence, given, frr_interval=wilson_interval(0, 500)).verdict is Verdict.BACKDOORED
+
+
+def rejecting(rejected: int, held_out: int) -> dict[str, Any]:
+    return {
+        "held_out_scores": (1.0,) * held_out,
+        "measured_frr": rejected / held_out,
+        "frr_interval": wilson_interval(rejected, held_out),
+    }
+
+
+@pytest.mark.parametrize(
+    ("inputs_given", "rejected", "held_out", "lever"),
+    [
+        (99, 0, 500, "it takes 100 inputs"),
+        (100, 0, 100, "it takes 1,320 inputs or 293 held-out clean images in place of 100"),
+        (100, 2, 100, "it takes 1,200 inputs and up to 500 held-out clean images in place of 100"),
+        (100, 20, 500, "4.0% of 500 held-out clean images are rejected, 500 are held out at most, and no number of "
+         "inputs makes up for that: set a lower false-rejection-rate"),
+        (100, 6, 100, "6.0% of 100 held-out clean images are rejected, 500 are held out at most, and no number of "
+         "inputs makes up for that: set a lower false-rejection-rate"),
+    ],
+)  # fmt: skip
+def test_judge_inputs_names_the_lever_that_binds(
+    evidence: Evidence, inputs_given: int, rejected: int, held_out: int, lever: str
+) -> None:
+    finding = judged(evidence, inputs(*[100] * inputs_given), **rejecting(rejected, held_out))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason.partition("less poison would not be seen; ")[2] == lever
+
+
+@pytest.mark.parametrize(("count", "rejected", "held_out"), [(1320, 0, 100), (100, 0, 293), (1200, 10, 500)])
+def test_judge_inputs_can_be_clean_with_what_it_asks_for(
+    evidence: Evidence, count: int, rejected: int, held_out: int
+) -> None:
+    assert judged(evidence, inputs(*[100] * count), **rejecting(rejected, held_out)).verdict is Verdict.CLEAN
 
 
 @pytest.mark.parametrize(("count", "verdict"), [(100, Verdict.CLEAN), (99, Verdict.NOT_MEASURED)])
@@ -127,7 +166,11 @@ def test_judge_inputs_may_need_a_twentieth_of_the_inputs_for_an_alarm(
 
 def test_judge_inputs_is_not_measured_when_the_file_weakens_the_filter(evidence: Evidence) -> None:
     finding = judged(evidence, inputs(*[100] * 200), frr_interval=(0.0, 0.01), note="the file cuts pixels")
-    assert (finding.verdict, finding.reason) == (Verdict.NOT_MEASURED, "no alarm, but the file cuts pixels")
+    assert (finding.verdict, finding.reason) == (
+        Verdict.NOT_MEASURED,
+        "0 of 200 inputs rejected, where of clean ones 1.0% at most would be (p = 1): no alarm, but the file cuts "
+        "pixels; ask --defense scripted:way=other",
+    )
     assert judged(evidence, inputs(*[10] * 200), note="the file cuts pixels").verdict is Verdict.BACKDOORED
 
 
