@@ -114,11 +114,11 @@ def test_run_passes_a_sigmoid_over_before_any_filter_runs(files: Path) -> None:
     ("inputs", "code", "reason"),
     [
         ("stamped", 1, " of 60 inputs rejected, where of clean ones"),
-        ("fine", 3, "no model scan among the checks that ran"),
+        ("fine", 3, "the fewest that would be an alarm are 15 (25.0%), more than 5%"),
     ],
 )
 def test_an_audit_by_a_filter_alone_never_passes(files: Path, inputs: str, code: int, reason: str) -> None:
-    """Inputs that are fine say nothing of the model: exit code 0 needs a model scan."""
+    """Sixty inputs that are fine do not tell that no twentieth is stamped; and exit code 0 needs a model scan."""
     report = run_audit(
         job(files, inputs=str(files / f"{inputs}.npz"), memory_bytes=None),
         required=("strip",),

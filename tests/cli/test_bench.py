@@ -67,7 +67,7 @@ def test_killed_twice_and_resumed_the_records_are_those_of_one_go(tmp_path: Path
 
 
 def test_interrupted_it_keeps_what_is_finished(tmp_path: Path) -> None:
-    made = desk(tmp_path, TINY.replace('"none", ', ""))
+    made = desk(tmp_path)
     process = started(made)
     wait_for_lines(made, 1, process)
     process.send_signal(signal.SIGINT)
