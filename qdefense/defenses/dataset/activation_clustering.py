@@ -136,6 +136,8 @@ class ActivationClustering:
             return finding_of(self, evidence, error.verdict, str(error), threshold=self.threshold)
         result, line = gather(training, scored), self.threshold
         clean = f"no class scores above {line.value:.2f} by {self.rule}; highest {result.score or 0:.2f}"
+        if unjudged := sum(score is None for score in result.sample_scores):
+            clean += f"; {unjudged} outlying images were set aside, and nothing is said of them"
         verdict, reason = judge(result.classes, clean)
         return finding_of(self, evidence, verdict, reason, threshold=line, training=training, result=result)
 

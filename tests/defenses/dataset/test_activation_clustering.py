@@ -308,6 +308,7 @@ def test_scan_sets_a_few_outliers_aside_and_judges_the_rest(
     result = result_of(finding)
     entry = result.classes[TARGET]
     assert entry.reason.endswith(f" ({len(rows)} outlying images were set aside)")
+    assert finding.reason.endswith(f"; {len(rows)} outlying images were set aside, and nothing is said of them")
     assert entry.n == 120
     assert [row for row, score in enumerate(result.sample_scores) if score is None] == list(rows)
 
