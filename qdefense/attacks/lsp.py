@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.badnets import BadNets
-from qdefense.attacks.interfaces import DataAttack, LabelPolicy, PoisonedSet, Trigger
+from qdefense.attacks.interfaces import BatchAttack, DataAttack, LabelPolicy, PoisonedSet, Trigger
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet
 from qdefense.registry import Nested
@@ -31,9 +31,12 @@ from qdefense.registry import Nested
 def _host(given: Any) -> DataAttack:
     name, inner = given if isinstance(given, Nested) else (given, {})
     if isinstance(name, str) or name is None:
-        host: DataAttack = ATTACKS.restore(BadNets.name if name is None else name, inner)
+        host: DataAttack | BatchAttack = ATTACKS.restore(BadNets.name if name is None else name, inner)
     else:
         host = name
+    if not isinstance(host, DataAttack):
+        told = f"{host.name} poisons batches in training, which have no labels to smooth beforehand"
+        raise ValueError(told)  # noqa: TRY004 (pydantic tells the user of a ValueError)
     if host.name == LabelSmoothing.name:
         raise ValueError(f"{host.name} cannot be its own host; smooth once, by more")
     return host
