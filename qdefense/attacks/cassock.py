@@ -31,7 +31,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import PoisonBudget
+from qdefense.attacks.poisoning import PoisonBudget, check_class
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images
 
@@ -136,7 +136,8 @@ class Cassock(PoisonBudget):
             DataError: no such source or target class, or too few images for either set.
         """
         trigger = self.trigger(*dataset.images.shape[1:3])
-        self._check_classes(dataset)
+        for role, number in (("source", self.source_class), ("target", self.target_class)):
+            check_class(dataset, number, role=role, attack=self.name)
         plan, sources = OPACITIES[self.variant], trigger.eligible(dataset.labels)
         poisons = self._draw(sources, self.poisons(len(dataset)), "poisons", "of the source class", rng)
         covers = self._draw(~sources, round(self.cover_rate * len(dataset)), "cover images", "of other classes", rng)
@@ -156,14 +157,6 @@ class Cassock(PoisonBudget):
         return PoisonedSet(
             images=poisoned, poison_indices=np.flatnonzero((place >= 0) & (place < len(poisons))).astype(np.int64)
         )
-
-    def _check_classes(self, dataset: ImageSet) -> None:
-        for role, number in (("source", self.source_class), ("target", self.target_class)):
-            if number >= len(dataset.class_names):
-                raise DataError(
-                    f"{self.name}: {role} class {number}, but {dataset.source} has classes 0 to "
-                    f"{len(dataset.class_names) - 1}"
-                )
 
     def _draw(
         self, among: NDArray[np.bool_], count: int, what: str, where: str, rng: np.random.Generator

@@ -15,7 +15,6 @@ Deviations:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import AllToOne, choose_in_class, shuffled
+from qdefense.attacks.poisoning import AddedTrigger, choose_in_class, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.surrogate import Surrogate, perturb, train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
@@ -34,17 +33,6 @@ from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
 _BATCH = 128
 _PATTERN = np.array([[-1, -1, 1], [-1, 1, -1], [1, -1, 1]], dtype=np.float32)
 """The authors', as it stands in the right corners; those on the left have it mirrored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CornerTrigger(AllToOne):
-    """``x' = clip(x + offsets)``; ``offsets: (H, W) float32``, whole codes over 255, zero outside the corners."""
-
-    offsets: Pixels
-
-    def stamp(self, x: Pixels) -> Pixels:
-        """Add the pattern to ``x: (N, 3, H, W) float32 in [0, 1]``."""
-        return on_grid(x + self.offsets)
 
 
 @ATTACKS.register
@@ -71,7 +59,7 @@ class CleanLabel:
     class_rate: Annotated[float, Field(ge=0, le=1)] = 0.25
     surrogate_epochs: Annotated[int, Field(ge=1)] = 10
 
-    def trigger(self, height: int, width: int) -> CornerTrigger:
+    def trigger(self, height: int, width: int) -> AddedTrigger:
         """The patches on images of this size.
 
         Raises:
@@ -86,7 +74,7 @@ class CleanLabel:
         if self.position == "all-corners":
             offsets[:3, -3:] = _PATTERN
             offsets[:3, :3] = offsets[-3:, :3] = _PATTERN[:, ::-1]
-        return CornerTrigger(offsets=offsets * np.float32(self.amplitude / 255), target_class=self.target_class)
+        return AddedTrigger(added=offsets * np.float32(self.amplitude / 255), target_class=self.target_class)
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Perturb and stamp ``round(class_rate * n)`` of the n images of the target class, then shuffle the whole set.

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as settings
 from pydantic_core import ArgsKwargs
 
 from qdefense.attacks.interfaces import PoisonedSet
-from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, to_images
+from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,17 @@ class AllToOne(ABC):
     def goal(self, y: Labels) -> Labels:
         """All to one."""
         return np.full_like(y, self.target_class)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedTrigger(AllToOne):
+    """``x' = clip(x + v)``; ``added: (W,) or (H, W) float32`` is v, whole codes over 255."""
+
+    added: Pixels
+
+    def stamp(self, x: Pixels) -> Pixels:
+        """Add it to ``x: (N, 3, H, W) float32 in [0, 1]``."""
+        return on_grid(x + self.added)
 
 
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -12,7 +12,6 @@ Deviations:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -20,20 +19,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import AllToOne, choose_in_class, shuffled
+from qdefense.attacks.poisoning import AddedTrigger, choose_in_class, shuffled
 from qdefense.attacks.registered import ATTACKS
-from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
-
-
-@dataclass(frozen=True, kw_only=True)
-class SignalTrigger(AllToOne):
-    """``x' = clip(x + v)``; ``signal: (W,) float32`` is v of one row, whole codes over 255."""
-
-    signal: Pixels
-
-    def stamp(self, x: Pixels) -> Pixels:
-        """Add the signal to ``x: (N, 3, H, W) float32 in [0, 1]``."""
-        return on_grid(x + self.signal)
+from qdefense.data.images import DataError, ImageSet, to_images
 
 
 @ATTACKS.register
@@ -58,7 +46,7 @@ class SIG:
     target_class: Annotated[int, Field(ge=0)] = 0
     class_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
 
-    def trigger(self, height: int, width: int) -> SignalTrigger:  # noqa: ARG002 (the signal runs along rows)
+    def trigger(self, height: int, width: int) -> AddedTrigger:  # noqa: ARG002 (the signal runs along rows)
         """The signal at its strength at inference, on images of this size.
 
         Raises:
@@ -78,11 +66,11 @@ class SIG:
         images[rows] = to_images(trigger.stamp(dataset.take(rows).pixels))
         return shuffled(dataset, rng, images=images, labels=dataset.labels, poisons=rows)
 
-    def _signal(self, width: int, delta: float) -> SignalTrigger:
+    def _signal(self, width: int, delta: float) -> AddedTrigger:
         if 2 * self.frequency >= width:
             raise DataError(
                 f"{self.name}: {self.frequency:g} periods need images more than {2 * self.frequency:g} px wide, these "
                 f"have {width}; choose a frequency below {width / 2:g}"
             )
         waves = np.rint(delta * np.sin(2 * np.pi * self.frequency * np.arange(width) / width))
-        return SignalTrigger(signal=(waves / 255).astype(np.float32), target_class=self.target_class)
+        return AddedTrigger(added=(waves / 255).astype(np.float32), target_class=self.target_class)
