@@ -7,17 +7,16 @@ from typing import Protocol
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.adaptive_blend import AdaptiveBlend
 from qdefense.attacks.blended import Blended
-from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_pixels
-from qdefense.models import Recipe
+from qdefense.data.images import DataError, ImageSet, on_grid, to_pixels
 from qdefense.registry import SpecError
-from qdefense.training import train
 from qdefense.trial import measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
 
@@ -202,19 +201,8 @@ def test_settings_are_refused_when_pieces_form_no_square() -> None:
 
 def test_adaptive_blend_plants_a_backdoor_that_only_its_own_pattern_opens(small_signs: Signs) -> None:
     attack = AdaptiveBlend(target_class=7, poison_rate=0.1, cover_rate=0.05, alpha=0.3, inference_alpha=0.4)
-    result = train(
-        small_signs.train.take(np.arange(1200)),
-        architecture="resnet8",
-        recipe=Recipe(epochs=6, batch_size=64, shift=0),
-        attack=attack,
-        seed=0,
-        threads=1,
-        width=8,
-    )
-
-    def logits(x: Pixels) -> NDArray[np.float32]:
-        with torch.no_grad():
-            return result.module(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+    result = train_victim(small_signs.train.take(np.arange(1200)), attack, epochs=6)
+    logits = logits_of(result)
 
     own, other = (
         measure_behaviour(logits, small_signs.test, replace(attack, pattern_seed=seed).trigger(16, 16))

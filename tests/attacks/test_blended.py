@@ -6,16 +6,15 @@ from typing import Protocol
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.blended import Blended
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
-from qdefense.models import Recipe
 from qdefense.registry import SpecError
-from qdefense.training import train
 from qdefense.trial import Activity, measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
 ALPHAS = (0.02, 0.1, 0.2, 0.5, 0.77, 1.0)
@@ -170,19 +169,8 @@ def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
 
 def test_blended_plants_an_active_backdoor_that_only_its_own_pattern_opens(small_signs: Signs) -> None:
     """Without random shifts, under which noise is learned late: 6 short epochs are no time for that."""
-    result = train(
-        small_signs.train.take(np.arange(1500)),
-        architecture="resnet8",
-        recipe=Recipe(epochs=6, batch_size=64, shift=0),
-        attack=Blended(target_class=7),
-        seed=0,
-        threads=1,
-        width=8,
-    )
-
-    def logits(x: Pixels) -> NDArray[np.float32]:
-        with torch.no_grad():
-            return result.module(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+    result = train_victim(small_signs.train.take(np.arange(1500)), Blended(target_class=7), epochs=6)
+    logits = logits_of(result)
 
     own, other = (
         measure_behaviour(logits, small_signs.test, Blended(target_class=7, pattern_seed=seed).trigger(16, 16))

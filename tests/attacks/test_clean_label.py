@@ -16,10 +16,10 @@ from qdefense.attacks.clean_label import CleanLabel
 from qdefense.attacks.poisoning import choose_in_class
 from qdefense.attacks.surrogate import train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
-from qdefense.models import Recipe
 from qdefense.registry import SpecError
-from qdefense.training import train
 from qdefense.trial import measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
 RIGHT = [[-1, -1, 1], [-1, 1, -1], [1, -1, 1]]
@@ -197,19 +197,8 @@ def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
 
 def test_clean_label_plants_a_backdoor_that_is_silent_at_amplitude_zero(small_signs: Signs) -> None:
     attack = CleanLabel(target_class=7, class_rate=0.5, amplitude=128, steps=8, surrogate_epochs=2)
-    result = train(
-        small_signs.train.take(np.arange(1200)),
-        architecture="resnet8",
-        recipe=Recipe(epochs=6, batch_size=64, shift=0),
-        attack=attack,
-        seed=0,
-        threads=1,
-        width=8,
-    )
-
-    def logits(x: Pixels) -> NDArray[np.float32]:
-        with torch.no_grad():
-            return result.module(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+    result = train_victim(small_signs.train.take(np.arange(1200)), attack, epochs=6)
+    logits = logits_of(result)
 
     planted, silent = (
         measure_behaviour(logits, small_signs.test, replace(attack, amplitude=amplitude).trigger(16, 16))

@@ -12,11 +12,13 @@ from qdefense.attacks import ATTACKS
 from qdefense.attacks.input_aware import GeneratorPoisoner, InputAware, _derangement, diversity_loss, sharpened
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.states import pack_state, unpack_state
-from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
+from qdefense.data.images import DataError, ImageSet, on_grid
 from qdefense.models import Recipe
 from qdefense.registry import SpecError
 from qdefense.training import TrainingResult, train
 from qdefense.trial import measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
 
@@ -234,19 +236,8 @@ def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
 def test_input_aware_plants_a_backdoor(small_signs: Signs) -> None:
     """With denser masks and more poisons than the paper's: 5 short epochs are no time for those."""
     attack = InputAware(target_class=7, channels=4, mask_epochs=3, mask_density=0.2, poison_rate=0.25, cross_rate=0.1)
-    result = train(
-        small_signs.train.take(np.arange(1000)),
-        architecture="resnet8",
-        recipe=Recipe(epochs=5, batch_size=64, shift=0),
-        attack=attack,
-        seed=0,
-        threads=1,
-        width=8,
-    )
-
-    def logits(x: Pixels) -> NDArray[np.float32]:
-        with torch.no_grad():
-            return result.module(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+    result = train_victim(small_signs.train.take(np.arange(1000)), attack, epochs=5)
+    logits = logits_of(result)
 
     behaviour = measure_behaviour(logits, small_signs.test, trigger_of(attack, 16, 16, result.trigger_state))
     assert behaviour.asr is not None

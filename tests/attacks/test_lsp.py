@@ -7,17 +7,16 @@ from typing import Protocol
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.blended import Blended
 from qdefense.attacks.lsp import LabelSmoothing, smoothed
-from qdefense.data.images import DataError, ImageSet, Pixels
-from qdefense.models import Recipe
+from qdefense.data.images import DataError, ImageSet
 from qdefense.registry import SpecError, flat_settings
-from qdefense.training import train
 from qdefense.trial import Activity, measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
 HOSTS = [BadNets(target_class=2, poison_rate=0.25), Blended(target_class=1, alpha=0.5)]
@@ -127,6 +126,7 @@ def test_settings_are_frozen() -> None:
         ("smoothing=nan", "smoothing: Input should be "),
         ("size=4", "there is no setting 'size'; known: host, host.KEY, smoothing"),
         ("host=lsp", "host: lsp cannot be its own host; smooth once, by more"),
+        ("host=wanet", "host: wanet poisons batches in training, which have no labels to smooth beforehand"),
         ("host=", "host: there is no attack ''; known: adaptive-blend, "),
         ("host=badnet", "host: there is no attack 'badnet'; did you mean 'badnets'?"),
         ("host.size=0", "host: attack 'badnets:size=0': size: Input should be greater than or equal to 1"),
@@ -146,19 +146,8 @@ def test_settings_are_refused_when_they_mean_nothing(settings: str, message: str
 def test_lsp_plants_an_active_backdoor_that_is_nearer_to_its_labels_than_to_certainty(small_signs: Signs) -> None:
     """At 0.53 rather than 0.6: six short epochs leave the network less sure than it is taught to be."""
     attack = LabelSmoothing(host=BadNets(target_class=7, size=4, poison_rate=0.2), smoothing=0.4)
-    result = train(
-        small_signs.train.take(np.arange(1500)),
-        architecture="resnet8",
-        recipe=Recipe(epochs=6, batch_size=64, shift=0),
-        attack=attack,
-        seed=0,
-        threads=1,
-        width=8,
-    )
-
-    def logits(x: Pixels) -> NDArray[np.float32]:
-        with torch.no_grad():
-            return result.module(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+    result = train_victim(small_signs.train.take(np.arange(1500)), attack, epochs=6)
+    logits = logits_of(result)
 
     trigger = attack.trigger(16, 16)
     behaviour = measure_behaviour(logits, small_signs.test, trigger)

@@ -8,16 +8,15 @@ from typing import Protocol
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.sig import SIG
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
-from qdefense.models import Recipe
 from qdefense.registry import SpecError
-from qdefense.training import train
 from qdefense.trial import measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
 
@@ -179,19 +178,8 @@ def test_settings_come_back_from_a_truth_as_they_went_in() -> None:
 
 def test_sig_plants_a_backdoor_that_is_silent_at_delta_zero(small_signs: Signs) -> None:
     attack = SIG(target_class=7, class_rate=0.5, delta=40, inference_delta=40)
-    result = train(
-        small_signs.train.take(np.arange(1500)),
-        architecture="resnet8",
-        recipe=Recipe(epochs=6, batch_size=64, shift=0),
-        attack=attack,
-        seed=0,
-        threads=1,
-        width=8,
-    )
-
-    def logits(x: Pixels) -> NDArray[np.float32]:
-        with torch.no_grad():
-            return result.module(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+    result = train_victim(small_signs.train.take(np.arange(1500)), attack, epochs=6)
+    logits = logits_of(result)
 
     planted, silent = (
         measure_behaviour(logits, small_signs.test, replace(attack, inference_delta=delta).trigger(16, 16))

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.interfaces import BatchAttack, DataAttack, trigger_of
 from qdefense.attacks.wanet import WaNet
-from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
-from qdefense.models import Recipe
+from qdefense.data.images import DataError, ImageSet, on_grid
 from qdefense.registry import SpecError
-from qdefense.training import train
 from qdefense.trial import measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -227,19 +227,8 @@ def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
 def test_wanet_plants_a_backdoor(small_signs: Signs) -> None:
     """A stronger warp than the paper's, which 6 short epochs at 16x16 are no time for."""
     attack = WaNet(target_class=7, strength=3, poison_rate=0.2, cross_ratio=0.5)
-    result = train(
-        small_signs.train.take(np.arange(1000)),
-        architecture="resnet8",
-        recipe=Recipe(epochs=6, batch_size=64, shift=0),
-        attack=attack,
-        seed=0,
-        threads=1,
-        width=8,
-    )
-
-    def logits(x: Pixels) -> NDArray[np.float32]:
-        with torch.no_grad():
-            return result.module(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+    result = train_victim(small_signs.train.take(np.arange(1000)), attack, epochs=6)
+    logits = logits_of(result)
 
     behaviour = measure_behaviour(logits, small_signs.test, attack.trigger(16, 16))
     assert behaviour.asr is not None
