@@ -357,10 +357,10 @@ def _precision_labels(records: Sequence[Record]) -> dict[str, str]:
 def _newest(trials: Sequence[BehaviourRecord | DefenseRecord]) -> list[BehaviourRecord | DefenseRecord]:
     """Of each cell those that the newest code answered, or where none has an answer, those of the newest code."""
     newest: dict[str, tuple[bool, int, int]] = {}
-    for one in trials:
-        cell, code = _cell_of(one), _code_of(one)
+    places = [(_cell_of(one), _code_of(one)) for one in trials]
+    for cell, code in places:
         newest[cell] = max(code, newest.get(cell, code))
-    return [one for one in trials if newest[_cell_of(one)] == _code_of(one)]
+    return [one for one, (cell, code) in zip(trials, places, strict=True) if newest[cell] == code]
 
 
 def _cell_of(record: BehaviourRecord | DefenseRecord) -> str:
