@@ -45,6 +45,7 @@ from qdefense.calibration import (
 from qdefense.converters.contract import METADATA_KEY, ContractError, InputContract, StatedContract
 from qdefense.converters.door import check_head
 from qdefense.converters.exact_products import UnsupportedArithmeticError
+from qdefense.converters.external_data import with_external_data
 from qdefense.converters.reading import FileRefusedError, parse_model, read_file
 from qdefense.converters.runtime_graph import RuntimeGraphError
 from qdefense.data.images import DataError, ImageSet
@@ -298,7 +299,8 @@ def _reference(job: Job, artifact: Artifact, defenses: list[Audited]) -> Deploye
 def _read_reference(path: Path, stated: StatedContract | None) -> Artifact:
     """A file that does not say how it is driven is driven as was stated of the audited one."""
     data = read_file(path)
-    says = any(entry.key == METADATA_KEY for entry in parse_model(data).metadata_props)
+    whole, _ = with_external_data(data, path.parent)
+    says = any(entry.key == METADATA_KEY for entry in parse_model(whole).metadata_props)
     return Artifact.from_bytes(data, None if says else stated, folder=path.parent)
 
 
@@ -320,7 +322,26 @@ def _answer(job: Job, loaded: _Loaded, emit: Emit) -> ImageSet:
         answered = _accuracy(job, loaded.session, clean, logits)
         emit(answered)
         _check_reading(job, answered, contract.classes)
+    if loaded.reference is not None and loaded.clean.labelled:
+        _check_reference(job, loaded.reference, loaded.clean)
     return clean
+
+
+def _check_reference(job: Job, reference: DeployedSession, clean: ImageSet) -> None:
+    """A reference that is driven otherwise than it was trained answers about flagged rows what it does not know."""
+    if reference.artifact.contract.head == "sigmoid":
+        return
+    logits = reference.logits_of(clean)
+    if not np.isfinite(logits).all():
+        raise DataError(f"--reference {Path(job.reference or '').name} answers clean images with NaN or infinity")
+    try:
+        _check_reading(
+            job.model_copy(update={"expected_accuracy": None}),
+            _accuracy(job, reference, clean, logits),
+            reference.artifact.contract.classes,
+        )
+    except MisreadFileError as error:
+        raise DataError(f"--reference {Path(job.reference or '').name}: {error}") from error
 
 
 def _limited(job: Job) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -115,6 +116,8 @@ def command(
     def keep(subject: Subject) -> None:
         for written in () if output_dir is None else (output_dir / REPORT, output_dir / PAGE):
             keep_weights(written, Path(job.model), subject.external_files)
+            if reference is not None and written.exists():
+                keep_weights(written, reference, _weights_beside(reference))
 
     with progress_bar() as advance:
         report = run_audit(
@@ -127,6 +130,12 @@ def command(
         )
     _write(report, formats or ("table",), output_dir)
     return report.gate.exit_code
+
+
+def _weights_beside(model: Path) -> Iterable[str]:
+    from qdefense.converters.external_data import with_external_data  # noqa: PLC0415 (imports onnx)
+
+    return with_external_data(model.read_bytes(), model.parent)[1]
 
 
 def _name(spec: str) -> str:

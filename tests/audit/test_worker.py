@@ -464,6 +464,28 @@ def test_run_refuses_a_reference_that_cannot_be_asked(toy: Toy, tmp_path: Path, 
         done(training_job(toy, tmp_path, defenses=EXRE, reference=str(folder / name)))
 
 
+def test_run_refuses_a_reference_that_is_driven_otherwise_than_it_was_trained(toy: Toy, tmp_path: Path) -> None:
+    def in_bytes(model: onnx.ModelProto) -> None:
+        (entry,) = model.metadata_props
+        entry.value = json.dumps({**json.loads(entry.value), "range": [0, 255]})
+
+    reference = changed_model(toy, tmp_path / "bytes.onnx", in_bytes)
+    problem = r"^--reference bytes.onnx: clean accuracy on 320 images is .* as the file is driven now, but .* with "
+    with pytest.raises(DataError, match=problem):
+        done(training_job(toy, tmp_path, defenses=EXRE, reference=str(reference)))
+
+
+def test_run_refuses_a_reference_that_answers_with_nan(toy: Toy, tmp_path: Path) -> None:
+    def without_numbers(model: onnx.ModelProto) -> None:
+        weight = next(tensor for tensor in model.graph.initializer if tensor.dims)
+        value = np.full(tuple(weight.dims), np.nan, np.float32)
+        weight.CopyFrom(onnx.numpy_helper.from_array(value, weight.name))
+
+    reference = changed_model(toy, tmp_path / "nan.onnx", without_numbers)
+    with pytest.raises(DataError, match=r"^--reference nan.onnx answers clean images with NaN or infinity$"):
+        done(training_job(toy, tmp_path, defenses=EXRE, reference=str(reference)))
+
+
 def turned_names(model: onnx.ModelProto) -> None:
     (entry,) = model.metadata_props
     said = json.loads(entry.value)

@@ -158,6 +158,20 @@ def test_no_command_replaces_what_it_reads(here: Path, capfd: Capture, arguments
 BEFORE: dict[str, list[str]] = {
     "repair": ["repair", "big.onnx", "--data", "toy.npz", "-o", "weights.bin"],
     "audit": ["audit", "big.onnx", "--data", "toy.npz", "--output-dir", "out"],
+    "audit: the reference's": [
+        "audit",
+        "m.onnx",
+        "--data",
+        "toy.npz",
+        "--training-data",
+        "toy.npz",
+        "--defense",
+        "activation-clustering:rule=exclusionary-reclassification",
+        "--reference",
+        "big.onnx",
+        "--output-dir",
+        "out",
+    ],
     "calibrate": ["calibrate", "big.onnx", "--data", "toy.npz", "-o", "weights.bin"],
 }
 
