@@ -133,6 +133,11 @@ def test_cost_controller_obeys_its_schedule() -> None:
     assert _costs(controller, [0.7, 0.8, 0.9, 1.0, 0.69, 0.69]) == [0, 0.5, 0.5, 2.0, 2.0, 0.25]
 
 
+def test_a_multiplier_of_one_holds_the_cost_fixed() -> None:
+    controller = CostController(Schedule(steps=1, initial_cost=0.25, multiplier=1.0, patience=2))
+    assert _costs(controller, [1.0] * 6 + [0.0] * 6) == [0] + [0.25] * 11
+
+
 def test_invert_trigger_finds_the_planted_pixel() -> None:
     best = _invert()[0]
     row, column = SHORTCUT

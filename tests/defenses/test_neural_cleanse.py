@@ -486,6 +486,12 @@ def test_scan_raises_the_alarm_on_the_low_side_only(
     assert result.suspects[0].trigger_id == _trigger(2.0, target=11).trigger_id
 
 
+@pytest.mark.parametrize("value", ["0.99", "-1"])
+def test_a_multiplier_that_shrinks_the_cost_is_refused(value: str) -> None:
+    with pytest.raises(SpecError, match=r"multiplier=.*greater than or equal to 1"):
+        DEFENSES.create(f"neural-cleanse:multiplier={value}")
+
+
 @pytest.mark.parametrize("value", ["inf", "nan"])
 @pytest.mark.parametrize("key", ["learning-rate", "initial-cost", "multiplier", "attack-success", "threshold"])
 def test_settings_are_refused_when_they_are_not_finite(key: str, value: str) -> None:

@@ -20,6 +20,8 @@ Deviations from the paper and its code:
 - `scheduler=screened` starts every class once and only the lowest ones again, for a third of the steps. The statistic
   stays that of the first starts, which all classes have (`scheduling.py`, docs/decisions/0016). It needs 4 restarts, 5
   of fewer than 9 classes: with fewer each start would be shorter than the budget says.
+- `multiplier=1` holds the cost at `initial_cost` once it is reached: inversion under a fixed cost, to which the authors
+  of label smoothing (arXiv 2404.12852) address theirs.
 - MAD = 0, too few images or converged classes, or missing gradients give NOT_MEASURED, never "clean".
 """
 
@@ -103,7 +105,7 @@ class NeuralCleanse:
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     batch_size: Annotated[int, Field(ge=1)] = 32
     initial_cost: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    multiplier: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    multiplier: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
     patience: Annotated[int, Field(ge=1)] = 5
     attack_success: Annotated[float, Field(gt=0, le=1)] = 0.99
     threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
