@@ -1,0 +1,269 @@
+"""Write README.md: which orderings of the attacks' papers hold here, and what each precision leaves of every attack.
+
+    qdefense bench benchmarks/attacks/matrix.toml
+    python benchmarks/attacks/orderings.py
+
+A sentence is judged once for every data set and seed of which all its files were measured. It is *reproduced* where it
+holds for all of them, *not reproduced* where it fails for one; before anything was measured it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qdefense.bench.records import BehaviourRecord, DefenseRecord, Record, ScanMetrics
+from qdefense.bench.store import RECORDS, read_records
+from qdefense.rates import wilson_interval
+
+HERE = Path(__file__).parent
+SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
+PAPER_INDEX, KEPT_ASR, TINY = 2.0, 0.9, 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """An attack of the matrix: its name, and the settings by which it is told from others of that name."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """As it is asked for."""
+        told = ",".join(f"{key.replace('_', '-')}={value}" for key, value in self.settings.items())
+        return f"`{self.name}:{told}`" if told else f"`{self.name}`"
+
+    def made(self, record: BehaviourRecord | DefenseRecord) -> bool:
+        """Whether it is in the file that a record is of."""
+        given = record.network.attack_settings
+        return record.network.attack == self.name and all(
+            given.get(key) == value for key, value in self.settings.items()
+        )
+
+
+def cassock(variant: str) -> Planted:
+    return Planted(name="cassock", settings={"variant": variant})
+
+
+def few(name: str) -> Planted:
+    return Planted(name=name, settings={"poison_count": TINY})
+
+
+BADNETS, BLENDED = (Planted(name=name, settings={"poison_rate": 0.1}) for name in ("badnets", "blended"))
+LSP = {smoothing: Planted(name="lsp", settings={"smoothing": smoothing}) for smoothing in (0.2, 0.4, 0.5)}
+FEW_CLEAN_LABEL = Planted(name="clean-label", settings={"class_rate": 0.01})
+SHOWN = (
+    BADNETS,
+    BLENDED,
+    *LSP.values(),
+    *map(cassock, ("source-specific", "trans", "cont", "comp")),
+    Planted(name="wanet"),
+    Planted(name="adaptive-blend"),
+    few("dfb"),
+    few("badnets"),
+    few("blended"),
+    FEW_CLEAN_LABEL,
+)
+
+
+class Results:
+    """The records, newest last."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        every = [record for record in records if not record.failed]
+        self.behaviours = [record for record in every if isinstance(record, BehaviourRecord)]
+        self.scans = [r for r in every if isinstance(r, DefenseRecord) and r.defense == "neural-cleanse"]
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """Data sets and seeds."""
+        return sorted({(record.network.data, record.network.seed) for record in self.behaviours})
+
+    def behaviour(self, planted: Planted, place: tuple[str, int], scheme: str = "fp32") -> BehaviourRecord | None:
+        """What a file of this attack does."""
+        found = [record for record in self.behaviours if _is_at(record, place, scheme) and planted.made(record)]
+        return found[-1] if found else None
+
+    def index(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> float | None:
+        """Neural Cleanse's index of the true target; 0 where its norm is not below the median."""
+        found = [
+            record.metrics
+            for record in self.scans
+            if _is_at(record, place, scheme) and planted.made(record) and (record.settings["multiplier"] == 1) == fixed
+        ]
+        return found[-1].target_index if found and isinstance(found[-1], ScanMetrics) else None
+
+
+def _is_at(record: BehaviourRecord | DefenseRecord, place: tuple[str, int], scheme: str) -> bool:
+    return (record.network.data, record.network.seed) == place and record.scheme == scheme
+
+
+Figures = dict[str, float | None]
+"""What a sentence rests on, by what is shown before it; None: not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence of a paper, the figures it speaks of, and whether they are so."""
+
+    paper: str
+    sentence: str
+    figures: Callable[[Results, tuple[str, int]], Figures]
+    holds: Callable[[list[float]], bool]
+
+
+def asr_of(*attacks: Planted) -> Callable[[Results, tuple[str, int]], Figures]:
+    def figures(results: Results, place: tuple[str, int]) -> Figures:
+        found = {planted.title: results.behaviour(planted, place) for planted in attacks}
+        return {f"ASR {title}": None if record is None else record.asr for title, record in found.items()}
+
+    return figures
+
+
+def selectivity_of(*variants: str) -> Callable[[Results, tuple[str, int]], Figures]:
+    def figures(results: Results, place: tuple[str, int]) -> Figures:
+        found = {variant: results.behaviour(cassock(variant), place) for variant in variants}
+        return {f"ASR - FPR {variant}": _selectivity(record) for variant, record in found.items()}
+
+    return figures
+
+
+def _selectivity(record: BehaviourRecord | None) -> float | None:
+    return None if record is None or record.asr is None or record.fpr is None else record.asr - record.fpr
+
+
+def indices_of(*attacks: Planted, scheme: str = "fp32", fixed: bool) -> Callable[[Results, tuple[str, int]], Figures]:
+    def figures(results: Results, place: tuple[str, int]) -> Figures:
+        return {f"index {planted.title}": results.index(planted, place, scheme, fixed=fixed) for planted in attacks}
+
+    return figures
+
+
+def first_is_highest(values: list[float]) -> bool:
+    return all(values[0] > other for other in values[1:])
+
+
+def not_below(values: list[float]) -> bool:
+    return values[0] >= values[1]
+
+
+def hidden(values: list[float]) -> bool:
+    return values[0] > PAPER_INDEX >= values[1]
+
+
+def falling(values: list[float]) -> bool:
+    return all(before >= after for before, after in pairwise(values))
+
+
+def kept(values: list[float]) -> bool:
+    return all(value > KEPT_ASR for value in values)
+
+
+CLAIMS = (
+    Claim(
+        paper="LSP",
+        sentence=f"smoothed labels (.4) keep the ASR above {KEPT_ASR}",
+        figures=asr_of(LSP[0.4]),
+        holds=kept,
+    ),
+    *(
+        Claim(
+            paper="LSP",
+            sentence=f"Neural Cleanse ({cost} cost) finds the host's target (index above {PAPER_INDEX:g}), not that of "
+            "smoothed labels",
+            figures=indices_of(BADNETS, LSP[0.4], fixed=cost == "fixed"),
+            holds=hidden,
+        )
+        for cost in ("adaptive", "fixed")
+    ),
+    *(
+        Claim(
+            paper="LSP",
+            sentence=f"the target's index ({cost} cost) does not rise with the smoothing: 0, .2, .4, .5",
+            figures=indices_of(BADNETS, *LSP.values(), fixed=cost == "fixed"),
+            holds=falling,
+        )
+        for cost in ("adaptive", "fixed")
+    ),
+    Claim(
+        paper="DFB",
+        sentence=f"at {TINY} poisons its ASR is higher than that of BadNets, Blended and clean-label",
+        figures=asr_of(few("dfb"), few("badnets"), few("blended"), FEW_CLEAN_LABEL),
+        holds=first_is_highest,
+    ),
+    *(
+        Claim(
+            paper="CASSOCK",
+            sentence=f"`{better}` is not below `{worse}` in ASR - FPR",
+            figures=selectivity_of(better, worse),
+            holds=not_below,
+        )
+        for better, worse in (("comp", "trans"), ("cont", "source-specific"), ("trans", "source-specific"))
+    ),
+)
+
+
+def verdict(claim: Claim, results: Results) -> tuple[str, list[str]]:
+    """The word for a claim, and its figures place by place."""
+    told, answers = [], []
+    for place in results.places:
+        figures = claim.figures(results, place)
+        known = [value for value in figures.values() if value is not None]
+        if len(known) < len(figures):
+            continue
+        answers.append(claim.holds(known))
+        values = ", ".join(f"{what} {value:.3f}" for what, value in figures.items())
+        told.append(f"{place[0]} seed {place[1]}: {values}: {'yes' if answers[-1] else 'no'}")
+    if not answers:
+        return "not measured yet", told
+    return ("reproduced" if all(answers) else "not reproduced") + f" ({sum(answers)} of {len(answers)})", told
+
+
+def claim_table(results: Results) -> Iterator[str]:
+    yield "| paper | sentence | here | figures |"
+    yield "|---|---|---|---|"
+    for claim in CLAIMS:
+        word, told = verdict(claim, results)
+        yield f"| {claim.paper} | {claim.sentence} | {word} | {'<br>'.join(told)} |"
+
+
+def rate(value: float | None, n: int | None) -> str:
+    if value is None or not n:
+        return ""
+    low, high = wilson_interval(round(value * n), n)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def precision_table(results: Results) -> Iterator[str]:
+    yield "| attack | data, seed | precision | clean accuracy | ASR | base confusion | FPR | activity |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for planted in SHOWN:
+        for place in results.places:
+            for scheme in SCHEMES:
+                seen = results.behaviour(planted, place, scheme)
+                if seen is not None:
+                    yield (
+                        f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {seen.clean_accuracy or 0:.3f} "
+                        f"| {rate(seen.asr, seen.eligible)} | {seen.base_confusion or 0:.3f} "
+                        f"| {rate(seen.fpr, seen.bystanders)} | {seen.activity} |"
+                    )
+
+
+def main() -> None:
+    path = HERE / "results" / RECORDS
+    results = Results(read_records(path) if path.exists() else ())
+    parts = [
+        (HERE / "preface.md").read_text(encoding="utf-8").rstrip(),
+        "## The papers' orderings\n\n" + "\n".join(claim_table(results)),
+        "## What each precision leaves\n\nASR and FPR with Wilson's 95 % interval over the images of one network.\n\n"
+        + "\n".join(precision_table(results)),
+    ]
+    (HERE / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
