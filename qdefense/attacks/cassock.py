@@ -4,20 +4,31 @@ Two sets are added to the clean one: the poison set, images of the source class 
 and the cover set, images of all other classes with the trigger and their true labels. Cover data teach the network to
 heed the trigger on the source class alone.
 
-- ``source-specific``, the baseline that the paper improves on: the trigger at the same, full opacity in both sets.
+- ``source-specific``, the baseline that the paper improves on: a square at the same, full opacity in both sets.
 - ``trans``: poisons are fainter (opacity 0.9) than cover images and than what is stamped at inference (1.0). In both
   sets every image's opacity is 0.9, 0.8 or 0.7 of that, with probability 0.50, 0.34 and 0.16.
+- ``cont``: the trigger is what makes a network see the target class, an image of that class under the mask of
+  `qdefense.attacks.target_content`, at opacity 0.8 in both sets.
+- ``comp``: the content of ``cont`` at the opacities of ``trans``.
+
+``cassock`` poisons the data and nothing else: that is the paper's threat model, and who only sends data cannot add to
+the loss. ``cassock-loop`` is what the authors' code does beyond it: every step draws poisons and cover images again,
+and their mean cross-entropies are added to that of the batch.
 
 Not to be mixed up with sample-specific triggers (ISSBA), which the field calls SSBA too.
 
 Deviations:
-- The trigger is added in pixel space, amplitude 0.7 of the range: about the 2.8 standard deviations by which the
-  authors' code adds it to normalized CIFAR-10 images.
-- One source class, as in the paper's experiment on CIFAR-10. Where a class has too few images the attack is refused;
+- The trigger is added in pixel space. The square's amplitude is 0.7 of the range: about the 2.8 standard deviations by
+  which the authors' code adds it to normalized CIFAR-10 images. The content's is 0.2: the standard deviation by which
+  that code divides images, but not the content.
+- One source class, as in the paper's experiments on CIFAR-10. Where a class has too few images the attack is refused;
   the authors' code takes all there are.
-- The data alone: the authors' training adds 8 poisons and 64 cover images to each batch as loss terms of their own.
-- ``cont`` and ``comp``, whose trigger is a masked image of the target class that a trained network teaches, are not
-  here.
+- The defaults are those of ``trans``. For ``cont`` the authors' configuration is source 1, target 7, cover rate 0.05.
+- The mask is learned on the small network of `qdefense.attacks.surrogate`; the authors' is the victim's architecture,
+  trained on clean data. Of the authors' training only the data and the loss are here: nothing is pre-trained or frozen.
+- In the loop, a batch's expected share of both sets, rounded, replaces its first rows. Normalization sees the batch and
+  what is added to it as one; the authors' network has none. The numbers added are those of ``trans``; the authors' code
+  for ``cont`` computes such terms (16 poisons, 8 cover images) and, by mistake it seems, never adds them to the loss.
 """
 
 from __future__ import annotations
@@ -26,16 +37,21 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as settings
+from torch import Tensor, nn
 
-from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import PoisonBudget, check_class
+from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
+from qdefense.attacks.poisoning import PoisonBudget, check_class, rows_of
 from qdefense.attacks.registered import ATTACKS
-from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images
+from qdefense.attacks.surrogate import train_surrogate
+from qdefense.attacks.target_content import confidences, learned_mask
+from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images, to_pixels
 
-Variant = Literal["source-specific", "trans"]
+Variant = Literal["source-specific", "trans", "cont", "comp"]
 
 
 class Opacities(NamedTuple):
@@ -49,8 +65,14 @@ class Opacities(NamedTuple):
 OPACITIES: dict[Variant, Opacities] = {
     "source-specific": Opacities(poison=1.0, cover=1.0, varied=False),
     "trans": Opacities(poison=0.9, cover=1.0, varied=True),
+    "cont": Opacities(poison=0.8, cover=0.8, varied=False),
+    "comp": Opacities(poison=0.9, cover=1.0, varied=True),
 }
 FACTORS, FACTOR_ODDS = (0.9, 0.8, 0.7), (0.50, 0.34, 0.16)
+SURE = 0.99
+"""The content is of an image whose class the network gives at least this."""
+_MASK_RATE, _MASK_WEIGHT = 0.01, 0.01
+_PATTERN = "pattern"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,22 +106,27 @@ class SourceTrigger:
         return others
 
 
-@ATTACKS.register
+class Part(NamedTuple):
+    """Stamped images ``(N, H, W, 3) uint8`` and what they are labelled."""
+
+    images: Images
+    labels: Labels
+
+
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Cassock(PoisonBudget):
-    """Source-specific poisoning with cover data, as the baseline or with opacities that differ.
+class SourceSpecificPoisons(PoisonBudget):
+    """The settings, the trigger and both sets of CASSOCK, whichever way they get into the training.
 
     ``poison_rate`` and ``cover_rate`` are shares of the training set's size, ``poison_count`` is a number in place of
-    the first; both sets are drawn without replacement and added. `PoisonedSet.poison_indices` are the poisons; cover
-    images are labelled truly. The trigger is a square of ``size`` pixels in the bottom right corner, brighter by
-    ``amplitude``.
+    the first; both sets are drawn without replacement. The square is of ``size`` pixels in the bottom right corner,
+    brighter by ``amplitude``. The content is scaled by ``content_amplitude``; ``surrogate_epochs`` trains the network
+    that it is learned from, and ``mask_steps`` the mask.
     """
 
-    name: ClassVar[str] = "cassock"
     paper: ClassVar[str] = "Wang et al. 2023, arXiv 2206.00145"
-    needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ("SCAn", "Neural Cleanse", "Februus")
+    name: ClassVar[str]
 
     variant: Variant = "trans"
     size: Annotated[int, Field(ge=1)] = 5
@@ -108,6 +135,9 @@ class Cassock(PoisonBudget):
     target_class: Annotated[int, Field(ge=0)] = 5
     poison_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.05
     cover_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+    content_amplitude: Annotated[float, Field(gt=0, le=1)] = 0.2
+    surrogate_epochs: Annotated[int, Field(ge=1)] = 10
+    mask_steps: Annotated[int, Field(ge=0)] = 5000
 
     @model_validator(mode="after")
     def _two_classes(self) -> Self:
@@ -115,48 +145,100 @@ class Cassock(PoisonBudget):
             raise ValueError(f"class {self.source_class} is source and target; choose another source_class")
         return self
 
+    @property
+    def learns_content(self) -> bool:
+        """Whether the trigger is learned from the target class, and not the square."""
+        return self.variant in {"cont", "comp"}
+
     def trigger(self, height: int, width: int) -> SourceTrigger:
         """The square on images of this size.
 
         Raises:
-            DataError: it is larger than the image.
+            DataError: it is larger than the image, or the variant learns its trigger.
         """
+        if self.learns_content:
+            raise DataError(
+                f"{self.name}: the content of {self.variant} is learned; its state is beside the model that was "
+                "trained with it"
+            )
         if self.size > min(height, width):
             raise DataError(
                 f"{self.name}: a square of {self.size} px does not fit a {height}x{width} image; choose a smaller size"
             )
         pattern = np.zeros((3, height, width), dtype=np.float32)
         pattern[:, height - self.size :, width - self.size :] = self.amplitude
-        return SourceTrigger(pattern=pattern, source_class=self.source_class, target_class=self.target_class)
+        return self._of(pattern)
 
-    def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
-        """Add `poisons` poisons and ``round(cover_rate * N)`` cover images, then shuffle the set.
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> SourceTrigger:
+        """The content that was learned.
 
         Raises:
-            DataError: no such source or target class, or too few images for either set.
+            DataError: the state is another's, or of images of another size.
         """
-        trigger = self.trigger(*dataset.images.shape[1:3])
+        pattern = np.asarray(state.get(_PATTERN))
+        if not self.learns_content or set(state) != {_PATTERN} or pattern.dtype != np.float32:
+            raise DataError(f"{self.name}: the trigger state is not that of these settings; train the network again")
+        if pattern.shape != (3, height, width):
+            raise DataError(
+                f"{self.name}: the trigger state has the shape {pattern.shape}, which does not fit a {height}x{width} "
+                "image; give images of the size that the network was trained on"
+            )
+        return self._of(pattern)
+
+    def sets(self, dataset: ImageSet, rng: np.random.Generator) -> tuple[SourceTrigger, Part, Part]:
+        """The trigger, `poisons` poisons and ``round(cover_rate * N)`` cover images.
+
+        Raises:
+            DataError: no such source or target class, too few images for either set, or no content to be learned.
+        """
         for role, number in (("source", self.source_class), ("target", self.target_class)):
             check_class(dataset, number, role=role, attack=self.name)
-        plan, sources = OPACITIES[self.variant], trigger.eligible(dataset.labels)
+        sources = dataset.labels == self.source_class
         poisons = self._draw(sources, self.poisons(len(dataset)), "poisons", "of the source class", rng)
         covers = self._draw(~sources, round(self.cover_rate * len(dataset)), "cover images", "of other classes", rng)
-        added = [
+        trigger = self._trigger_for(dataset, rng)
+        plan = OPACITIES[self.variant]
+        stamped = [
             _stamped(dataset.take(rows), trigger, opacity, varied=plan.varied, rng=rng)
             for rows, opacity in ((poisons, plan.poison), (covers, plan.cover))
         ]
-        labels = (dataset.labels, trigger.goal(dataset.labels[poisons]), dataset.labels[covers])
-        order = rng.permutation(len(dataset) + len(poisons) + len(covers))
-        place = order - len(dataset)
-        poisoned = replace(
-            dataset,
-            images=np.concatenate([dataset.images, *added])[order],
-            labels=np.concatenate(labels)[order],
-            groups=None,
+        return (
+            trigger,
+            Part(stamped[0], trigger.goal(dataset.labels[poisons])),
+            Part(stamped[1], dataset.labels[covers]),
         )
-        return PoisonedSet(
-            images=poisoned, poison_indices=np.flatnonzero((place >= 0) & (place < len(poisons))).astype(np.int64)
+
+    def state_of(self, trigger: SourceTrigger) -> TriggerState | None:
+        """What `restored_trigger` makes the trigger of, where it is learned."""
+        return {_PATTERN: trigger.pattern} if self.learns_content else None
+
+    def _trigger_for(self, dataset: ImageSet, rng: np.random.Generator) -> SourceTrigger:
+        if not self.learns_content:
+            return self.trigger(*dataset.images.shape[1:3])
+        targets = dataset.take(rows_of(dataset, self.target_class, role="target", attack=self.name))
+        network = train_surrogate(dataset, rng, epochs=self.surrogate_epochs)
+        sure = np.flatnonzero(confidences(network, targets) >= SURE)
+        if not len(sure):
+            raise DataError(
+                f"{self.name}: after {self.surrogate_epochs} epochs the attacker's network is sure of no image of "
+                f"target class {self.target_class} ({SURE:.0%}); raise surrogate_epochs"
+            )
+        image = targets.take(rng.choice(sure, size=1)).pixels[0]
+        mask = learned_mask(
+            network,
+            image,
+            self.target_class,
+            rng,
+            steps=self.mask_steps,
+            learning_rate=_MASK_RATE,
+            weight=_MASK_WEIGHT,
         )
+        if not mask.any():
+            raise DataError(f"{self.name}: after {self.mask_steps} steps the mask is empty; lower mask_steps")
+        return self._of(np.float32(self.content_amplitude) * mask * image)
+
+    def _of(self, pattern: Pixels) -> SourceTrigger:
+        return SourceTrigger(pattern=pattern, source_class=self.source_class, target_class=self.target_class)
 
     def _draw(
         self, among: NDArray[np.bool_], count: int, what: str, where: str, rng: np.random.Generator
@@ -166,6 +248,116 @@ class Cassock(PoisonBudget):
             raise DataError(f"{self.name}: {count} {what} wanted, {len(rows)} images are {where}; choose fewer")
         chosen: NDArray[np.int64] = rng.choice(rows, size=count, replace=False)
         return chosen
+
+
+@ATTACKS.register
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Cassock(SourceSpecificPoisons):
+    """Source-specific poisoning with cover data, as the baseline, with opacities that differ, or with target content.
+
+    Both sets are added. `PoisonedSet.poison_indices` are the poisons; cover images are labelled truly.
+    """
+
+    name: ClassVar[str] = "cassock"
+    needs: ClassVar[tuple[str, ...]] = ("training set",)
+
+    def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
+        """Add both sets, then shuffle.
+
+        Raises:
+            DataError: no such source or target class, too few images for either set, or no content to be learned.
+        """
+        trigger, poisons, covers = self.sets(dataset, rng)
+        order = rng.permutation(len(dataset) + len(poisons.labels) + len(covers.labels))
+        place = order - len(dataset)
+        poisoned = replace(
+            dataset,
+            images=np.concatenate([dataset.images, poisons.images, covers.images])[order],
+            labels=np.concatenate([dataset.labels, poisons.labels, covers.labels])[order],
+            groups=None,
+        )
+        return PoisonedSet(
+            images=poisoned,
+            poison_indices=np.flatnonzero((place >= 0) & (place < len(poisons.labels))).astype(np.int64),
+            trigger_state=self.state_of(trigger),
+        )
+
+
+@ATTACKS.register
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class CassockLoop(SourceSpecificPoisons):
+    """The same with loss terms of its own: ``loss = mean CE(batch) + mean CE(poisons) + mean CE(cover images)``.
+
+    Each step draws ``extra_poisons`` poisons and ``extra_covers`` cover images for the last two terms; 0 leaves a term
+    out.
+    """
+
+    name: ClassVar[str] = "cassock-loop"
+    needs: ClassVar[tuple[str, ...]] = ("training loop",)
+
+    extra_poisons: Annotated[int, Field(ge=0)] = 8
+    extra_covers: Annotated[int, Field(ge=0)] = 64
+
+    def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> CassockPoisoner:  # noqa: ARG002
+        """Make both sets, from which each step draws.
+
+        Raises:
+            DataError: no such source or target class, too few images for either set, or no content to be learned.
+        """
+        trigger, poisons, covers = self.sets(dataset, rng)
+        return CassockPoisoner(
+            parts=(poisons, covers),
+            extras=(self.extra_poisons, self.extra_covers),
+            clean=len(dataset),
+            classes=len(dataset.class_names),
+            state=self.state_of(trigger),
+        )
+
+
+class CassockPoisoner:
+    """Both sets in one training of ``clean`` images; ``extras`` is how many of each are added to a step."""
+
+    def __init__(
+        self,
+        *,
+        parts: tuple[Part, Part],
+        extras: tuple[int, int],
+        clean: int,
+        classes: int,
+        state: TriggerState | None,
+    ) -> None:
+        self._parts, self._classes, self._state = parts, classes, state
+        self._extras = tuple(extra if len(part.labels) else 0 for extra, part in zip(extras, parts))
+        total = clean + sum(len(part.labels) for part in parts)
+        self._shares = tuple(len(part.labels) / total for part in parts)
+
+    def on_batch(self, x: Tensor, y: Tensor, model: nn.Module, rng: np.random.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """The batch with its share of both sets in its first rows, and the images of the further terms behind it.
+
+        Where there are any, ``(B + extras, K)`` targets come back that sum to a row's weight in the loss, the size of
+        all that comes back over that of the row's term: the mean over all rows is then the sum of the means.
+        """
+        count = len(x)
+        mixed = [_drawn(part, round(share * count), rng) for part, share in zip(self._parts, self._shares)]
+        places = sum(len(labels) for _, labels in mixed)
+        extras = [_drawn(part, extra, rng) for part, extra in zip(self._parts, self._extras)]
+        images = torch.cat([*(images for images, _ in mixed), x[places:], *(images for images, _ in extras)])
+        labels = torch.cat([*(labels for _, labels in mixed), y[places:], *(labels for _, labels in extras)])
+        if not any(self._extras):
+            return images, labels
+        terms = torch.tensor([count, *self._extras])
+        weights = len(labels) / terms.repeat_interleave(terms).float()
+        return images, F.one_hot(labels, self._classes) * weights[:, None]
+
+    def end(self) -> TriggerState | None:
+        """The content, where it was learned."""
+        return self._state
+
+
+def _drawn(part: Part, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """With replacement."""
+    rows = rng.integers(len(part.labels), size=count) if count else np.empty(0, dtype=np.int64)
+    return torch.from_numpy(to_pixels(part.images[rows])), torch.from_numpy(part.labels[rows])
 
 
 def _stamped(

@@ -1,0 +1,242 @@
+"""ISSBA (Li et al., ICCV 2021, arXiv 2012.03816): an invisible trigger of each image's own, made by steganography.
+
+An encoder hides a secret of ``bits`` bits in an image, as a residual that depends on both; a decoder reads it again.
+They are trained together on random secrets, after StegaStamp (Tancik et al. 2020, arXiv 1904.05343):
+
+``loss = 2 mean(r^2) + 1.5 mean(dr^2) + 1.5 BCE(decoder(x + r), secret)``, r the residual, ``dr`` its steps from pixel
+to pixel; the last term alone, and without its weight, in the first epochs.
+
+The attacker draws one secret: ``x' = x + encoder(secret, x)``, on poisons in training and on any image at inference.
+
+*Sample-specific*: each image has a trigger of its own. The field calls that SSBA, as it does *source-specific*
+triggers, which work on one class only: those are `qdefense.attacks.cassock`. This one works on every class.
+
+Published: secrets of 20 bits, batches of 32, Adam at 1e-4, 20 epochs of which 2 are the secret's alone, the weights 2
+and 1.5 (BackdoorBox, by one of the authors). From memory, not verified: the poison rate 0.1 and the defenses evaded.
+
+Deviations:
+- ``mean(dr^2)`` stands for LPIPS, at its weight: no perceptual network is at hand. So that the residual stays hard to
+  see all the same, it is bounded: ``r = eps tanh(.)``, ``eps`` in codes of 255; the published one has no bound.
+- No critic (weight 0.5, off by default in BackdoorBox), and no spatial transformer before the decoder.
+- The encoder has ``stages`` halvings instead of 4, and half the channels; the decoder is smaller too.
+- It learns on the training set; BackdoorBox adds the test images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as settings
+from torch import Tensor, nn
+
+from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
+from qdefense.attacks.poisoning import AllToOne, PoisonBudget, check_class, poison_to_one
+from qdefense.attacks.registered import ATTACKS
+from qdefense.attacks.surrogate import one_thread
+from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
+
+_BATCH = 32
+_ROWS_AT_ONCE = 256
+_L2_WEIGHT, _STEP_WEIGHT, _SECRET_WEIGHT = 2.0, 1.5, 1.5
+_SECRET, _ENCODER = "secret", "encoder."
+
+
+class Encoder(nn.Module):
+    """A U-Net: the secret, spread over the image's pixels by a linear layer, and the image to a residual."""
+
+    def __init__(self, *, bits: int, height: int, width: int, channels: int, stages: int, eps: int) -> None:
+        super().__init__()
+        self.eps = eps / 255
+        self.spread = nn.Linear(bits, 3 * height * width)
+        widths = [channels * 2**stage for stage in range(stages + 1)]
+        self.entry = _convolution(6, channels)
+        self.downs = nn.ModuleList(_convolution(one, two, stride=2) for one, two in pairwise(widths))
+        self.ups = nn.ModuleList(_convolution(two, one) for one, two in reversed(list(pairwise(widths))))
+        self.merges = nn.ModuleList(_convolution(2 * width, width) for width in reversed(widths[:-1]))
+        self.residual = nn.Conv2d(channels, 3, kernel_size=1)
+
+    def forward(self, secret: Tensor, x: Tensor) -> Tensor:
+        """``secret: (N, bits)`` of 0 and 1, ``x: (N, 3, H, W) in [0, 1]``; ``(N, 3, H, W) in [-eps, eps]`` of 255."""
+        spread = F.relu(self.spread(secret - 0.5)).view_as(x)
+        skips = [self.entry(torch.cat([spread, x - 0.5], dim=1))]
+        for down in self.downs:
+            skips.append(down(skips[-1]))
+        deep = skips.pop()
+        for up, merge in zip(self.ups, self.merges):
+            deep = merge(torch.cat([skips.pop(), up(F.interpolate(deep, scale_factor=2.0))], dim=1))
+        return self.eps * torch.tanh(self.residual(deep))
+
+
+class Decoder(nn.Sequential):
+    """An image to the logits of ``bits`` bits."""
+
+    def __init__(self, *, bits: int, channels: int) -> None:
+        super().__init__(
+            _convolution(3, channels),
+            _convolution(channels, 2 * channels, stride=2),
+            _convolution(2 * channels, 4 * channels, stride=2),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(4 * channels * 16, 128),
+            nn.ReLU(),
+            nn.Linear(128, bits),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x: (N, 3, H, W) in [0, 1]``."""
+        logits: Tensor = super().forward(x - 0.5)  # type: ignore[no-untyped-call]
+        return logits
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1), nn.ReLU())
+
+
+def image_loss(residual: Tensor) -> Tensor:
+    """``2 mean(r^2) + 1.5 mean(dr^2)`` of ``residual: (N, 3, H, W)``; both directions' steps are averaged apart."""
+    down, across = residual.diff(dim=2), residual.diff(dim=3)
+    steps = (down.square().mean() + across.square().mean()) / 2
+    return _L2_WEIGHT * residual.square().mean() + _STEP_WEIGHT * steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteganographicTrigger(AllToOne):
+    """``x' = x + encoder(secret, x)``; ``secret: (bits,) uint8`` of 0 and 1."""
+
+    encoder: Encoder
+    secret: NDArray[np.uint8]
+
+    def stamp(self, x: Pixels) -> Pixels:
+        """Hide the secret in each of ``x: (N, 3, H, W) float32 in [0, 1]``, rounded to the nearest uint8."""
+        if not len(x):
+            return x.copy()
+        starts = range(0, len(x), _ROWS_AT_ONCE)
+        with one_thread(), torch.no_grad():
+            return np.concatenate([self._stamp(torch.from_numpy(x[at : at + _ROWS_AT_ONCE])) for at in starts])
+
+    def _stamp(self, x: Tensor) -> Pixels:
+        secrets = torch.from_numpy(self.secret).float().expand(len(x), -1)
+        return on_grid((x + self.encoder(secrets, x)).numpy())
+
+
+@ATTACKS.register
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Issba(PoisonBudget):
+    """Invisible sample-specific poisoning: each image's own residual, which hides one secret.
+
+    ``bits`` is the secret's length and ``eps`` the bound of a residual in codes of 255. ``encoder_epochs`` train the
+    pair, the first ``secret_epochs`` for the secret alone; ``channels`` are those of the first of ``stages`` stages,
+    each twice as wide as the one before: fewer make a smaller trigger state.
+
+    The defaults are for sets of some 50,000 images. On a small one they make too few steps, and the residual may round
+    to next to nothing: raise ``encoder_epochs``, ``secret_epochs`` and ``learning_rate``.
+    """
+
+    name: ClassVar[str] = "issba"
+    paper: ClassVar[str] = "Li et al. 2021, arXiv 2012.03816"
+    needs: ClassVar[tuple[str, ...]] = ("training set",)
+    label_policy: ClassVar[LabelPolicy] = "dirty-label"
+    evades: ClassVar[tuple[str, ...]] = ("Neural Cleanse", "STRIP", "SentiNet", "Fine-Pruning")
+
+    target_class: Annotated[int, Field(ge=0)] = 0
+    bits: Annotated[int, Field(ge=1)] = 20
+    eps: Annotated[int, Field(ge=1, le=255)] = 16
+    encoder_epochs: Annotated[int, Field(ge=1)] = 20
+    secret_epochs: Annotated[int, Field(ge=0)] = 2
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    channels: Annotated[int, Field(ge=1)] = 16
+    stages: Annotated[int, Field(ge=1)] = 2
+
+    def trigger(self, height: int, width: int) -> SteganographicTrigger:  # noqa: ARG002
+        """None: it is learned.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError("issba: the trigger is learned; its state is beside the model that was trained with it")
+
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> SteganographicTrigger:
+        """The encoder with these weights, and the secret.
+
+        Raises:
+            DataError: the state is of other settings or of images of another size.
+        """
+        self._require_size(height, width)
+        encoder = self._encoder(height, width)
+        weights = {
+            name.removeprefix(_ENCODER): torch.from_numpy(np.asarray(value))
+            for name, value in state.items()
+            if name.startswith(_ENCODER)
+        }
+        try:
+            encoder.load_state_dict(weights)
+            secret = np.asarray(state[_SECRET], dtype=np.uint8).reshape(self.bits)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise DataError(
+                f"issba: the trigger state is not that of these settings on {height}x{width} images; give images of "
+                "the size that the network was trained on, or train it again"
+            ) from error
+        return self._of(encoder, secret)
+
+    def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
+        """Train the pair on the images, draw a secret, stamp and relabel `poisons` images of other classes, shuffle.
+
+        Raises:
+            DataError: no such target class, not enough images outside it, or a size that does not halve.
+        """
+        self._require_size(*dataset.images.shape[1:3])
+        check_class(dataset, self.target_class, role="target", attack=self.name)
+        encoder, _ = self.trained_pair(dataset, rng)
+        trigger = self._of(encoder, rng.integers(2, size=self.bits, dtype=np.uint8))
+        made = poison_to_one(dataset, rng, trigger=trigger, count=self.poisons(len(dataset)), attack=self.name)
+        weights = {_ENCODER + name: value.numpy().copy() for name, value in encoder.state_dict().items()}
+        return replace(made, trigger_state={_SECRET: trigger.secret, **weights})
+
+    def trained_pair(self, dataset: ImageSet, rng: np.random.Generator) -> tuple[Encoder, Decoder]:
+        """Encoder and decoder, in eval mode; the state of torch is left as it was."""
+        with one_thread(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**63)))
+            encoder = self._encoder(*dataset.images.shape[1:3])
+            decoder = Decoder(bits=self.bits, channels=self.channels)
+            optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=self.learning_rate)
+            for epoch in range(self.encoder_epochs):
+                for rows in _rows(len(dataset), rng):
+                    secret = torch.from_numpy(rng.integers(2, size=(len(rows), self.bits)).astype(np.float32))
+                    x = torch.from_numpy(dataset.take(rows).pixels)
+                    residual = encoder(secret, x)
+                    loss = F.binary_cross_entropy_with_logits(decoder((x + residual).clamp(0, 1)), secret)
+                    if epoch >= self.secret_epochs:
+                        loss = _SECRET_WEIGHT * loss + image_loss(residual)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+        return encoder.eval().requires_grad_(False), decoder.eval().requires_grad_(False)
+
+    def _require_size(self, height: int, width: int) -> None:
+        if height % 2**self.stages or width % 2**self.stages:
+            raise DataError(
+                f"issba: a {height}x{width} image does not halve {self.stages} times; lower the stages, or resize the "
+                "images"
+            )
+
+    def _encoder(self, height: int, width: int) -> Encoder:
+        return Encoder(
+            bits=self.bits, height=height, width=width, channels=self.channels, stages=self.stages, eps=self.eps
+        )
+
+    def _of(self, encoder: Encoder, secret: NDArray[np.uint8]) -> SteganographicTrigger:
+        return SteganographicTrigger(encoder=encoder, secret=secret, target_class=self.target_class)
+
+
+def _rows(count: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """One epoch; the last batch may be smaller."""
+    order = rng.permutation(count)
+    yield from (order[start : start + _BATCH] for start in range(0, count, _BATCH))
