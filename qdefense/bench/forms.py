@@ -107,8 +107,9 @@ DATASET_SCANS = Form(
     notes=(
         "Rows of the training set, poisoned against clean, of networks whose file is active. " + _POOLED.format("Rows"),
         "Within: only rows with a label that poisons have, each against rows of its own label. Top: of these, the "
-        "rows with the highest scores, 1.5 times as many as there are poisons; recall is the share of all poisons among "
-        "them, precision the share of them that is poison, at most 2/3. Alarms: files whose training set was called poisoned.",
+        "rows with the highest scores, 1.5 times as many as there are poisons; recall is the share of all poisons "
+        "among them, precision the share of them that is poison, at most 2/3. Alarms: files whose training set was "
+        "called poisoned.",
     ),
     empty="No dataset scan was run.",
     columns=(
