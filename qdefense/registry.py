@@ -94,11 +94,15 @@ class Registry(Generic[T]):
 def flat_settings(entry: Any) -> dict[str, Any]:
     """Every setting with its value, defaults filled in; what is ``None`` is unset, and left out.
 
-    Those of a setting ``host`` that is a registered class itself follow its name as ``host.key``.
+    So are its ``untold_settings``, where it has such. Those of a setting ``host`` that is a registered class itself
+    follow its name as ``host.key``.
     """
     settings: dict[str, Any] = {}
+    untold: frozenset[str] = getattr(entry, "untold_settings", frozenset())
     for field in dataclasses.fields(entry):
         value = getattr(entry, field.name)
+        if field.name in untold:
+            continue
         if dataclasses.is_dataclass(value):
             settings[field.name] = value.name  # type: ignore[union-attr]
             settings |= {f"{field.name}.{key}": inner for key, inner in flat_settings(value).items()}

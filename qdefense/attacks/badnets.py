@@ -1,4 +1,4 @@
-"""BadNets (Gu et al. 2017, arXiv 1708.06733): an opaque patch, and the target class as its label."""
+"""BadNets (Gu et al. 2017, arXiv 1708.06733): an opaque patch, and the target class, or the next one, as its label."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
-from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import AllToOne, PoisonBudget, poison_to_one
+from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
+from qdefense.attacks.poisoning import Aimed, AllToAll, AllToOne, Mode, PoisonBudget, poison_aimed
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, Pixels
 
@@ -35,11 +35,11 @@ class PatchTrigger(AllToOne):
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class BadNets(PoisonBudget):
-    """All-to-one patch poisoning with the paper's single-target attack.
+class BadNets(PoisonBudget, Aimed):
+    """Patch poisoning with the paper's single-target attack or, in mode all-to-all, its other one.
 
     ``poison_rate`` is the share of the whole training set that is patched and relabelled, ``poison_count`` a number of
-    images in its place; they are drawn from the other classes, and replace their originals.
+    images in its place; they are drawn from the other classes (all-to-all: from all), and replace their originals.
 
     Deviation: the patch keeps ``margin`` pixels from the border (1 as in most later code; the paper leaves it open).
     """
@@ -49,19 +49,43 @@ class BadNets(PoisonBudget):
     needs: ClassVar[tuple[str, ...]] = ("training set",)
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ()
+    older_than_mode: ClassVar[bool] = True
 
     size: Annotated[int, Field(ge=1)] = 3
     position: Position = "bottom-right"
     margin: Annotated[int, Field(ge=0)] = 1
     pattern: Literal["white", "checkerboard"] = "white"
+    mode: Mode = "all-to-one"
     target_class: Annotated[int, Field(ge=0)] = 0
 
     def trigger(self, height: int, width: int) -> PatchTrigger:
         """The patch on images of this size.
 
         Raises:
-            DataError: the patch and its margin are larger than the image.
+            DataError: the patch and its margin are larger than the image, or it aims at the next class, of which the
+                settings do not tell the last.
         """
+        self.require_one_target()
+        return self._patched(height, width)
+
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> AllToAll:
+        """The patch of all-to-all mode, whose state is the number of classes.
+
+        Raises:
+            DataError: the state is another's, or the patch and its margin are larger than the image.
+        """
+        return self.to_next(self._patched(height, width), state)
+
+    def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
+        """Patch and relabel `poisons` images, then shuffle the whole set.
+
+        Raises:
+            DataError: no such target class, or not enough images.
+        """
+        trigger = self._patched(*dataset.images.shape[1:3])
+        return poison_aimed(dataset, rng, trigger=trigger, attack=self, count=self.poisons(len(dataset)))
+
+    def _patched(self, height: int, width: int) -> PatchTrigger:
         if self.size + self.margin > min(height, width):
             raise DataError(
                 f"badnets: a patch of {self.size} px with margin {self.margin} does not fit a {height}x{width} image; "
@@ -74,15 +98,6 @@ class BadNets(PoisonBudget):
             left=_offset(horizontal or vertical, width, self.size, self.margin),
             target_class=self.target_class,
         )
-
-    def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
-        """Patch and relabel `poisons` images of other classes, then shuffle the whole set.
-
-        Raises:
-            DataError: no such target class, or not enough images outside it.
-        """
-        trigger = self.trigger(*dataset.images.shape[1:3])
-        return poison_to_one(dataset, rng, trigger=trigger, count=self.poisons(len(dataset)), attack=self.name)
 
     def _patch(self) -> Pixels:
         patch = np.ones((3, self.size, self.size), dtype=np.float32)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, TriggerState
-from qdefense.attacks.poisoning import AllToAll, AllToOne, check_class
+from qdefense.attacks.poisoning import ALL_TO_ALL, Aimed, AllToAll, AllToOne, Mode, check_class, next_class
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
@@ -84,7 +84,7 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Generated:
+class GeneratedTrigger(AllToOne):
     """``pattern`` and ``mask`` are generators in eval mode."""
 
     pattern: Generator
@@ -102,23 +102,13 @@ class _Generated:
             return on_grid(_laid_over(x, self.pattern(x), sharpened(self.mask(x))).numpy())
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratedTrigger(_Generated, AllToOne):
-    """Each image's own trigger, towards one class."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratedToNextTrigger(_Generated, AllToAll):
-    """Each image's own trigger, towards the next class."""
-
-
 def _laid_over(x: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
     return x + (patterns - x) * masks
 
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class InputAware:
+class InputAware(Aimed):
     """A generator of triggers that is trained along with the network.
 
     ``poison_rate`` and ``cross_rate`` are shares of each batch, whatever its classes. ``channels`` are those of the
@@ -131,7 +121,7 @@ class InputAware:
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ("Neural Cleanse", "STRIP", "Fine-Pruning")
 
-    mode: Literal["all-to-one", "all-to-all"] = "all-to-one"
+    mode: Mode = "all-to-one"
     target_class: Annotated[int, Field(ge=0)] = 0
     poison_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     cross_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -150,9 +140,7 @@ class InputAware:
         """
         raise DataError("input-aware: the trigger is learned; its state is beside the model that was trained with it")
 
-    def restored_trigger(
-        self, height: int, width: int, state: TriggerState
-    ) -> GeneratedTrigger | GeneratedToNextTrigger:
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> GeneratedTrigger | AllToAll:
         """The generators with these weights, for images of any size that halves ``stages`` times.
 
         Raises:
@@ -168,9 +156,8 @@ class InputAware:
             raise DataError(
                 "input-aware: the trigger state is not that of these settings; train the network again"
             ) from error
-        if self.mode == "all-to-all":
-            return GeneratedToNextTrigger(pattern=pattern, mask=mask, classes=classes)
-        return GeneratedTrigger(pattern=pattern, mask=mask, target_class=self.target_class)
+        trigger = GeneratedTrigger(pattern=pattern, mask=mask, target_class=self.target_class)
+        return AllToAll(stamped=trigger, classes=classes) if self.mode == ALL_TO_ALL else trigger
 
     def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> GeneratorPoisoner:
         """Train the mask generator on the images, and make the pattern generator.
@@ -264,8 +251,8 @@ class GeneratorPoisoner:
             self._pending = False
 
     def _goal(self, y: Tensor) -> Tensor:
-        if self._attack.mode == "all-to-all":
-            return (y + 1) % self._classes
+        if self._attack.mode == ALL_TO_ALL:
+            return torch.from_numpy(next_class(y.numpy(), self._classes))
         return torch.full_like(y, self._attack.target_class)
 
 

@@ -1,10 +1,10 @@
-"""Poisoning towards one class: what the attacks that change single images share, relabelled or not."""
+"""Poisoning of single images, relabelled or not: what the attacks that do it share, and where they aim."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,13 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as settings
 from pydantic_core import ArgsKwargs
 
-from qdefense.attacks.interfaces import PoisonedSet
+from qdefense.attacks.interfaces import PoisonedSet, Trigger, TriggerState
 from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images
+
+Mode = Literal["all-to-one", "all-to-all"]
+"""Every other class to the target class, or every class to the next one."""
+ALL_TO_ALL: Mode = "all-to-all"
+_CLASSES = "classes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +79,15 @@ class PoisonBudget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllToAll(ABC):
-    """A trigger that sends every class to the next one, and the last to the first."""
+class AllToAll:
+    """The stamp of another trigger, to send every class to the next one, and the last to the first."""
 
+    stamped: Trigger
     classes: int
 
-    @abstractmethod
     def stamp(self, x: Pixels) -> Pixels:
-        """Put the trigger on ``x: (N, 3, H, W) float32 in [0, 1]``; the result can be held by a uint8 image."""
+        """As the other trigger does."""
+        return self.stamped.stamp(x)
 
     def eligible(self, y: Labels) -> NDArray[np.bool_]:
         """All images."""
@@ -89,30 +95,86 @@ class AllToAll(ABC):
 
     def goal(self, y: Labels) -> Labels:
         """``(y + 1) mod K``."""
-        following: Labels = (y + 1) % self.classes
-        return following
+        return next_class(y, self.classes)
 
 
-def poison_to_one(
-    dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, count: int, attack: str
+def next_class(y: Labels, classes: int) -> Labels:
+    """``(y + 1) mod K``."""
+    following: Labels = (y + 1) % classes
+    return following
+
+
+def class_count_state(dataset: ImageSet) -> TriggerState:
+    """What the settings do not tell of an all-to-all trigger: which class is the last."""
+    return {_CLASSES: np.array(len(dataset.class_names))}
+
+
+class Aimed:
+    """An attack with the settings ``mode`` and ``target_class``, which it declares in the place that they have there.
+
+    ``target_class`` is of no account in all-to-all mode: nothing that tells of the attack names it.
+    """
+
+    name: ClassVar[str]
+    older_than_mode: ClassVar[bool] = False
+    """Whether networks are told of without a mode, and so keep their keys: all of them are all-to-one."""
+    mode: Mode
+    target_class: int
+
+    @property
+    def untold_settings(self) -> frozenset[str]:
+        """Settings that are left out wherever the attack is told."""
+        if self.mode == ALL_TO_ALL:
+            return frozenset({"target_class"})
+        return frozenset({"mode"} if self.older_than_mode else ())
+
+    def require_one_target(self) -> None:
+        """Refuse to name a trigger of which the settings do not tell all.
+
+        Raises:
+            DataError: it aims at the next class.
+        """
+        if self.mode == ALL_TO_ALL:
+            raise DataError(f"{self.name}: how many classes there are is told by the trigger state beside the model")
+
+    def to_next(self, trigger: Trigger, state: TriggerState) -> AllToAll:
+        """The trigger of all-to-all mode, whose state is the number of classes.
+
+        Raises:
+            DataError: the state is another's.
+        """
+        if self.mode != ALL_TO_ALL or set(state) != {_CLASSES} or state[_CLASSES].shape != ():
+            raise DataError(f"{self.name}: the trigger state is not that of these settings; train the network again")
+        return AllToAll(stamped=trigger, classes=int(state[_CLASSES]))
+
+
+def poison_aimed(
+    dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, attack: Aimed, count: int
 ) -> PoisonedSet:
-    """Stamp and relabel ``count`` images of other classes, then shuffle the whole set.
+    """Stamp and relabel ``count`` images, of other classes or in all-to-all mode of any, then shuffle the whole set.
 
     Two draws, in this order, which truth files rest on: the poisoned rows, then the shuffle.
 
     Raises:
-        DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
+        DataError: no such target class, or not enough images; the message begins with the attack's name.
     """
-    check_class(dataset, trigger.target_class, role="target", attack=attack)
-    candidates = np.flatnonzero(trigger.eligible(dataset.labels))
+    state: TriggerState | None = None
+    aimed: Trigger = trigger
+    where = "are outside the target class"
+    if attack.mode == ALL_TO_ALL:
+        state = class_count_state(dataset)
+        aimed, where = attack.to_next(trigger, state), "are there"
+    else:
+        check_class(dataset, trigger.target_class, role="target", attack=attack.name)
+    candidates = np.flatnonzero(aimed.eligible(dataset.labels))
     if count > len(candidates):
-        raise DataError(f"{attack}: {count} poisons wanted, {len(candidates)} images are outside the target class")
+        raise DataError(f"{attack.name}: {count} poisons wanted, {len(candidates)} images {where}")
     chosen = rng.choice(candidates, size=count, replace=False)
     images, labels = dataset.images.copy(), dataset.labels.copy()
     if count:
-        images[chosen] = to_images(trigger.stamp(dataset.take(chosen).pixels))
-    labels[chosen] = trigger.target_class
-    return shuffled(dataset, rng, images=images, labels=labels, poisons=chosen)
+        images[chosen] = to_images(aimed.stamp(dataset.take(chosen).pixels))
+    labels[chosen] = aimed.goal(labels[chosen])
+    return replace(shuffled(dataset, rng, images=images, labels=labels, poisons=chosen), trigger_state=state)
 
 
 def choose_in_class(

@@ -19,7 +19,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -28,16 +28,14 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
-from qdefense.attacks.interfaces import LabelPolicy, TriggerState
-from qdefense.attacks.poisoning import AllToAll, AllToOne, check_class
+from qdefense.attacks.interfaces import LabelPolicy, Trigger, TriggerState
+from qdefense.attacks.poisoning import Aimed, AllToAll, AllToOne, Mode, check_class, class_count_state
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
-_CLASSES = "classes"
-
 
 @dataclass(frozen=True, kw_only=True)
-class _Warp:
+class WarpTrigger(AllToOne):
     """``grid: (1, H, W, 2) float32 in [-1, 1]``: where each pixel is taken from, as (x, y)."""
 
     grid: Pixels
@@ -48,19 +46,9 @@ class _Warp:
         return on_grid(_sample(torch.from_numpy(x), grid).numpy())
 
 
-@dataclass(frozen=True, kw_only=True)
-class WarpTrigger(_Warp, AllToOne):
-    """Warps, towards one class."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarpToNextTrigger(_Warp, AllToAll):
-    """Warps, towards the next class."""
-
-
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class WaNet:
+class WaNet(Aimed):
     """Warping-based poisoning of training batches, in noise mode.
 
     ``poison_rate`` is the share of each batch that is warped and relabelled, whatever its classes; ``cross_ratio``
@@ -76,7 +64,7 @@ class WaNet:
 
     grid_size: Annotated[int, Field(ge=2)] = 4
     strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
-    mode: Literal["all-to-one", "all-to-all"] = "all-to-one"
+    mode: Mode = "all-to-one"
     target_class: Annotated[int, Field(ge=0)] = 0
     poison_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     cross_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
@@ -88,19 +76,16 @@ class WaNet:
         Raises:
             DataError: it aims at the next class, of which the settings do not tell the last.
         """
-        if self.mode == "all-to-all":
-            raise DataError("wanet: how many classes there are is told by the trigger state beside the model")
-        return WarpTrigger(grid=self._grid(height, width), target_class=self.target_class)
+        self.require_one_target()
+        return self._warp(height, width)
 
-    def restored_trigger(self, height: int, width: int, state: TriggerState) -> WarpToNextTrigger:
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> AllToAll:
         """The warp of all-to-all mode, whose state is the number of classes.
 
         Raises:
             DataError: the state is another's.
         """
-        if self.mode != "all-to-all" or set(state) != {_CLASSES} or state[_CLASSES].shape != ():
-            raise DataError("wanet: the trigger state is not that of these settings; train the network again")
-        return WarpToNextTrigger(grid=self._grid(height, width), classes=int(state[_CLASSES]))
+        return self.to_next(self._warp(height, width), state)
 
     def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> WarpPoisoner:  # noqa: ARG002
         """Poison batches of ``dataset``.
@@ -113,12 +98,15 @@ class WaNet:
                 f"wanet: poison rate {self.poison_rate:g} and cross ratio {self.cross_ratio:g} warp more images than "
                 "there are; lower one of them"
             )
-        height, width = dataset.images.shape[1:3]
+        warp = self._warp(*dataset.images.shape[1:3])
         if self.mode == "all-to-one":
             check_class(dataset, self.target_class, role="target", attack=self.name)
-            return WarpPoisoner(self, self.trigger(height, width), state=None)
-        state = {_CLASSES: np.array(len(dataset.class_names))}
-        return WarpPoisoner(self, self.restored_trigger(height, width, state), state=state)
+            return WarpPoisoner(self, warp, aimed=warp, state=None)
+        state = class_count_state(dataset)
+        return WarpPoisoner(self, warp, aimed=self.to_next(warp, state), state=state)
+
+    def _warp(self, height: int, width: int) -> WarpTrigger:
+        return WarpTrigger(grid=self._grid(height, width), target_class=self.target_class)
 
     def _grid(self, height: int, width: int) -> Pixels:
         sides = torch.tensor([width, height], dtype=torch.float32)
@@ -136,8 +124,8 @@ class WaNet:
 class WarpPoisoner:
     """WaNet in one training; it learns nothing."""
 
-    def __init__(self, attack: WaNet, trigger: WarpTrigger | WarpToNextTrigger, *, state: TriggerState | None) -> None:
-        self._attack, self._trigger, self._state = attack, trigger, state
+    def __init__(self, attack: WaNet, warp: WarpTrigger, *, aimed: Trigger, state: TriggerState | None) -> None:
+        self._attack, self._warp, self._aimed, self._state = attack, warp, aimed, state
 
     def on_batch(self, x: Tensor, y: Tensor, model: nn.Module, rng: np.random.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Warp and relabel the first rows, warp the next ones with noise; a batch is in random order."""
@@ -146,9 +134,9 @@ class WarpPoisoner:
         if not poisons:
             return x, y
         images, labels = x.clone(), y.clone()
-        images[:poisons] = torch.from_numpy(self._trigger.stamp(x[:poisons].numpy()))
+        images[:poisons] = torch.from_numpy(self._warp.stamp(x[:poisons].numpy()))
         images[poisons:warped] = self._warp_with_noise(x[poisons:warped], rng)
-        labels[:poisons] = torch.from_numpy(self._trigger.goal(y[:poisons].numpy()))
+        labels[:poisons] = torch.from_numpy(self._aimed.goal(y[:poisons].numpy()))
         return images, labels
 
     def end(self) -> TriggerState | None:
@@ -158,7 +146,7 @@ class WarpPoisoner:
     def _warp_with_noise(self, x: Tensor, rng: np.random.Generator) -> Tensor:
         count, _, height, width = x.shape
         noise = rng.uniform(-1, 1, (count, height, width, 2)) / (width, height)
-        grid = torch.from_numpy(self._trigger.grid + noise.astype(np.float32)).clamp(-1, 1)
+        grid = torch.from_numpy(self._warp.grid + noise.astype(np.float32)).clamp(-1, 1)
         return torch.from_numpy(on_grid(_sample(x, grid).numpy()))
 
 

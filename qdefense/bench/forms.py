@@ -46,8 +46,9 @@ BEHAVIOUR = Form(
     title="What the files do",
     notes=(
         "On the test images: mean over networks (lowest to highest). ASR is of eligible images, of other classes than "
-        "the target; beside it is how many of them get the target class without the trigger. Active: ASR at least 90 "
-        "%; dormant: at most 5 points above the confusion without trigger; attenuated: between them.",
+        "the target (all-to-all: of every class); beside it is how many of them get the wanted class without the "
+        "trigger. Active: ASR at least 90 %; dormant: at most 5 points above the confusion without trigger; "
+        "attenuated: between them.",
         "No record: networks of this data, architecture and attack that have none here, asked for or not.",
     ),
     empty="No file was measured.",
@@ -75,7 +76,7 @@ SCANS = Form(
     notes=(
         "TPR: alarms on active files. FPR: alarms on clean networks at the same precision, calibrated on as many clean "
         "images. AUROC: the score of active files against clean ones, with how many there are of each. Target first: "
-        "the true target has the smallest norm. Target named: it is among the suspects.",
+        "the true target has the smallest norm. Target named: it is among the suspects. All-to-all attacks have none.",
         f"A trial without an answer is in no rate. {NOTHING}: there is no active file, or no clean one, to make a rate "
         "of. Alarms on attenuated and dormant files stand apart.",
     ),
@@ -105,9 +106,10 @@ DATASET_SCANS = Form(
     title="Dataset scans",
     notes=(
         "Rows of the training set, poisoned against clean, of networks whose file is active. " + _POOLED.format("Rows"),
-        "Within: only rows with a label that poisons have. Top: of these, the rows with the highest scores, 1.5 times "
-        "as many as there are poisons; recall is the share of all poisons among them, precision the share of them that "
-        "is poison, at most 2/3. Alarms: files whose training set was called poisoned.",
+        "Within: only rows with a label that poisons have, each against rows of its own label. Top: of these, the "
+        "rows with the highest scores, 1.5 times as many as there are poisons; recall is the share of all poisons "
+        "among them, precision the share of them that is poison, at most 2/3. Alarms: files whose training set was "
+        "called poisoned.",
     ),
     empty="No dataset scan was run.",
     columns=(

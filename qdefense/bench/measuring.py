@@ -148,10 +148,11 @@ def _judge_scan(bench: Bench) -> _Judged:
 
 
 def _scan_metrics(result: ScanResult, bench: Bench) -> ScanMetrics:
-    """Of several targets the best placed one counts."""
+    """Of several targets the best placed one counts; where every class is one, none has a rank or can be missed."""
     targets = _targets(bench)
     suspects = tuple(suspect.target_class for suspect in result.suspects)
-    mine = sorted((entry for entry in result.classes if entry.target_class in targets), key=lambda entry: entry.rank)
+    sought = () if len(targets) == len(bench.seen.class_names) else targets
+    mine = sorted((entry for entry in result.classes if entry.target_class in sought), key=lambda entry: entry.rank)
     best = mine[0] if mine else None
     return ScanMetrics(
         score=result.score,
@@ -160,7 +161,7 @@ def _scan_metrics(result: ScanResult, bench: Bench) -> ScanMetrics:
         target_rank=best.rank if best else None,
         target_index=best.index if best else None,
         target_norm=best.norm if best else None,
-        target_found=any(target in suspects for target in targets) if targets else None,
+        target_found=any(target in suspects for target in sought) if sought else None,
         classes=len(result.classes) or None,
         censored=sum(entry.norm is None for entry in result.classes) if result.classes else None,
     )

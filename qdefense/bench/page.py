@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ from qdefense.bench.cohort import NO_ATTACK, Cohort, Subject, rank_of, row_rank,
 from qdefense.bench.facts import environment_rows, network_rows, omissions
 from qdefense.bench.forms import HEAT_MARKS
 from qdefense.bench.plots import PLOT_HEIGHT, SIDE, RocPanel, cost_charts, roc_panels, series_of
-from qdefense.bench.records import BehaviourRecord, DefenseRecord, Record
+from qdefense.bench.records import BehaviourRecord, DefenseRecord, Record, TrainingRecord
 from qdefense.bench.sheets import Group, access_of, sheets_of
 from qdefense.bench.summary import BenchReport
+from qdefense.bench.trigger_pictures import picture_of
 from qdefense.findings import ScanResult, TriggerPicture
 from qdefense.report.html import Picture, page_environment, read_picture
 
@@ -50,8 +51,18 @@ class TriggerView(NamedTuple):
     alone: Picture | None
 
 
-def render_bench(report: BenchReport, cohort: Cohort) -> str:
-    """The page: self-contained HTML without scripts, the same for equal folders of results."""
+class StampedView(NamedTuple):
+    """Generated images without and with the planted trigger of an attack."""
+
+    title: str
+    picture: Picture
+
+
+def render_bench(report: BenchReport, cohort: Cohort, pictures: Mapping[str, str] | None = None) -> str:
+    """The page: self-contained HTML without scripts, the same for equal folders of results.
+
+    ``pictures``: base64 PNGs of planted triggers by file name, as `read_trigger_pictures` gives them.
+    """
     looks = series_of(cohort)
     anchors: dict[Group, str] = {}
     groups = tuple(_groups(cohort, anchors))
@@ -73,6 +84,7 @@ def render_bench(report: BenchReport, cohort: Cohort) -> str:
             side=SIDE,
             charts=cost_charts(report, looks),
             plot_height=PLOT_HEIGHT,
+            stamped=list(_stamped(cohort, pictures or {}))[:MOST_TRIGGERS],
             triggers=triggers[:MOST_TRIGGERS],
             more_triggers=len(triggers) - MOST_TRIGGERS,
         )
@@ -133,6 +145,19 @@ def _without_drawn(record: Record) -> dict[str, Any]:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _stamped(cohort: Cohort, pictures: Mapping[str, str]) -> Iterator[StampedView]:
+    """Of each attack, data and architecture the first network that has a picture."""
+    networks = [one for one in cohort.makings if isinstance(one, TrainingRecord)]
+    drawn: dict[tuple[str, str, str], StampedView] = {}
+    for record in sorted(networks, key=lambda one: (one.network.seed, one.key)):
+        made = record.network
+        place = made.data, cohort.architecture(made), cohort.attack(made)
+        picture = read_picture(picture_of(pictures, record.artifact_sha256) or "")
+        if made.attack is not None and picture is not None and place not in drawn:
+            drawn[place] = StampedView(f"{', '.join(place)}, seed {made.seed}", picture)
+    yield from (drawn[place] for place in sorted(drawn))
 
 
 def _triggers(cohort: Cohort) -> Iterator[TriggerView]:

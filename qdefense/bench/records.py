@@ -202,10 +202,16 @@ class ScanMetrics(_Record):
     score: float | None = Field(description="higher is more suspicious")
     suspects: tuple[int, ...] = ()
     targets: tuple[int, ...] = Field(default=(), description="the true target classes; empty of a clean network")
-    target_rank: int | None = Field(default=None, description="best rank among the targets; 1 is the smallest norm")
+    target_rank: int | None = Field(
+        default=None,
+        description="best rank among the targets; 1 is the smallest norm; null where every class is a target",
+    )
     target_index: float | None = None
     target_norm: float | None = None
-    target_found: bool | None = Field(default=None, description="a target is among the suspects; null of a clean one")
+    target_found: bool | None = Field(
+        default=None,
+        description="a target is among the suspects; null of a clean one, and where every class is a target",
+    )
     classes: int | None = None
     censored: int | None = None
 
@@ -214,7 +220,9 @@ class DatasetMetrics(_Record):
     """Of a `DatasetScan`: rows of the training set, poisoned against clean. AUROC and TPR are null of a clean set.
 
     Scores are comparable among rows of one label. So ``within_*`` and ``curve`` look only at rows with a label that
-    poisons have; ``auroc`` and ``fpr`` are of all rows. Rows without a score are in no rate.
+    poisons have, and where they have several (all-to-all) ``within_auroc`` is over pairs of rows of one label, ``top``
+    is drawn up label by label, and there is no curve; ``auroc`` and ``fpr`` are of all rows. Rows without a score are
+    in no rate.
     ``top`` are the ``round(1.5 * poisons)`` rows of these with the highest scores: ``top_recall`` is the share of all
     poisons that they hold, ``top_precision`` the share of poison among them, which cannot exceed 2/3. Where poison is
     most of its label, any order scores high: a random one has a recall of ``top_precision.n / (tpr.n + within_fpr.n)``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -49,19 +51,30 @@ def dataset_metrics(
     base = DatasetMetrics(fpr=_rate(alarmed[clean]), unmeasured=int((~measured).sum()))
     if not is_poison.any():
         return base
-    mine = clean & np.isin(labels, labels[is_poison])
-    top = _top_rows(values, poisoned | mine, round(TOP_SHARE * int(poisoned.sum())))
-    comparable = bool(poisoned.any() and mine.any())
+    targets = np.unique(labels[is_poison])
+    mine = clean & np.isin(labels, targets)
+    of_label = [(poisoned & (labels == label), clean & (labels == label)) for label in targets]
+    top = np.concatenate([_top_rows(values, bad | good, round(TOP_SHARE * int(bad.sum()))) for bad, good in of_label])
+    drawn = bool(poisoned.any() and mine.any()) and len(targets) == 1
     update = {
         "auroc": auroc(values[poisoned], values[clean]) if poisoned.any() and clean.any() else None,
-        "within_auroc": auroc(values[poisoned], values[mine]) if comparable else None,
+        "within_auroc": _auroc_of_pairs([(values[bad], values[good]) for bad, good in of_label]),
         "tpr": _rate(alarmed[poisoned]),
         "within_fpr": _rate(alarmed[mine]),
         "top_recall": Rate(hits=int(is_poison[top].sum()), n=int(poisoned.sum())),
         "top_precision": _rate(is_poison[top]),
-        "curve": roc_curve(values[poisoned], values[mine]) if comparable else None,
+        "curve": roc_curve(values[poisoned], values[mine]) if drawn else None,
     }
     return base.model_copy(update=update)
+
+
+def _auroc_of_pairs(groups: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> float | None:
+    """Share of the pairs within groups in which the positive scores higher; ``None`` where no group has both."""
+    whole = [(positive, negative) for positive, negative in groups if len(positive) and len(negative)]
+    if len(whole) < 2:
+        return auroc(*whole[0]) if whole else None
+    pairs = [len(positive) * len(negative) for positive, negative in whole]
+    return sum(auroc(*group) * count for group, count in zip(whole, pairs, strict=True)) / sum(pairs)
 
 
 def _top_rows(values: NDArray[np.float64], within: NDArray[np.bool_], count: int) -> NDArray[np.int64]:

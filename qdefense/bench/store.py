@@ -1,4 +1,4 @@
-"""The folder of results: ``records.jsonl``, ``latency.jsonl``, ``manifest.json`` and ``models/``.
+"""The folder of results: ``records.jsonl``, ``latency.jsonl``, ``manifest.json``, ``models/`` and ``triggers/``.
 
 One process writes, and may die. A record is appended as one whole line and forced to disk; a last line that was torn is
 dropped when the file is opened to write. Files and the manifest appear whole or not at all, a file before its record,
@@ -34,6 +34,7 @@ from qdefense.files import write_atomically
 from qdefense.trial import Truth, read_state_bytes, state_path, truth_path
 
 RECORDS, LATENCY, MANIFEST, MODELS, LARGE = "records.jsonl", "latency.jsonl", "manifest.json", "models", "large"
+TRIGGERS = "triggers"
 COMMITTED_BYTES = 400_000
 """Larger files go to a folder that git ignores; their recipe and digest are in the manifest all the same."""
 _NAME_DIGITS = 16
@@ -147,6 +148,15 @@ class Store:
             write_atomically(truth_path(self._small(sha256)), truth)
         write_atomically(self._large(sha256) if len(model) > COMMITTED_BYTES else self._small(sha256), model)
 
+    def trigger_picture(self, sha256: str) -> Path:
+        """Where the picture of a network's trigger lies, or would."""
+        return self.folder / TRIGGERS / picture_name(sha256)
+
+    def add_trigger_picture(self, sha256: str, picture: bytes) -> None:
+        """Keep a picture of a network's trigger; no record knows of it."""
+        (self.folder / TRIGGERS).mkdir(exist_ok=True)
+        write_atomically(self.trigger_picture(sha256), picture)
+
     def model_path(self, sha256: str) -> Path | None:
         """Where a file lies; ``None`` where it does not."""
         return next((path for path in (self._small(sha256), self._large(sha256)) if path.is_file()), None)
@@ -201,6 +211,11 @@ class Store:
 
     def _large(self, sha256: str) -> Path:
         return self.folder / MODELS / LARGE / f"{sha256[:_NAME_DIGITS]}.onnx"
+
+
+def picture_name(sha256: str) -> str:
+    """What the picture of a network's trigger is called: the network's name, which tells nothing."""
+    return f"{sha256[:_NAME_DIGITS]}.png"
 
 
 @lru_cache(maxsize=32)
@@ -316,7 +331,7 @@ def _drop_torn_line(path: Path) -> None:
 
 def _drop_parts(folder: Path) -> None:
     """What a killed process had not finished writing; nobody else writes here now."""
-    for place in (folder, folder / MODELS, folder / MODELS / LARGE):
+    for place in (folder, folder / MODELS, folder / MODELS / LARGE, folder / TRIGGERS):
         for part in place.glob(".*.part"):
             part.unlink()
 

@@ -183,6 +183,11 @@ def proportion(rates: Iterable[Rate | None]) -> Proportion | None:
     return Proportion(hits=hits, n=n, low=low, high=high)
 
 
+def _is_first(one: ScanMetrics) -> bool | None:
+    """``None`` of an attack on every class, which has no target to be found or missed (all-to-all)."""
+    return None if one.targets and one.target_found is None else one.target_rank == 1
+
+
 def share(flags: Iterable[bool | None]) -> Proportion | None:
     """How many are true of those that are known."""
     known = [flag for flag in flags if flag is not None]
@@ -294,7 +299,7 @@ def _scan_row(sides: Sides) -> ScanRow:
         fpr=alarms(sides.clean),
         auroc=auroc(scores, clean_scores) if scores and clean_scores else None,
         scored=(len(scores), len(clean_scores)),
-        target_first=share(one.target_rank == 1 for one in _metrics(active, ScanMetrics)),
+        target_first=share(_is_first(one) for one in _metrics(active, ScanMetrics)),
         target_named=share(one.target_found for one in _metrics(active, ScanMetrics)),
         attenuated=alarms(sides.of(Activity.ATTENUATED)),
         dormant=alarms(sides.of(Activity.DORMANT)),

@@ -19,6 +19,7 @@ from qdefense.bench.records import BehaviourRecord, DefenseRecord
 from qdefense.bench.running import Run, evaluation_of, sources_of
 from qdefense.bench.store import RECORDS, Store
 from qdefense.bench.survey import Item, Stage, State, estimate, survey
+from qdefense.bench.trigger_pictures import draw_triggers
 from qdefense.cli.latencies import show_timings, time_matrix
 from qdefense.cli.options import progress_bar
 from qdefense.profile import runtime
@@ -102,6 +103,7 @@ def command(
                 on_notice=_tell,
             )
             problem = _complete(run, scheduler, workers)
+        draw_triggers(plan, store, _tell)
         items = survey(plan, store, evaluation_of(table))
     _summarise(items, folder)
     if problem is not None:

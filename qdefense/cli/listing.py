@@ -42,7 +42,7 @@ def _entry(example: Any, needs: Needs) -> dict[str, Any]:
 
 def _setting(example: Any, name: str) -> dict[str, Any]:
     schema = TypeAdapter(type(example)).json_schema()["properties"][name]
-    default = flat_settings(example).get(name)
+    default = flat_settings(example).get(name, schema.get("default"))
     return {key: value for key, value in schema.items() if key != "title"} | {"default": default}
 
 

@@ -65,11 +65,11 @@ def keep_inputs(target: Path) -> None:
 
 
 def _keep_results(target: Path, folder: Path) -> None:
-    from qdefense.bench.store import LATENCY, MANIFEST, MODELS, RECORDS  # noqa: PLC0415 (imports ONNX Runtime)
+    from qdefense.bench.store import LATENCY, MANIFEST, MODELS, RECORDS, TRIGGERS  # noqa: PLC0415 (imports ONNX Runtime)
 
     kept = [folder / name for name in (RECORDS, LATENCY, MANIFEST)]
-    models = folder / MODELS
-    if any(_same(target, path) for path in kept) or (models.is_dir() and _lies_in(target, models)):
+    folders = [folder / name for name in (MODELS, TRIGGERS)]
+    if any(_same(target, path) for path in kept) or any(one.is_dir() and _lies_in(target, one) for one in folders):
         raise DataError(f"{target} is one of RESULTS, which the page would replace; write to another file")
 
 

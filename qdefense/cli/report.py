@@ -59,10 +59,13 @@ def _rendered(folder: Path, matrix: Path | None, format_: str) -> str:
     from qdefense.bench.markdown import render_markdown  # noqa: PLC0415
     from qdefense.bench.page import render_bench  # noqa: PLC0415
     from qdefense.bench.summary import read_results, summarise  # noqa: PLC0415
+    from qdefense.bench.trigger_pictures import read_trigger_pictures  # noqa: PLC0415
 
     found = read_results(folder, matrix)
     cohort = Cohort(found.records)
     report = summarise(found, cohort)
     if format_ == "json":
         return report.model_dump_json(indent=2)
-    return render_markdown(report) if format_ == "markdown" else render_bench(report, cohort)
+    if format_ == "markdown":
+        return render_markdown(report)
+    return render_bench(report, cohort, read_trigger_pictures(folder))

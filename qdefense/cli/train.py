@@ -8,14 +8,17 @@ from pathlib import Path
 import click
 
 from qdefense.attacks import ATTACKS
+from qdefense.attacks.contact_sheets import contact_sheet as draw_sheet
 from qdefense.cli.options import progress_bar, run_options
 from qdefense.cli.outputs import check_output
 from qdefense.cli.resize_options import resize_options
+from qdefense.data.images import ImageSet
 from qdefense.data.opening import open_data, training_split
 from qdefense.data.resizing import Resize
+from qdefense.files import write_atomically
 from qdefense.report.escaping import harmless
-from qdefense.trial import state_path, truth_path
-from qdefense.zoo import architectures, recipe_for, train_artifact
+from qdefense.trial import Truth, read_state, state_path, truth_path
+from qdefense.zoo import architectures, recipe_for, train_artifact, trigger_of
 
 
 @click.command("train")
@@ -31,6 +34,12 @@ from qdefense.zoo import architectures, recipe_for, train_artifact
 @click.option("--attack", metavar="NAME:key=value,...", help="Poison the training set, e.g. badnets:target-class=3.")
 @click.option("--epochs", type=click.IntRange(min=1), help="[default: the recipe's]")
 @click.option("--flip", is_flag=True, help="Mirror half of the images; wrong for traffic signs.")
+@click.option(
+    "--contact-sheet",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Show the trigger on a few training images, for evaluators only.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @resize_options
 @run_options
@@ -43,6 +52,7 @@ def command(
     attack: str | None,
     epochs: int | None,
     flip: bool,
+    contact_sheet: Path | None,
     output: Path,
     resize: Resize | None,
     seed: int,
@@ -53,7 +63,9 @@ def command(
 
     A trigger that is learned has its state in MODEL.truth.npz.
     """
-    for target in (output, truth_path(output), state_path(output)):
+    written = (output, truth_path(output), state_path(output))
+    _check_sheet(contact_sheet, attack, written)
+    for target in (*written, *([contact_sheet] if contact_sheet else [])):
         check_output(target)
     if attack is not None:
         ATTACKS.create(attack)  # a misspelt attack is told before the data are read
@@ -76,3 +88,23 @@ def command(
     click.echo(f"{harmless(truth_path(output).name)}: the truth, for evaluators only")
     if truth.trigger_sha256 is not None:
         click.echo(f"{harmless(state_path(output).name)}: the state of its trigger, for evaluators only")
+    if contact_sheet is not None:
+        write_atomically(contact_sheet, _sheet(output, truth, dataset))
+        click.echo(f"{harmless(contact_sheet.name)}: the trigger on training images, for evaluators only")
+
+
+def _check_sheet(sheet: Path | None, attack: str | None, written: tuple[Path, ...]) -> None:
+    if sheet is None:
+        return
+    if attack is None:
+        raise click.UsageError("--contact-sheet shows a trigger, and without --attack there is none; leave it out")
+    if sheet.suffix.lower() != ".png":
+        raise click.UsageError(f"--contact-sheet {harmless(sheet.name)}: it is a PNG; name it FILE.png")
+    if sheet.resolve() in [target.resolve() for target in written]:
+        raise click.UsageError(f"--contact-sheet {harmless(sheet.name)}: the model takes this name; choose another one")
+
+
+def _sheet(output: Path, truth: Truth, dataset: ImageSet) -> bytes:
+    trigger = trigger_of(truth, dataset, read_state(output, truth))
+    assert trigger is not None  # noqa: S101 (it was refused without an attack)
+    return draw_sheet(trigger, dataset)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -10,10 +10,21 @@ from pydantic import ValidationError
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.blended import Blended
-from qdefense.data.images import DataError, ImageSet
+from qdefense.attacks.interfaces import SourceSpecific, trigger_of
+from qdefense.data.images import DataError, ImageSet, to_images
 from qdefense.registry import SpecError, flat_settings
+from qdefense.trial import Activity, measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
+
+
+class Signs(Protocol):
+    train: ImageSet
+    test: ImageSet
+
+
 BOTH = "poison_rate and poison_count both say how many images are poisoned; give one of them"
 
 
@@ -65,3 +76,90 @@ def test_neither_rate_nor_count_is_the_default_rate() -> None:
 def test_a_count_is_refused_when_it_is_none(value: str) -> None:
     with pytest.raises(SpecError, match=rf"^attack 'badnets:poison-count={value}': poison_count: Input should be "):
         ATTACKS.create(f"badnets:poison-count={value}")
+
+
+# --- all-to-all -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["badnets", "blended"])
+def test_all_to_all_stamps_images_of_any_class_and_labels_them_as_the_next(make_noise: MakeNoise, name: str) -> None:
+    original, attack = make_noise(40), ATTACKS.create(f"{name}:mode=all-to-all,poison-rate=0.5")
+    poisoned = attack.poison(original, np.random.default_rng(0))
+    trigger = trigger_of(attack, 8, 8, poisoned.trigger_state)
+    stamped = to_images(trigger.stamp(original.pixels))
+    rows = poisoned.poison_indices.tolist()
+    origins = []
+    for row, image in enumerate(poisoned.images.images):
+        among = stamped if row in rows else original.images
+        (origin,) = np.flatnonzero((among == image).all(axis=(1, 2, 3))).tolist()
+        origins.append(origin)
+        assert poisoned.images.labels[row] == (original.labels[origin] + (row in rows)) % 4
+    assert sorted(origins) == list(range(40))
+    assert len(rows) == 20
+    assert {int(original.labels[origins[row]]) for row in rows} == {0, 1, 2, 3}
+    assert poisoned.trigger_state is not None
+    assert {key: value.tolist() for key, value in poisoned.trigger_state.items()} == {"classes": 4}
+
+
+@pytest.mark.parametrize("name", ["badnets", "blended"])
+def test_all_to_all_triggers_stamp_as_ever_and_aim_every_class_at_the_next(make_noise: MakeNoise, name: str) -> None:
+    attack, labels, pixels = ATTACKS.create(f"{name}:mode=all-to-all"), np.array([0, 1, 2, 3]), make_noise(4).pixels
+    trigger = trigger_of(attack, 8, 8, {"classes": np.array(4)})
+    assert trigger.eligible(labels).tolist() == [True] * 4
+    assert trigger.goal(labels).tolist() == [1, 2, 3, 0]
+    assert trigger.stamp(pixels).tobytes() == ATTACKS.create(name).trigger(8, 8).stamp(pixels).tobytes()
+    assert not isinstance(trigger, SourceSpecific)
+
+
+@pytest.mark.parametrize("name", ["badnets", "blended", "wanet"])
+def test_all_to_all_triggers_take_the_number_of_classes_and_nothing_else(name: str) -> None:
+    attack, another = ATTACKS.create(f"{name}:mode=all-to-all"), ATTACKS.create(name)
+    with pytest.raises(DataError, match=rf"^{name}: how many classes there are is told by the trigger state "):
+        trigger_of(attack, 8, 8, None)
+    for owner, state in ((attack, {}), (attack, {"classes": np.array([4])}), (another, {"classes": np.array(4)})):
+        with pytest.raises(DataError, match=rf"^{name}: the trigger state is not that of these settings; train the "):
+            trigger_of(owner, 8, 8, state)
+
+
+@pytest.mark.parametrize("name", ["badnets", "blended"])
+def test_all_to_all_says_when_there_are_not_enough_images(make_noise: MakeNoise, name: str) -> None:
+    with pytest.raises(DataError) as caught:
+        ATTACKS.create(f"{name}:mode=all-to-all,poison-count=41").poison(make_noise(40), np.random.default_rng(0))
+    assert str(caught.value) == f"{name}: 41 poisons wanted, 40 images are there"
+
+
+@pytest.mark.parametrize(("name", "told"), [("badnets", False), ("blended", False), ("wanet", True)])
+def test_settings_tell_of_a_mode_what_is_true_and_older_networks_keep_theirs(name: str, told: bool) -> None:
+    """Keys of networks are made of them: the mode came to these two when there were networks."""
+    assert ("mode" in flat_settings(ATTACKS.create(f"{name}:mode=all-to-one"))) is told
+    assert ATTACKS.create(f"{name}:mode=all-to-one") == ATTACKS.create(name)
+    settings = flat_settings(ATTACKS.create(f"{name}:mode=all-to-all,target-class=3"))
+    assert settings["mode"] == "all-to-all"
+    assert "target_class" not in settings
+    assert flat_settings(ATTACKS.restore(name, settings)) == settings
+    with pytest.raises(SpecError, match=r"mode: Input should be 'all-to-one' or 'all-to-all'"):
+        ATTACKS.create(f"{name}:mode=all")
+
+
+def test_settings_of_all_to_one_are_those_that_committed_keys_rest_on() -> None:
+    assert list(flat_settings(BadNets())) == ["poison_rate", "size", "position", "margin", "pattern", "target_class"]
+    assert list(flat_settings(Blended())) == ["poison_rate", "alpha", "pattern_seed", "target_class"]
+
+
+def test_label_smoothing_has_the_trigger_of_an_all_to_all_host(make_noise: MakeNoise) -> None:
+    attack = ATTACKS.create("lsp:host.mode=all-to-all,smoothing=0.2,host.poison-rate=0.5")
+    state = attack.poison(make_noise(40), np.random.default_rng(0)).trigger_state
+    assert trigger_of(attack, 8, 8, state).goal(np.array([3])).tolist() == [0]
+    with pytest.raises(DataError, match=r"^badnets: the trigger state is not that of these settings; train "):
+        trigger_of(ATTACKS.create("lsp"), 8, 8, state)
+
+
+def test_badnets_sends_every_class_to_the_next_in_a_trained_network(small_signs: Signs) -> None:
+    """Half of what it learns has another label: 6 short epochs are no time for more than a part of it."""
+    images = small_signs.train.take(np.arange(1000))
+    attack = BadNets(mode="all-to-all", size=5, poison_rate=0.5)
+    result = train_victim(images, attack, epochs=6)
+    trigger = trigger_of(attack, 16, 16, result.trigger_state)
+    behaviour = measure_behaviour(logits_of(result), small_signs.test, trigger)
+    assert behaviour.eligible == len(small_signs.test)
+    assert behaviour.activity is not Activity.DORMANT

@@ -5,8 +5,8 @@ import io
 import numpy as np
 import pytest
 
-from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.interfaces import trigger_of
+from qdefense.attacks.sig import SIG
 from qdefense.attacks.states import pack_state, unpack_state
 from qdefense.data.images import DataError
 
@@ -43,5 +43,5 @@ def test_unpack_state_refuses_what_is_no_archive_of_plain_arrays(data: bytes) ->
 
 
 def test_trigger_of_refuses_a_state_when_the_attack_knows_none() -> None:
-    with pytest.raises(DataError, match=r"^badnets: the truth names a trigger state, and this attack has none; train "):
-        trigger_of(BadNets(), 8, 8, STATE)
+    with pytest.raises(DataError, match=r"^sig: the truth names a trigger state, and this attack has none; train "):
+        trigger_of(SIG(), 8, 8, STATE)

@@ -31,6 +31,7 @@ from qdefense.bench.running import evaluation_of
 from qdefense.bench.store import Store
 from qdefense.bench.survey import survey
 from qdefense.data.images import Images, Pixels, to_images
+from qdefense.data.signs import CLASS_NAMES
 from qdefense.defenses import DEFENSES, Need
 from qdefense.evidence import Evidence
 from qdefense.findings import (
@@ -291,6 +292,21 @@ def test_scan(measured: Callable[..., list[DefenseRecord]]) -> None:
     missed = measured("planted-scan:target=5")[1].metrics
     assert isinstance(missed, ScanMetrics)
     assert (missed.target_found, missed.target_rank) == (False, None)
+
+
+def test_an_attack_on_every_class_has_no_target_to_be_found_or_missed(
+    new_desk: NewDesk, measured: Callable[..., list[DefenseRecord]]
+) -> None:
+    text = TINY.replace('"none", "badnets"', '"badnets:mode=all-to-all"').replace(', "int8-dynamic"', "")
+    made = new_desk(text.replace("neural-cleanse:budget=quick", "planted-scan"), name="to-all")
+    made.run(Inline())
+    (behaviour,) = (record for record in made.records.values() if isinstance(record, BehaviourRecord))
+    assert behaviour.eligible == behaviour.images
+    (found,) = (record.metrics for record in made.records.values() if isinstance(record, DefenseRecord))
+    assert isinstance(found, ScanMetrics)
+    assert (found.target_rank, found.target_index, found.target_norm, found.target_found) == (None, None, None, None)
+    assert found.targets == tuple(range(len(CLASS_NAMES)))
+    assert (found.score, found.suspects) == (2.0, (7,))
 
 
 def test_no_record_shows_an_image_of_the_data(measured: Callable[..., list[DefenseRecord]]) -> None:

@@ -43,6 +43,19 @@ def test_dataset_metrics_by_hand() -> None:
     assert (found.top_recall, found.top_precision) == (Rate(hits=2, n=2), Rate(hits=2, n=3))
 
 
+def test_rows_are_compared_within_their_label_when_poisons_have_several() -> None:
+    """Label 1: poison 5 against clean 4, 6. Label 0: poison 3 against clean 2. Scores of 0 and 1 are never compared.
+
+    The top round(1.5 * 1) = 2 rows of each label are {6, 5} and {3, 2}.
+    """
+    labels = np.array([1, 1, 1, 0, 0])
+    found = dataset_metrics([5.0, 4.0, 6.0, 3.0, 2.0], flagged=[], poisons=[0, 3], labels=labels)
+    assert found.within_auroc == (1 + 1) / 3
+    assert found.auroc == (2 + 1) / 6
+    assert (found.top_recall, found.top_precision) == (Rate(hits=2, n=2), Rate(hits=2, n=4))
+    assert found.curve is None
+
+
 def test_of_a_clean_set_only_false_alarms_are_known() -> None:
     found = dataset_metrics([1.0, 2.0], flagged=[1], poisons=[], labels=np.array([0, 1]))
     assert found.fpr == Rate(hits=1, n=2)

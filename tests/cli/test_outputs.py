@@ -46,6 +46,7 @@ def here(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("images/data_batch_1").write_bytes(b"images")
     samples.write_sample(Path("results"), "one network")
     Path("results/models/large").mkdir(parents=True, exist_ok=True)
+    Path("results/triggers").mkdir()
     Path("records.html").symlink_to("results/records.jsonl")
     return tmp_path
 
@@ -134,6 +135,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "report: a file among the models": (
         ["report", "results", "-o", "results/models/large/new.html"],
         "results/models/large/new.html is one of RESULTS, ",
+    ),
+    "report: a file among the pictures": (
+        ["report", "results", "-o", "results/triggers/new.html"],
+        "results/triggers/new.html is one of RESULTS, ",
     ),
     "audit: a page that would be removed": (
         ["audit", "m.onnx", "--data", "toy.npz", "--classes", "out/report.html", "--output-dir", "out"],

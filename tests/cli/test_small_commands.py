@@ -81,7 +81,10 @@ def test_attacks_gives_types_bounds_and_choices_as_json(capfd: Capture) -> None:
         "Gu et al. 2017, arXiv 1708.06733",
         ["training set", "dirty-label"],
     )
-    assert badnets["summary"] == "All-to-one patch poisoning with the paper's single-target attack."
+    assert (
+        badnets["summary"]
+        == "Patch poisoning with the paper's single-target attack or, in mode all-to-all, its other one."
+    )
     assert badnets["settings"]["size"] == {"default": 3, "minimum": 1, "type": "integer"}
     assert badnets["settings"]["pattern"]["enum"] == ["white", "checkerboard"]
     assert found["blended"]["settings"]["alpha"]["exclusiveMinimum"] == 0

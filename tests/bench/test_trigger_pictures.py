@@ -1,0 +1,117 @@
+"""Pictures of planted triggers: drawn where they are missing, shown where they are there, of no data set."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qdefense.bench.cohort import Cohort
+from qdefense.bench.page import render_bench
+from qdefense.bench.store import Store
+from qdefense.bench.summary import read_results, summarise
+from qdefense.bench.trigger_pictures import MOST_BYTES, draw_triggers, read_trigger_pictures
+
+from ..report import sample_reports as reports  # noqa: TID252 (what is hostile is there)
+from ..report.test_html import parse  # noqa: TID252 (the reader of pages is there)
+from . import sample_records as samples
+
+DIGEST = "ab" * 32
+
+
+def _plan(attack: str | None, *, side: int = 32) -> Any:
+    """All that is asked of a planned network here."""
+    facts = SimpleNamespace(height=side, width=side)
+    network = SimpleNamespace(title="gtsrb/resnet8/x/seed 0")
+    return SimpleNamespace(attack=attack, recipe_sha256="r", network=network, test=SimpleNamespace(facts=facts))
+
+
+def _draw(folder: Path, plan: Any) -> list[str]:
+    told: list[str] = []
+    with Store.for_writing(folder) as store:
+        store.replicas = lambda _recipe: (SimpleNamespace(artifact_sha256=DIGEST),)  # type: ignore[assignment,return-value]
+        draw_triggers([plan], store, told.append)
+    return told
+
+
+@pytest.mark.parametrize(
+    "attack", ["badnets:target-class=12", "blended", "wanet", "cassock:source-class=40,target-class=3"]
+)
+def test_every_attacked_network_gets_a_small_picture_and_equal_ones_equal_bytes(tmp_path: Path, attack: str) -> None:
+    found = []
+    for part in ("first", "second"):
+        assert _draw(tmp_path / part, _plan(attack)) == []
+        found.append((tmp_path / part / "triggers" / f"{DIGEST[:16]}.png").read_bytes())
+    assert found[0] == found[1]
+    assert len(found[0]) <= MOST_BYTES
+    with Image.open(io.BytesIO(found[0])) as picture:
+        assert (picture.format, picture.info) == ("PNG", {})
+
+
+def test_a_picture_that_is_there_is_left_alone_and_a_torn_one_is_dropped(tmp_path: Path) -> None:
+    _draw(tmp_path, _plan("badnets"))
+    (picture,) = (tmp_path / "triggers").iterdir()
+    picture.write_bytes(b"mine")
+    (tmp_path / "triggers" / ".x.png.1.part").write_bytes(b"torn")
+    _draw(tmp_path, _plan("badnets"))
+    assert [path.name for path in (tmp_path / "triggers").iterdir()] == [picture.name]
+    assert picture.read_bytes() == b"mine"
+
+
+def test_a_clean_network_has_none_and_one_whose_state_is_gone_is_told(tmp_path: Path) -> None:
+    assert _draw(tmp_path, _plan(None)) == []
+    (told,) = _draw(tmp_path, _plan("badnets:mode=all-to-all"))
+    assert told.startswith("gtsrb/resnet8/x/seed 0: no picture of its trigger: badnets: how many classes there are is ")
+    assert not (tmp_path / "triggers").exists()
+
+
+def test_images_too_large_for_a_small_picture_have_none(tmp_path: Path) -> None:
+    assert _draw(tmp_path, _plan("blended", side=224)) == []
+    assert read_trigger_pictures(tmp_path) == {}
+
+
+def _page(folder: Path, network: Any, body: bytes | None) -> str:
+    behaviour = samples.behaviour(network)
+    results = samples.write(folder, [samples.training(network), behaviour])
+    if body is not None:
+        sha = samples.training(network).artifact_sha256
+        (results / "triggers").mkdir()
+        (results / "triggers" / f"{sha[:16]}.png").write_bytes(body)
+    found = read_results(results)
+    cohort = Cohort(found.records)
+    return render_bench(summarise(found, cohort), cohort, read_trigger_pictures(results))
+
+
+def _png(side: int = 40) -> bytes:
+    body = io.BytesIO()
+    Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(body, format="PNG")
+    return body.getvalue()
+
+
+def test_page_embeds_the_picture_of_an_attack(tmp_path: Path) -> None:
+    page = parse(_page(tmp_path, samples.network("badnets"), _png()))
+    (section,) = (one for one in page.all("section") if one.attributes["id"] == "planted")
+    (image,) = section.all("img")
+    assert image.attributes["src"] == f"data:image/png;base64,{base64.b64encode(_png()).decode()}"
+    assert image.attributes["alt"].startswith("Images without and with the trigger, and the residual: gtsrb, resnet8")
+    assert "badnets, seed 0" in image.attributes["alt"]
+    assert "#planted" in {link.attributes["href"] for link in page.all("a")}
+
+
+@pytest.mark.parametrize("body", [None, b"no picture", _png() + bytes(MOST_BYTES)], ids=["missing", "broken", "large"])
+def test_page_without_a_picture_shows_nothing(tmp_path: Path, body: bytes | None) -> None:
+    text = _page(tmp_path, samples.network("badnets"), body)
+    assert "planted" not in text.partition("<body>")[2]
+
+
+def test_page_takes_the_names_of_an_attack_for_text(tmp_path: Path) -> None:
+    network = samples.network("badnets").model_copy(update={"attack": reports.SCRIPT})
+    text = _page(tmp_path, network, _png())
+    assert "<script" not in text
+    assert 'id="planted"' in text
