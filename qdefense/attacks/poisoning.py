@@ -151,30 +151,45 @@ class Aimed:
 def poison_aimed(
     dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, attack: Aimed, count: int
 ) -> PoisonedSet:
-    """Stamp and relabel ``count`` images, of other classes or in all-to-all mode of any, then shuffle the whole set.
-
-    Two draws, in this order, which truth files rest on: the poisoned rows, then the shuffle.
+    """Stamp and relabel ``count`` images of other classes, or in all-to-all mode of any, and keep the state it leaves.
 
     Raises:
         DataError: no such target class, or not enough images; the message begins with the attack's name.
     """
-    state: TriggerState | None = None
-    aimed: Trigger = trigger
-    where = "are outside the target class"
-    if attack.mode == ALL_TO_ALL:
-        state = class_count_state(dataset)
-        aimed, where = attack.to_next(trigger, state), "are there"
-    else:
-        check_class(dataset, trigger.target_class, role="target", attack=attack.name)
-    candidates = np.flatnonzero(aimed.eligible(dataset.labels))
-    if count > len(candidates):
-        raise DataError(f"{attack.name}: {count} poisons wanted, {len(candidates)} images {where}")
-    chosen = rng.choice(candidates, size=count, replace=False)
+    if attack.mode != ALL_TO_ALL:
+        return poison_to_one(dataset, rng, trigger=trigger, count=count, attack=attack.name)
+    state = class_count_state(dataset)
+    aimed = attack.to_next(trigger, state)
+    made = _relabelled(dataset, rng, trigger=aimed, count=count, attack=attack.name, candidates="are there")
+    return replace(made, trigger_state=state)
+
+
+def poison_to_one(
+    dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, count: int, attack: str
+) -> PoisonedSet:
+    """Stamp and relabel ``count`` images of other classes, then shuffle the whole set.
+
+    Raises:
+        DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
+    """
+    check_class(dataset, trigger.target_class, role="target", attack=attack)
+    outside = "are outside the target class"
+    return _relabelled(dataset, rng, trigger=trigger, count=count, attack=attack, candidates=outside)
+
+
+def _relabelled(
+    dataset: ImageSet, rng: np.random.Generator, *, trigger: Trigger, count: int, attack: str, candidates: str
+) -> PoisonedSet:
+    """Two draws, in this order, which truth files rest on: the poisoned rows, then the shuffle."""
+    rows = np.flatnonzero(trigger.eligible(dataset.labels))
+    if count > len(rows):
+        raise DataError(f"{attack}: {count} poisons wanted, {len(rows)} images {candidates}")
+    chosen = rng.choice(rows, size=count, replace=False)
     images, labels = dataset.images.copy(), dataset.labels.copy()
     if count:
-        images[chosen] = to_images(aimed.stamp(dataset.take(chosen).pixels))
-    labels[chosen] = aimed.goal(labels[chosen])
-    return replace(shuffled(dataset, rng, images=images, labels=labels, poisons=chosen), trigger_state=state)
+        images[chosen] = to_images(trigger.stamp(dataset.take(chosen).pixels))
+    labels[chosen] = trigger.goal(labels[chosen])
+    return shuffled(dataset, rng, images=images, labels=labels, poisons=chosen)
 
 
 def choose_in_class(
