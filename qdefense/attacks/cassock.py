@@ -31,9 +31,9 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import PoisonBudget, check_class
+from qdefense.attacks.poisoning import OneToOne, PoisonBudget, check_class
 from qdefense.attacks.registered import ATTACKS
-from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images
+from qdefense.data.images import DataError, Images, ImageSet, Pixels, on_grid, to_images
 
 Variant = Literal["source-specific", "trans"]
 
@@ -54,12 +54,10 @@ FACTORS, FACTOR_ODDS = (0.9, 0.8, 0.7), (0.50, 0.34, 0.16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceTrigger:
+class SourceTrigger(OneToOne):
     """``x' = x + o k``, clipped and rounded to uint8; ``pattern: (3, H, W) float32 in [0, 1]`` is k, o the opacity."""
 
     pattern: Pixels
-    source_class: int
-    target_class: int
 
     def stamp(self, x: Pixels) -> Pixels:
         """Add the pattern to ``x: (N, 3, H, W) float32 in [0, 1]`` at full opacity."""
@@ -68,20 +66,6 @@ class SourceTrigger:
     def stamp_at(self, x: Pixels, opacity: NDArray[np.float32]) -> Pixels:
         """Add it to each image at its own ``opacity: (N,)``."""
         return on_grid(x + opacity[:, None, None, None] * self.pattern)
-
-    def eligible(self, y: Labels) -> NDArray[np.bool_]:
-        """The source class."""
-        sources: NDArray[np.bool_] = y == self.source_class
-        return sources
-
-    def goal(self, y: Labels) -> Labels:
-        """The target class."""
-        return np.full_like(y, self.target_class)
-
-    def bystanders(self, y: Labels) -> NDArray[np.bool_]:
-        """All others but the target class."""
-        others: NDArray[np.bool_] = (y != self.source_class) & (y != self.target_class)
-        return others
 
 
 @ATTACKS.register
