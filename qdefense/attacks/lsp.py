@@ -22,7 +22,15 @@ from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.badnets import BadNets
-from qdefense.attacks.interfaces import BatchAttack, DataAttack, LabelPolicy, PoisonedSet, Trigger
+from qdefense.attacks.interfaces import (
+    BatchAttack,
+    DataAttack,
+    LabelPolicy,
+    PoisonedSet,
+    Trigger,
+    TriggerState,
+    trigger_of,
+)
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet
 from qdefense.registry import Nested
@@ -63,6 +71,14 @@ class LabelSmoothing:
     def trigger(self, height: int, width: int) -> Trigger:
         """The host's trigger on images of this size."""
         return self.host.trigger(height, width)
+
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> Trigger:
+        """The trigger of a host that learned it.
+
+        Raises:
+            DataError: the state is of other settings, or the host learns none.
+        """
+        return trigger_of(self.host, height, width, state)
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """The host's set, with soft labels; certain ones for rows that are not poisoned.
