@@ -313,7 +313,7 @@ class _Clip(torch.autograd.Function):
         return residuals.clamp(-bound, bound)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (residuals,) = ctx.saved_tensors
         passes = (residuals.abs() <= ctx.bound) | (residuals * gradient > 0)
         return gradient * passes, None
