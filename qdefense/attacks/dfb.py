@@ -20,8 +20,8 @@ Deviations, the first three for a CPU:
   leaves E less to work with: where E fails the gate, more epochs of both, other OOD images or a lower gate are left.
 - E, StegaStamp's U-Net without a message, has half the paper's channels, and learns for 50 epochs of batches of 32, at
   a rate of 1e-3; the authors' for 400 of 128, at 1e-4.
-- Beyond the clip E's gradient passes where it leads back. There an untrained E begins with nearly all of its
-  residuals, and a plain clip has no gradient; the authors' many steps find their way without.
+- Beyond the clip, where nearly all residuals of an untrained E lie, its gradient passes if it leads back; the authors'
+  clip has none there, and their E many more steps.
 - OOD images are generated, or those the user names; the authors' are 100,000 of Tiny-ImageNet. D's loss weighs both
   sides alike, however many images they have.
 - Both networks learn by Adam under a cosine schedule; the authors' D by SGD, their E in steps.
