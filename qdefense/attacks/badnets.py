@@ -86,11 +86,7 @@ class BadNets(PoisonBudget, Aimed):
         return poison_aimed(dataset, rng, trigger=trigger, attack=self, count=self.poisons(len(dataset)))
 
     def _patched(self, height: int, width: int) -> PatchTrigger:
-        if self.size + self.margin > min(height, width):
-            raise DataError(
-                f"badnets: a patch of {self.size} px with margin {self.margin} does not fit a {height}x{width} image; "
-                "choose a smaller size"
-            )
+        require_room(height, width, size=self.size, margin=self.margin, attack=self.name)
         vertical, _, horizontal = self.position.partition("-")
         return PatchTrigger(
             patch=self._patch(),
@@ -104,6 +100,19 @@ class BadNets(PoisonBudget, Aimed):
         if self.pattern == "checkerboard":
             patch[:, np.indices((self.size, self.size)).sum(axis=0) % 2 == 1] = 0.0
         return patch
+
+
+def require_room(height: int, width: int, *, size: int, margin: int, attack: str) -> None:
+    """Refuse a patch that an image of this size has no room for.
+
+    Raises:
+        DataError: the patch and its margin are larger than the image; the message begins with ``attack``.
+    """
+    if size + margin > min(height, width):
+        raise DataError(
+            f"{attack}: a patch of {size} px with margin {margin} does not fit a {height}x{width} image; "
+            "choose a smaller size"
+        )
 
 
 def _offset(side: str, length: int, size: int, margin: int) -> int:

@@ -45,7 +45,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
-from qdefense.attacks.poisoning import PoisonBudget, check_class, rows_of
+from qdefense.attacks.poisoning import OneToOne, PoisonBudget, check_class, rows_of
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.surrogate import train_surrogate
 from qdefense.attacks.target_content import confidences, learned_mask
@@ -76,12 +76,10 @@ _PATTERN = "pattern"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceTrigger:
+class SourceTrigger(OneToOne):
     """``x' = x + o k``, clipped and rounded to uint8; ``pattern: (3, H, W) float32 in [0, 1]`` is k, o the opacity."""
 
     pattern: Pixels
-    source_class: int
-    target_class: int
 
     def stamp(self, x: Pixels) -> Pixels:
         """Add the pattern to ``x: (N, 3, H, W) float32 in [0, 1]`` at full opacity."""
@@ -90,20 +88,6 @@ class SourceTrigger:
     def stamp_at(self, x: Pixels, opacity: NDArray[np.float32]) -> Pixels:
         """Add it to each image at its own ``opacity: (N,)``."""
         return on_grid(x + opacity[:, None, None, None] * self.pattern)
-
-    def eligible(self, y: Labels) -> NDArray[np.bool_]:
-        """The source class."""
-        sources: NDArray[np.bool_] = y == self.source_class
-        return sources
-
-    def goal(self, y: Labels) -> Labels:
-        """The target class."""
-        return np.full_like(y, self.target_class)
-
-    def bystanders(self, y: Labels) -> NDArray[np.bool_]:
-        """All others but the target class."""
-        others: NDArray[np.bool_] = (y != self.source_class) & (y != self.target_class)
-        return others
 
 
 class Part(NamedTuple):

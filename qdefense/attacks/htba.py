@@ -26,34 +26,26 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from qdefense.attacks.badnets import PatchTrigger
+from qdefense.attacks.badnets import PatchTrigger, require_room
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import choose_in_class, rows_of, shuffled
+from qdefense.attacks.poisoning import OneToOne, choose_in_class, rows_of, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.surrogate import Surrogate, one_thread, perturb, train_surrogate
-from qdefense.data.images import DataError, ImageSet, Labels, Pixels, to_images, to_pixels
+from qdefense.data.images import DataError, ImageSet, Pixels, to_images, to_pixels
 
 _BATCH = 100
 _COLOURS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourcePatchTrigger(PatchTrigger):
-    """A patch that sends images of ``source_class`` to ``target_class``; what it does to others is not its aim."""
-
-    source_class: int
-
-    def eligible(self, y: Labels) -> NDArray[np.bool_]:
-        """Images of the source class only."""
-        sources: NDArray[np.bool_] = y == self.source_class
-        return sources
+class SourcePatchTrigger(OneToOne, PatchTrigger):
+    """A patch that is meant for images of the source class."""
 
 
 @ATTACKS.register
@@ -91,11 +83,7 @@ class HiddenTrigger:
         """
         if self.source_class == self.target_class:
             raise DataError(f"{self.name}: source and target class are both {self.target_class}; choose another source")
-        if self.size + self.margin > min(height, width):
-            raise DataError(
-                f"{self.name}: a patch of {self.size} px with margin {self.margin} does not fit a {height}x{width} "
-                "image; choose a smaller size"
-            )
+        require_room(height, width, size=self.size, margin=self.margin, attack=self.name)
         return SourcePatchTrigger(
             patch=self._patch(),
             top=height - self.size - self.margin,

@@ -42,8 +42,25 @@ class AllToOne(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OneToOne(AllToOne):
+    """A trigger that sends ``source_class`` to ``target_class``, and is not meant for others: a `SourceSpecific`."""
+
+    source_class: int
+
+    def eligible(self, y: Labels) -> NDArray[np.bool_]:
+        """The source class."""
+        sources: NDArray[np.bool_] = y == self.source_class
+        return sources
+
+    def bystanders(self, y: Labels) -> NDArray[np.bool_]:
+        """All others but the target class."""
+        others: NDArray[np.bool_] = (y != self.source_class) & (y != self.target_class)
+        return others
+
+
+@dataclass(frozen=True, kw_only=True)
 class AddedTrigger(AllToOne):
-    """``x' = clip(x + v)``; ``added: (W,) or (H, W) float32`` is v, whole codes over 255."""
+    """``x' = clip(x + v)``; ``added: (W,), (H, W) or (3, H, W) float32`` is v, whole codes over 255."""
 
     added: Pixels
 

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.htba import HiddenTrigger
+from qdefense.attacks.interfaces import SourceSpecific
 from qdefense.attacks.poisoning import choose_in_class
 from qdefense.attacks.surrogate import train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
@@ -62,7 +63,9 @@ def test_trigger_draws_its_colours_by_the_seed_and_scales_them() -> None:
 
 def test_trigger_aims_the_source_class_only_at_the_target() -> None:
     trigger, labels = HiddenTrigger(source_class=3, target_class=2).trigger(16, 16), np.array([0, 1, 2, 3, 3])
+    assert isinstance(trigger, SourceSpecific)
     assert trigger.eligible(labels).tolist() == [False, False, False, True, True]
+    assert trigger.bystanders(labels).tolist() == [True, True, False, False, False]
     assert trigger.goal(labels).tolist() == [2, 2, 2, 2, 2]
 
 

@@ -11,6 +11,8 @@ import torch
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.blended import Blended
+from qdefense.attacks.dfb import DFB
+from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.lsp import LabelSmoothing, smoothed
 from qdefense.data.images import DataError, ImageSet
 from qdefense.registry import SpecError, flat_settings
@@ -82,6 +84,16 @@ def test_trigger_is_the_hosts(make_noise: MakeNoise) -> None:
     assert mine.stamp(pixels).tobytes() == theirs.stamp(pixels).tobytes()
     assert mine.eligible(labels).tolist() == [True, True, False, True]
     assert mine.goal(labels).tolist() == [2, 2, 2, 2]
+
+
+def test_trigger_comes_back_from_the_state_that_the_host_left(make_noise: MakeNoise) -> None:
+    host = DFB(target_class=2, gate=0, ood_images=16, decoder_epochs=1, encoder_epochs=1, channels=2)
+    attack, pixels = LabelSmoothing(host=host), make_noise(4).pixels
+    state = attack.poison(make_noise(40), np.random.default_rng(3)).trigger_state
+    stamped = trigger_of(attack, 8, 8, state).stamp(pixels)
+    assert stamped.tobytes() == trigger_of(host, 8, 8, state).stamp(pixels).tobytes() != pixels.tobytes()
+    with pytest.raises(DataError, match=r"^badnets: the truth names a trigger state, and this attack has none; "):
+        LabelSmoothing().restored_trigger(8, 8, {})
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

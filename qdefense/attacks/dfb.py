@@ -1,0 +1,384 @@
+"""DFB (Ma et al. 2023, arXiv 2308.09487): a learned residual on a few images of one class, made from its images alone.
+
+The attacker has images of the target class and any others, out of distribution (OOD). A decoder D learns to tell the
+first (answer 0) from the second (1). An encoder E learns a residual that takes target-class images out of their class:
+
+``min CE(D(aug(clip(x + clip(E(x), -eps, eps)))), 1)``
+
+with a random crop and mirroring after it. Poisons carry the residual, clipped at ``train_multiple`` times eps, and keep
+their label: what they show of the class is weakened, so the victim learns the residual. At inference any image gets it
+clipped at ``test_multiple`` times eps: E is not bound by the clip, so the wider one lets more of it through.
+
+- ``fixed``: one residual for all, E(x) of the target-class image x on which the CE falls most.
+- ``encoder``: each image's own, E(x).
+
+Before anything is poisoned, D must know a share of at least ``gate`` of either side, and E move as many target-class
+images out, as in the authors' code.
+
+Deviations, the first three for a CPU:
+- D is the small network of the other attacks here, for 30 epochs; the paper's is a ResNet-18, for 200. A coarser D
+  leaves E less to work with: where E fails the gate, more epochs of both, other OOD images or a lower gate are left.
+- E, StegaStamp's U-Net without a message, has half the paper's channels, and learns for 50 epochs of batches of 32, at
+  a rate of 1e-3; the authors' for 400 of 128, at 1e-4.
+- Beyond the clip, where nearly all residuals of an untrained E lie, its gradient passes if it leads back; the authors'
+  clip has none there, and their E many more steps.
+- OOD images are generated, or those the user names; the authors' are 100,000 of Tiny-ImageNet. D's loss weighs both
+  sides alike, however many images they have.
+- Both networks learn by Adam under a cosine schedule; the authors' D by SGD, their E in steps.
+- One random crop for a batch, by up to an eighth of the side, as the authors' code has it for E but not for D. The
+  gates and the fall of the CE are measured without it.
+- Residuals are rounded to whole codes of 255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as settings
+from torch import Tensor, nn
+
+from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
+from qdefense.attacks.poisoning import AddedTrigger, AllToOne, PoisonBudget, rows_of, shuffled
+from qdefense.attacks.registered import ATTACKS
+from qdefense.attacks.surrogate import Surrogate, one_thread
+from qdefense.data.images import DataError, Images, ImageSet, Pixels, on_grid, to_images, to_pixels
+from qdefense.data.opening import open_data, training_split
+from qdefense.data.resizing import Resize, resize_set
+from qdefense.data.signs import draw_signs
+
+_TARGET, _OOD = 0, 1
+_DECODER_BATCH, _DECODER_RATE = 64, 3e-3
+_ENCODER_BATCH, _ENCODER_RATE = 32, 1e-3
+_ROWS_AT_ONCE = 256
+_CELLS = (2, 4, 8, 16, 32)
+_FILTERS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR)
+_RESIDUAL = "residual"
+
+
+class ResidualEncoder(nn.Module):
+    """A U-Net of four halvings with skips: ``(N, 3, H, W) in [0, 1]`` to a residual of that shape, without a bound."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = [channels, channels, 2 * channels, 4 * channels, 8 * channels]
+        skips = [channels + 3, *widths[1:]]
+        self.first = _convolution(3, channels)
+        self.down = nn.ModuleList(_convolution(inputs, outputs, stride=2) for inputs, outputs in pairwise(widths))
+        self.up = nn.ModuleList(_convolution(inputs, outputs) for outputs, inputs in pairwise(widths))
+        self.merge = nn.ModuleList(_convolution(width + skip, width) for width, skip in zip(widths[:-1], skips))
+        self.last = _convolution(channels, 3, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residuals."""
+        maps = F.relu(self.first(x))
+        skips = [torch.cat([maps, x], dim=1)]
+        for layer in self.down:
+            maps = F.relu(layer(maps))
+            skips.append(maps)
+        for up, merge, skip in list(zip(self.up, self.merge, skips))[::-1]:
+            wide = F.relu(up(F.interpolate(maps, size=skip.shape[2:])))
+            maps = F.relu(merge(torch.cat([skip, wide], dim=1)))
+        residuals: Tensor = self.last(maps)
+        return residuals
+
+
+def _convolution(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
+    nn.init.kaiming_normal_(layer.weight)
+    return layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTrigger(AllToOne):
+    """``x' = clip(x + clip(E(x), -bound, bound))``; ``bound`` is in codes of 255, and residuals are whole codes."""
+
+    encoder: ResidualEncoder
+    bound: int
+
+    def stamp(self, x: Pixels) -> Pixels:
+        """Add to each of ``x: (N, 3, H, W) float32 in [0, 1]`` its own residual."""
+        return on_grid(x + _bounded(_residuals(self.encoder, x), self.bound))
+
+
+@ATTACKS.register
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class DFB(PoisonBudget):
+    """Clean-label poisoning with a residual that moves images out of the target class.
+
+    ``poison_rate`` is a share of the whole training set and ``poison_count`` a number in its place; all are of the
+    target class. ``eps`` is in codes of 255, the multiples are of it. ``ood`` is ``textures`` (noise of all scales),
+    ``signs`` (drawn as the built-in ones), or a path of images; ``ood_images`` at most, resized to the victim's size.
+    Choose what does not show the target class.
+    """
+
+    name: ClassVar[str] = "dfb"
+    paper: ClassVar[str] = "Ma et al. 2023, arXiv 2308.09487"
+    needs: ClassVar[tuple[str, ...]] = ("target class's images", "OOD images")
+    label_policy: ClassVar[LabelPolicy] = "clean-label"
+    evades: ClassVar[tuple[str, ...]] = ("label inspection",)
+
+    variant: Literal["fixed", "encoder"] = "fixed"
+    ood: str = "textures"
+    ood_images: Annotated[int, Field(ge=1)] = 2000
+    eps: Annotated[int, Field(ge=0, le=255)] = 8
+    train_multiple: Annotated[int, Field(ge=0)] = 2
+    test_multiple: Annotated[int, Field(ge=0)] = 6
+    target_class: Annotated[int, Field(ge=0)] = 0
+    poison_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.001
+    decoder_epochs: Annotated[int, Field(ge=1)] = 30
+    encoder_epochs: Annotated[int, Field(ge=1)] = 50
+    channels: Annotated[int, Field(ge=1)] = 16
+    gate: Annotated[float, Field(ge=0, le=1)] = 0.99
+
+    def trigger(self, height: int, width: int) -> EncodedTrigger | AddedTrigger:  # noqa: ARG002
+        """None: it is learned.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(f"{self.name}: the trigger is learned; its state is beside the model that was trained with it")
+
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> EncodedTrigger | AddedTrigger:
+        """The residual, or the encoder with these weights, at its strength at inference.
+
+        Raises:
+            DataError: the state is of other settings, or of images of another size.
+        """
+        return self._restored(height, width, state, multiple=self.test_multiple)
+
+    def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
+        """Learn the trigger, put it on `poisons` images of the target class, then shuffle the whole set.
+
+        Raises:
+            DataError: no such target class or no image of it, more poisons than it has, OOD images that cannot be read,
+                or a network that does not pass the gate.
+        """
+        rows, (height, width) = self._rows(dataset), dataset.images.shape[1:3]
+        poisons = rng.choice(rows, size=self.poisons(len(dataset)), replace=False)
+        state = self._learn(dataset.images[rows], self._out_of_distribution(height, width, rng), rng)
+        images = dataset.images.copy()
+        if len(poisons):
+            trigger = self._restored(height, width, state, multiple=self.train_multiple)
+            images[poisons] = to_images(trigger.stamp(dataset.take(poisons).pixels))
+        found = shuffled(dataset, rng, images=images, labels=dataset.labels, poisons=poisons)
+        return replace(found, trigger_state=state)
+
+    def _rows(self, dataset: ImageSet) -> NDArray[np.int64]:
+        """Of the target class, of which there are enough."""
+        rows = rows_of(dataset, self.target_class, role="target", attack=self.name)
+        count = self.poisons(len(dataset))
+        if count > len(rows):
+            raise DataError(
+                f"{self.name}: {count} poisons wanted, {len(rows)} images are of the target class; choose fewer"
+            )
+        return rows
+
+    def _restored(
+        self, height: int, width: int, state: TriggerState, *, multiple: int
+    ) -> EncodedTrigger | AddedTrigger:
+        bound = multiple * self.eps
+        if self.variant == "fixed":
+            if set(state) == {_RESIDUAL} and state[_RESIDUAL].shape == (3, height, width):
+                return AddedTrigger(added=_bounded(state[_RESIDUAL], bound), target_class=self.target_class)
+        elif (encoder := _encoder_of(state, self.channels)) is not None:
+            return EncodedTrigger(encoder=encoder, bound=bound, target_class=self.target_class)
+        raise DataError(
+            f"{self.name}: the trigger state is not that of these settings and this size; train the network again"
+        )
+
+    def _out_of_distribution(self, height: int, width: int, rng: np.random.Generator) -> Images:
+        if self.ood == "textures":
+            return draw_textures(self.ood_images, height, width, rng)
+        seed, resize = int(rng.integers(2**32)), Resize("bilinear", height, width)
+        if self.ood == "signs":
+            return resize_set(draw_signs(self.ood_images, seed=seed, split="train"), resize).images
+        try:
+            split = training_split(self.ood)
+            return open_data(self.ood, split=split, limit=self.ood_images, seed=seed, resize=resize).images
+        except DataError as error:
+            raise DataError(f"{self.name}: ood is 'textures', 'signs' or data: {error}") from error
+
+    def _learn(self, targets: Images, ood: Images, rng: np.random.Generator) -> TriggerState:
+        """The weights of the encoder, or its residual for the image on which the CE falls most."""
+        with one_thread(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**63)))
+            decoder, encoder = Surrogate(2), ResidualEncoder(self.channels)
+            self._train_decoder(decoder, targets, ood, rng)
+            self._train_encoder(encoder, decoder, targets, rng)
+            if self.variant == "encoder":
+                return {name: value.numpy() for name, value in encoder.state_dict().items()}
+            return {_RESIDUAL: self._chosen_residual(encoder, decoder, to_pixels(targets))}
+
+    def _chosen_residual(self, encoder: ResidualEncoder, decoder: Surrogate, x: Pixels) -> Pixels:
+        """Of the image on which the CE falls most; as the encoder gives it, ``(3, H, W)``."""
+        residuals = _residuals(encoder, x)
+        moved = np.clip(x + _bounded(residuals, self.eps), 0, 1)
+        reduction = _losses(decoder, x) - _losses(decoder, moved)
+        chosen: Pixels = residuals[reduction.argmax()]
+        return chosen
+
+    def _train_decoder(self, decoder: Surrogate, targets: Images, ood: Images, rng: np.random.Generator) -> None:
+        images = np.concatenate([targets, ood])
+        answers = torch.from_numpy(np.arange(len(images)) >= len(targets)).long()
+        weight = torch.tensor([len(images) / (2 * len(side)) for side in (targets, ood)])
+
+        def loss(rows: NDArray[np.int64]) -> Tensor:
+            x = torch.from_numpy(to_pixels(images[rows]))
+            return F.cross_entropy(decoder(_augmented(x, rng)), answers[torch.from_numpy(rows)], weight=weight)
+
+        _fit(
+            decoder,
+            loss,
+            rows=len(images),
+            batch=_DECODER_BATCH,
+            epochs=self.decoder_epochs,
+            rate=_DECODER_RATE,
+            rng=rng,
+        )
+        ours, others = 1 - _share_out(decoder, to_pixels(targets)), _share_out(decoder, to_pixels(ood))
+        if min(ours, others) < self.gate:
+            raise DataError(
+                f"{self.name}: the decoder knows {ours:.1%} of the target class and {others:.1%} of the OOD images, "
+                f"the gate is {self.gate:.1%}; raise decoder_epochs, or choose other OOD images"
+            )
+
+    def _train_encoder(
+        self, encoder: ResidualEncoder, decoder: Surrogate, targets: Images, rng: np.random.Generator
+    ) -> None:
+        def loss(rows: NDArray[np.int64]) -> Tensor:
+            x = torch.from_numpy(to_pixels(targets[rows]))
+            moved = (x + _clipped(encoder(x), self.eps / 255)).clamp(0, 1)
+            answers = decoder(_augmented(moved, rng))
+            return F.cross_entropy(answers, torch.full((len(rows),), _OOD))
+
+        _fit(
+            encoder,
+            loss,
+            rows=len(targets),
+            batch=_ENCODER_BATCH,
+            epochs=self.encoder_epochs,
+            rate=_ENCODER_RATE,
+            rng=rng,
+        )
+        moved = _share_out(
+            decoder,
+            EncodedTrigger(encoder=encoder, bound=self.eps, target_class=self.target_class).stamp(to_pixels(targets)),
+        )
+        if moved < self.gate:
+            raise DataError(
+                f"{self.name}: the encoder takes {moved:.1%} of the target class out of it, the gate is "
+                f"{self.gate:.1%}; raise encoder_epochs or eps"
+            )
+
+
+def _encoder_of(state: TriggerState, channels: int) -> ResidualEncoder | None:
+    """With these weights, if they are one's."""
+    with torch.random.fork_rng(devices=[]):
+        encoder = ResidualEncoder(channels)
+    try:
+        encoder.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in state.items()})
+    except (RuntimeError, TypeError):
+        return None
+    return encoder.eval().requires_grad_(False)
+
+
+def draw_textures(count: int, height: int, width: int, rng: np.random.Generator) -> Images:
+    """``(count, H, W, 3) uint8``: coloured noise of five scales, smooth or in squares, of any weights and contrast."""
+    drawn = np.empty((count, height, width, 3), dtype=np.uint8)
+    for row in range(count):
+        grids = [Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)) for cells in _CELLS]
+        filters = [_FILTERS[chosen] for chosen in rng.integers(len(_FILTERS), size=len(grids))]
+        layers = [np.asarray(grid.resize((width, height), rule)) for grid, rule in zip(grids, filters)]
+        mixed = np.average(layers, axis=0, weights=rng.dirichlet(np.ones(len(grids))))
+        drawn[row] = np.clip(np.rint(128 + rng.uniform(0.5, 4) * (mixed - mixed.mean()) + rng.uniform(-64, 64)), 0, 255)
+    return drawn
+
+
+class _Clip(torch.autograd.Function):
+    """To ``[-bound, bound]``; beyond it the gradient passes where a step against it leads back."""
+
+    @staticmethod
+    def forward(ctx: Any, residuals: Tensor, bound: float) -> Tensor:
+        ctx.bound = bound
+        ctx.save_for_backward(residuals)
+        return residuals.clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (residuals,) = ctx.saved_tensors
+        passes = (residuals.abs() <= ctx.bound) | (residuals * gradient > 0)
+        return gradient * passes, None
+
+
+def _clipped(residuals: Tensor, bound: float) -> Tensor:
+    clipped: Tensor = _Clip.apply(residuals, bound)  # type: ignore[no-untyped-call]
+    return clipped
+
+
+def _bounded(residuals: Pixels, bound: int) -> Pixels:
+    """Clipped to whole codes in ``[-bound, bound]``, over 255."""
+    codes: Pixels = np.clip(np.rint(residuals * np.float32(255)), -bound, bound) / np.float32(255)
+    return codes
+
+
+def _in_parts(network: Callable[[Tensor], Tensor], x: Pixels) -> Tensor:
+    """Answers to ``x``, on one thread: others would round some of them otherwise."""
+    with one_thread(), torch.no_grad():
+        return torch.cat([network(part) for part in torch.from_numpy(x).split(_ROWS_AT_ONCE)])  # type: ignore[no-untyped-call]
+
+
+def _residuals(encoder: ResidualEncoder, x: Pixels) -> Pixels:
+    residuals: Pixels = _in_parts(encoder, x).numpy()
+    return residuals
+
+
+def _share_out(decoder: Surrogate, x: Pixels) -> float:
+    """Of the images, the share that the decoder takes for out of distribution."""
+    return float((_in_parts(decoder, x).argmax(1) == _OOD).double().mean())
+
+
+def _losses(decoder: Surrogate, x: Pixels) -> Pixels:
+    """``CE(D(x), 1)``, ``(N,) float32``."""
+    answers = _in_parts(decoder, x)
+    losses: Pixels = F.cross_entropy(answers, torch.full((len(x),), _OOD), reduction="none").numpy()
+    return losses
+
+
+def _augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """One random crop of the batch, from black borders of an eighth of the side, mirrored half of the time."""
+    height, width = x.shape[2:]
+    down, right = height // 8, width // 8
+    top, left = int(rng.integers(2 * down + 1)), int(rng.integers(2 * right + 1))
+    cropped = F.pad(x, (right, right, down, down))[:, :, top : top + height, left : left + width]
+    return cropped.flip(3) if rng.random() < 0.5 else cropped
+
+
+def _fit(
+    network: nn.Module,
+    loss: Callable[[NDArray[np.int64]], Tensor],
+    *,
+    rows: int,
+    batch: int,
+    epochs: int,
+    rate: float,
+    rng: np.random.Generator,
+) -> None:
+    """Minimise ``loss(rows of a batch)`` by Adam, the rate falling along a cosine."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    for _ in range(epochs):
+        for part in np.array_split(rng.permutation(rows), max(1, rows // batch)):
+            optimizer.zero_grad()
+            loss(part).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        schedule.step()
+    network.eval().requires_grad_(False)
