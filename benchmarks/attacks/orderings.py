@@ -33,8 +33,9 @@ class Planted:
 
     @property
     def title(self) -> str:
-        """As it is asked for."""
-        told = ",".join(f"{key.replace('_', '-')}={value}" for key, value in self.settings.items())
+        """As it is asked for; a setting that is None is left out of a key where it is the default."""
+        named = {key: value for key, value in self.settings.items() if value is not None}
+        told = ",".join(f"{key.replace('_', '-')}={value}" for key, value in named.items())
         return f"`{self.name}:{told}`" if told else f"`{self.name}`"
 
     def made(self, record: BehaviourRecord | DefenseRecord) -> bool:
@@ -53,7 +54,7 @@ def few(name: str) -> Planted:
     return Planted(name=name, settings={"poison_count": TINY})
 
 
-BADNETS, BLENDED = (Planted(name=name, settings={"poison_rate": 0.1}) for name in ("badnets", "blended"))
+BADNETS, BLENDED = (Planted(name=name, settings={"poison_rate": 0.1, "mode": None}) for name in ("badnets", "blended"))
 LSP = {smoothing: Planted(name="lsp", settings={"smoothing": smoothing}) for smoothing in (0.2, 0.4, 0.5)}
 FEW_CLEAN_LABEL = Planted(name="clean-label", settings={"class_rate": 0.01})
 SHOWN = (
@@ -67,6 +68,12 @@ SHOWN = (
     few("badnets"),
     few("blended"),
     FEW_CLEAN_LABEL,
+    Planted(name="sig"),
+    Planted(name="issba"),
+    Planted(name="input-aware"),
+    Planted(name="clean-label", settings={"class_rate": 0.25}),
+    Planted(name="htba"),
+    *(Planted(name=name, settings={"mode": "all-to-all"}) for name in ("badnets", "blended")),
 )
 
 
