@@ -14,6 +14,7 @@ from qdefense.attacks.blended import Blended
 from qdefense.attacks.dfb import DFB
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.lsp import LabelSmoothing, smoothed
+from qdefense.attacks.sig import SIG
 from qdefense.data.images import DataError, ImageSet
 from qdefense.registry import SpecError, flat_settings
 from qdefense.trial import Activity, measure_behaviour
@@ -92,8 +93,10 @@ def test_trigger_comes_back_from_the_state_that_the_host_left(make_noise: MakeNo
     state = attack.poison(make_noise(40), np.random.default_rng(3)).trigger_state
     stamped = trigger_of(attack, 8, 8, state).stamp(pixels)
     assert stamped.tobytes() == trigger_of(host, 8, 8, state).stamp(pixels).tobytes() != pixels.tobytes()
-    with pytest.raises(DataError, match=r"^badnets: the truth names a trigger state, and this attack has none; "):
+    with pytest.raises(DataError, match=r"^badnets: the trigger state is not that of these settings; "):
         LabelSmoothing().restored_trigger(8, 8, {})
+    with pytest.raises(DataError, match=r"^sig: the truth names a trigger state, and this attack has none; "):
+        LabelSmoothing(host=SIG()).restored_trigger(8, 8, {})
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
