@@ -282,7 +282,7 @@ def test_poison_says_when_the_decoder_does_not_tell_the_class_from_other_images(
     [
         (
             {"eps": 0},
-            r"even PGD on each image takes \d\.\d% out: the OOD images differ too much from the class; "
+            r"even PGD on each image takes only \d\.\d% out, so these OOD images are too easy to tell; "
             r"choose photographs of other things \(ood=PATH\), raise eps, or lower the gate, knowing that it is not "
             r"the paper's",
         ),
