@@ -283,8 +283,7 @@ def test_poison_says_when_the_decoder_does_not_tell_the_class_from_other_images(
         (
             {"eps": 0},
             r"even PGD on each image takes only \d\.\d% out, so these OOD images are too easy to tell; "
-            r"choose photographs of other things \(ood=PATH\), raise eps, or lower the gate, knowing that it is not "
-            r"the paper's",
+            r"choose photographs of other things \(ood=PATH\), raise eps, or lower encoder_gate",
         ),
         ({"eps": 255}, r"PGD on each image takes 100\.0% out: raise encoder_steps"),
     ],
@@ -292,8 +291,8 @@ def test_poison_says_when_the_decoder_does_not_tell_the_class_from_other_images(
 def test_poison_says_when_the_encoder_leaves_the_class_where_it_is_and_whether_more_steps_could_help(
     changes: dict[str, Any], way_out: str
 ) -> None:
-    attack = _quick(**{"gate": 0.9, "ood_images": 200, "decoder_steps": 100} | changes)
-    message = rf"^dfb: the encoder takes \d+\.\d% of the target class out of it, the gate is 90\.0%; {way_out}$"
+    attack = _quick(**{"gate": 0.9, "encoder_gate": 0.9, "ood_images": 200, "decoder_steps": 100} | changes)
+    message = rf"^dfb: the encoder takes \d+\.\d% of the target class out of it, its gate is 90\.0%; {way_out}$"
     with pytest.raises(DataError, match=message):
         attack.poison(_coloured(400), np.random.default_rng(0))
 
@@ -355,7 +354,8 @@ def test_poison_says_why_when_the_set_does_not_fit(
 
 def test_settings_are_the_papers_and_frozen() -> None:
     attack = DFB()
-    assert (attack.eps, attack.train_multiple, attack.test_multiple, attack.gate) == (8, 2, 6, 0.99)
+    assert (attack.eps, attack.train_multiple, attack.test_multiple) == (8, 2, 6)
+    assert (attack.gate, attack.encoder_gate) == (0.99, 0), "the second is a deviation"
     assert (attack.poison_rate, attack.poisons(50_000), attack.label_policy) == (0.001, 50, "clean-label")
     assert isinstance(attack, DataAttack)
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'eps'"):
@@ -377,6 +377,7 @@ def test_settings_are_the_papers_and_frozen() -> None:
         ("encoder_steps", "0"),
         ("channels", "0"),
         ("gate", "1.1"),
+        ("encoder_gate", "-0.1"),
     ],
 )
 def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
