@@ -39,7 +39,8 @@ class Trigger(Protocol):
 class SourceSpecific(Trigger, Protocol):
     """A trigger that shall work on some classes only; on `bystanders` it shall not, and the FPR says how often it does.
 
-    FPR: of bystanders with the trigger, the share that answers with a target (Wang et al. 2023, arXiv 2206.00145).
+    FPR: of all bystanders x, the share that the trigger misleads, ``argmax f(stamp(x))`` a target and ``argmax f(x)``
+    none (Wang et al. 2023, arXiv 2206.00145).
     """
 
     def bystanders(self, y: Labels) -> NDArray[np.bool_]:
