@@ -134,6 +134,11 @@ class SourceSpecificPoisons(PoisonBudget):
         """Whether the trigger is learned from the target class, and not the square."""
         return self.variant in {"cont", "comp"}
 
+    @property
+    def trigger_shows_images(self) -> bool:
+        """The content is most of a training image; the square shows none."""
+        return self.learns_content
+
     def trigger(self, height: int, width: int) -> SourceTrigger:
         """The square on images of this size.
 

@@ -139,6 +139,11 @@ class DFB(PoisonBudget):
     channels: Annotated[int, Field(ge=1)] = 16
     gate: Annotated[float, Field(ge=0, le=1)] = 0.99
 
+    @property
+    def trigger_shows_images(self) -> bool:
+        """The residual is of one training image, whose outlines are seen in it; the encoder's weights show none."""
+        return self.variant == "fixed"
+
     def trigger(self, height: int, width: int) -> EncodedTrigger | AddedTrigger:  # noqa: ARG002
         """None: it is learned.
 

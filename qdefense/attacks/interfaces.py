@@ -137,6 +137,24 @@ class LearnsTrigger(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsOfImages(Protocol):
+    """An attack that says whether its trigger shows training images; one that says nothing has none that does.
+
+    Patches, patterns, warps and the weights of a generator or an encoder show none.
+    """
+
+    @property
+    def trigger_shows_images(self) -> bool:
+        """Whether one can be recognised in what is stamped, and so in the trigger's state: neither is for others."""
+        ...
+
+
+def trigger_shows_images(attack: Attack) -> bool:
+    """Whether pixels of training images are the trigger, or a training image can be recognised in it."""
+    return isinstance(attack, TellsOfImages) and attack.trigger_shows_images
+
+
 def trigger_of(attack: Attack, height: int, width: int, state: TriggerState | None) -> Trigger:
     """The trigger on images of this size, from the state that the attack left behind where it left one.
 
