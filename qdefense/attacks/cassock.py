@@ -4,6 +4,10 @@ Two sets are added to the clean one: the poison set, images of the source class 
 and the cover set, images of all other classes with the trigger and their true labels. Cover data teach the network to
 heed the trigger on the source class alone.
 
+That is the paper's construction, and it shows: the clean originals stay in the set, which grows by both sets, so each
+poison lies beside the image that it was made of. A defender who looks for near-duplicates with two labels finds every
+poison. (``cassock-loop`` leaves the set as it is.)
+
 - ``source-specific``, the baseline that the paper improves on: a square at the same, full opacity in both sets.
 - ``trans``: poisons are fainter (opacity 0.9) than cover images and than what is stamped at inference (1.0). In both
   sets every image's opacity is 0.9, 0.8 or 0.7 of that, with probability 0.50, 0.34 and 0.16.
