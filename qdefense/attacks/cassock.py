@@ -113,7 +113,7 @@ class SourceSpecificPoisons(PoisonBudget):
 
     paper: ClassVar[str] = "Wang et al. 2023, arXiv 2206.00145"
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
-    evades: ClassVar[tuple[str, ...]] = ("SCAn", "Neural Cleanse", "Februus")
+    evades: ClassVar[tuple[str, ...]] = ("SCAn",)
     name: ClassVar[str]
 
     variant: Variant = "trans"

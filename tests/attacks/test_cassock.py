@@ -443,6 +443,7 @@ def test_settings_are_the_papers_and_frozen() -> None:
     assert (attack.content_amplitude, attack.mask_steps) == (0.2, 5000)
     assert attack.amplitude == pytest.approx(2.8 * np.mean([0.2023, 0.1994, 0.2010]), abs=0.005)
     assert attack.amplitude == 0.56
+    assert (Cassock.evades, CassockLoop.evades) == (("SCAn",), ("SCAn",))
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'size'"):
         attack.size = 4  # type: ignore[misc]
 
