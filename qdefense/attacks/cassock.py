@@ -33,6 +33,8 @@ Deviations:
 - In the loop, a batch's expected share of both sets, rounded, replaces its first rows. Normalization sees the batch and
   what is added to it as one; the authors' network has none. The numbers added are those of ``trans``; the authors' code
   for ``cont`` computes such terms (16 poisons, 8 cover images) and, by mistake it seems, never adds them to the loss.
+- The loop's poisons and cover images, in the batch and behind it, are never shifted or mirrored, whatever the recipe
+  does to clean rows: there the trigger has one place, and the data-only attack's poisons are moved like any other row.
 """
 
 from __future__ import annotations
