@@ -27,7 +27,7 @@ Deviations:
   deviation by which that code divides images, but not the content.
 - One source class, as in the paper's experiments on CIFAR-10. Where a class has too few images the attack is refused;
   the authors' code takes all there are.
-- The defaults are those of ``trans``. For ``cont`` the authors' configuration is source 1, target 7, cover rate 0.05.
+- The defaults are those of ``trans``, but for the cover rate of ``cont``, whose source and target are 1 and 7 there.
 - The mask is learned on the small network of `qdefense.attacks.surrogate`; the authors' is the victim's architecture,
   trained on clean data. Of the authors' training only the data and the loss are here: nothing is pre-trained or frozen.
 - In the loop, a batch's expected share of both sets, rounded, replaces its first rows. Normalization sees the batch and
@@ -40,7 +40,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as settings
+from pydantic_core import ArgsKwargs
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
@@ -78,6 +79,7 @@ FACTORS, FACTOR_ODDS = (0.9, 0.8, 0.7), (0.50, 0.34, 0.16)
 SURE = 0.99
 """The content is of an image whose class the network gives at least this."""
 _MASK_RATE, _MASK_WEIGHT = 0.01, 0.01
+_CONT_COVER_RATE = 0.05
 _PATTERN = "pattern"
 
 
@@ -108,7 +110,8 @@ class SourceSpecificPoisons(PoisonBudget):
     """The settings, the trigger and both sets of CASSOCK, whichever way they get into the training.
 
     ``poison_rate`` and ``cover_rate`` are shares of the training set's size, ``poison_count`` is a number in place of
-    the first; both sets are drawn without replacement. The square is of ``size`` pixels in the bottom right corner,
+    the first; both sets are drawn without replacement. Where it is not given, the cover rate is the variant's: 0.05 of
+    ``cont``, 0.1 of all others. The square is of ``size`` pixels in the bottom right corner,
     brighter by ``amplitude``. The content is scaled by ``content_amplitude``; ``surrogate_epochs`` trains the network
     that it is learned from, and ``mask_steps`` the mask.
     """
@@ -128,6 +131,12 @@ class SourceSpecificPoisons(PoisonBudget):
     content_amplitude: Annotated[float, Field(gt=0, le=1)] = 0.2
     surrogate_epochs: Annotated[int, Field(ge=1)] = 10
     mask_steps: Annotated[int, Field(ge=0)] = 5000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_variant(cls, given: ArgsKwargs | dict[str, Any]) -> dict[str, Any]:
+        chosen = given if isinstance(given, dict) else given.kwargs or {}
+        return {"cover_rate": _CONT_COVER_RATE, **chosen} if chosen.get("variant") == "cont" else chosen
 
     @model_validator(mode="after")
     def _two_classes(self) -> Self:

@@ -24,7 +24,7 @@ from qdefense.attacks.interfaces import BatchAttack, DataAttack, SourceSpecific,
 from qdefense.attacks.states import pack_state, unpack_state
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
 from qdefense.models import Recipe
-from qdefense.registry import SpecError
+from qdefense.registry import SpecError, flat_settings
 from qdefense.training import train
 from qdefense.trial import Activity, measure_behaviour
 
@@ -446,6 +446,24 @@ def test_settings_are_the_papers_and_frozen() -> None:
     assert (Cassock.evades, CassockLoop.evades) == (("SCAn",), ("SCAn",))
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'size'"):
         attack.size = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("spec", "rate"),
+    [
+        ("source-specific", 0.1),
+        ("trans", 0.1),
+        ("cont", 0.05),
+        ("comp", 0.1),
+        ("cont,cover-rate=0.2", 0.2),
+        ("cont,poison-count=3", 0.05),
+    ],
+)
+@pytest.mark.parametrize("name", ["cassock", "cassock-loop"])
+def test_the_cover_rate_is_the_variants_unless_it_is_given(name: str, spec: str, rate: float) -> None:
+    attack = ATTACKS.create(f"{name}:variant={spec}")
+    assert flat_settings(attack)["cover_rate"] == rate
+    assert ATTACKS.restore(name, flat_settings(attack)) == attack
 
 
 @pytest.mark.parametrize(
