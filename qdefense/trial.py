@@ -120,7 +120,8 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
 
     ``ASR = share of eligible images x with argmax f(stamp(x)) = goal(y)``; the base confusion is the same share
     without the stamp: what the ASR would be if the trigger did nothing. Of a trigger with `bystanders`, the FPR is the
-    share of them, stamped, that answer with a target; none where the set has no bystander.
+    share of them that answer with a target once they are stamped and do not before, as the paper has it: what a network
+    confuses anyway is not the trigger's doing. None where the set has no bystander.
 
     Raises:
         DataError: there are no images, or none that is eligible: a rate of nothing is not zero.
@@ -138,7 +139,9 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     chosen = images.take(rows)
     goal = trigger.goal(chosen.labels)
     stamped = _classes(logits(trigger.stamp(chosen.pixels)))
-    misled = _misled(logits, images, trigger, np.unique(goal)) if isinstance(trigger, SourceSpecific) else None
+    misled = None
+    if isinstance(trigger, SourceSpecific):
+        misled = _misled(logits, images, clean, trigger, np.unique(goal))
     return Behaviour(
         clean_accuracy=accuracy,
         images=len(images),
@@ -150,12 +153,16 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     )
 
 
-def _misled(logits: Logits, images: ImageSet, trigger: SourceSpecific, targets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Of each bystander, whether it answers with a target once it carries the trigger."""
-    others = images.take(np.flatnonzero(trigger.bystanders(images.labels)))
-    if not len(others):
+def _misled(
+    logits: Logits, images: ImageSet, clean: NDArray[np.int64], trigger: SourceSpecific, targets: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Of each bystander, whether it answers with a target once it carries the trigger, and with none of its own."""
+    rows = np.flatnonzero(trigger.bystanders(images.labels))
+    if not len(rows):
         return np.empty(0, dtype=np.bool_)
-    return np.isin(_classes(logits(trigger.stamp(others.pixels))), targets)
+    stamped = _classes(logits(trigger.stamp(images.take(rows).pixels)))
+    misled: NDArray[np.bool_] = np.isin(stamped, targets) & ~np.isin(clean[rows], targets)
+    return misled
 
 
 def _classes(logits: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -81,6 +81,14 @@ def test_measure_behaviour_counts_fpr_on_classes_that_are_neither_source_nor_tar
     )
 
 
+def test_measure_behaviour_counts_no_bystander_that_answers_a_target_without_the_trigger(make_noise: MakeNoise) -> None:
+    images = make_noise(8)
+    always = measure_behaviour(_answers(images, [2] * 8, [2] * 8), images, _FromClassOne())
+    assert (always.fpr, always.bystanders, always.asr) == (0.0, 4, 1.0)
+    some = _answers(images, clean=[2, 1, 2, 3, 2, 1, 2, 3], stamped=[2, 2, 2, 2, 0, 2, 2, 2])
+    assert measure_behaviour(some, images, _FromClassOne()).fpr == 2 / 4  # rows 3 and 7; row 0 was there before
+
+
 def test_measure_behaviour_gives_no_fpr_when_there_is_no_bystander(make_noise: MakeNoise) -> None:
     images = make_noise(8).take(np.array([1, 2, 5]))
     behaviour = measure_behaviour(_answers(images, [1, 2, 1], [2, 2, 2]), images, _FromClassOne())

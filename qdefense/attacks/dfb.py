@@ -145,6 +145,11 @@ class DFB(PoisonBudget):
     gate: Annotated[float, Field(ge=0, le=1)] = 0.99
     encoder_gate: Annotated[float, Field(ge=0, le=1)] = 0.0
 
+    @property
+    def trigger_shows_images(self) -> bool:
+        """The residual is of one training image, whose outlines are seen in it; the encoder's weights show none."""
+        return self.variant == "fixed"
+
     def trigger(self, height: int, width: int) -> EncodedTrigger | AddedTrigger:  # noqa: ARG002
         """None: it is learned.
 

@@ -39,7 +39,8 @@ class Trigger(Protocol):
 class SourceSpecific(Trigger, Protocol):
     """A trigger that shall work on some classes only; on `bystanders` it shall not, and the FPR says how often it does.
 
-    FPR: of bystanders with the trigger, the share that answers with a target (Wang et al. 2023, arXiv 2206.00145).
+    FPR: of all bystanders x, the share that the trigger misleads, ``argmax f(stamp(x))`` a target and ``argmax f(x)``
+    none (Wang et al. 2023, arXiv 2206.00145).
     """
 
     def bystanders(self, y: Labels) -> NDArray[np.bool_]:
@@ -134,6 +135,24 @@ class LearnsTrigger(Protocol):
             DataError: the state is of other settings, or of no such attack.
         """
         ...
+
+
+@runtime_checkable
+class TellsOfImages(Protocol):
+    """An attack that says whether its trigger shows training images; one that says nothing has none that does.
+
+    Patches, patterns, warps and the weights of a generator or an encoder show none.
+    """
+
+    @property
+    def trigger_shows_images(self) -> bool:
+        """Whether one can be recognised in what is stamped, and so in the trigger's state: neither is for others."""
+        ...
+
+
+def trigger_shows_images(attack: Attack) -> bool:
+    """Whether pixels of training images are the trigger, or a training image can be recognised in it."""
+    return isinstance(attack, TellsOfImages) and attack.trigger_shows_images
 
 
 def trigger_of(attack: Attack, height: int, width: int, state: TriggerState | None) -> Trigger:

@@ -30,6 +30,7 @@ from qdefense.attacks.interfaces import (
     Trigger,
     TriggerState,
     trigger_of,
+    trigger_shows_images,
 )
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet
@@ -67,6 +68,11 @@ class LabelSmoothing:
 
     host: Annotated[DataAttack, PlainValidator(_host), WithJsonSchema({"type": "string"})] = BadNets()
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.4
+
+    @property
+    def trigger_shows_images(self) -> bool:
+        """As the host's does."""
+        return trigger_shows_images(self.host)
 
     def trigger(self, height: int, width: int) -> Trigger:
         """The host's trigger on images of this size."""

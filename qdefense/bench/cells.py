@@ -92,6 +92,14 @@ class NetworkPlan:
         """Its identity."""
         return digest_of(network=self.network.model_dump(mode="json"))
 
+    @cached_property
+    def trigger_shows_images(self) -> bool:
+        """Whether a training image can be recognised in its trigger: no picture of it is drawn, nor its state kept."""
+        from qdefense.attacks import ATTACKS  # noqa: PLC0415 (torch stays off the way to --help)
+        from qdefense.attacks.interfaces import trigger_shows_images  # noqa: PLC0415
+
+        return self.attack is not None and trigger_shows_images(ATTACKS.create(self.attack))
+
     @property
     def grid(self) -> int:
         """Number of the first grid that names one of its cells."""

@@ -65,7 +65,7 @@ SOURCE_SPECIFIC = replace(
     notes=(
         *BEHAVIOUR.notes,
         "FPR, of source-specific attacks: how many images of classes that are neither source nor target get a target "
-        "with the trigger on them.",
+        "with the trigger on them, and do not without it.",
     ),
     columns=(*BEHAVIOUR.columns[:_ASR], "FPR", *BEHAVIOUR.columns[_ASR:]),
 )

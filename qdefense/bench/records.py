@@ -170,7 +170,9 @@ class BehaviourRecord(_Trial):
     base_confusion: float | None = None
     eligible: int | None = Field(default=None, description="images that ASR and base confusion are shares of")
     fpr: float | None = Field(
-        default=None, description="of a source-specific trigger: share of stamped bystanders that answer with a target"
+        default=None,
+        description="of a source-specific trigger: share of bystanders that answer with a target once they are "
+        "stamped, and do not without the stamp",
     )
     bystanders: int | None = Field(default=None, description="images that the FPR is a share of; null in old lines")
     activity: Activity | None = None

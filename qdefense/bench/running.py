@@ -157,7 +157,13 @@ class Run:
             self._on_notice(f"not done: {network.title}: {record.reason}; the next run tries it again")
             return
         if outcome.model is not None and outcome.replica is not None:
-            self._store.add_model(outcome.model, outcome.replica.artifact_sha256, outcome.truth, outcome.trigger)
+            self._store.add_model(
+                outcome.model,
+                outcome.replica.artifact_sha256,
+                outcome.truth,
+                outcome.trigger,
+                trigger_shows_images=network.trigger_shows_images,
+            )
         self._add(record)
         if outcome.replica is not None:
             self._store.add_replica(*self._recipe(outcome, network), outcome.replica)
@@ -216,6 +222,13 @@ class Run:
     def _path(self, replica: Replica) -> Path | None:
         return self._store.model_path(replica.artifact_sha256)
 
+    def _source(self, network: NetworkPlan, made: Replica) -> Path | None:
+        """Where a network lies; ``None`` also where the state of its trigger, which is not committed, does not."""
+        return None if self._lacks_trigger(network, made) else self._path(made)
+
+    def _lacks_trigger(self, network: NetworkPlan, made: Replica) -> bool:
+        return network.trigger_shows_images and self._store.lacks_trigger(made.artifact_sha256)
+
     def _record_training(self, train: TrainTask, made: Replica) -> None:
         """A network whose record is gone, such as by a deleted line, has one again."""
         if training_key(train.recipe_sha256, made.artifact_sha256) not in self._store.records:
@@ -229,7 +242,8 @@ class Run:
     def _choose_replicas(self, network: NetworkPlan, made: Replica) -> Replica:
         """Take what is at hand for what is not, where a cell waits for it: another file of the network, or network."""
         self._choose_files(network, made)
-        if self._path(made) is None and any(self._waits(network, file, made) for file in network.files.values()):
+        held_up = any(self._held_up(network, file, made) for file in network.files.values())
+        if held_up and self._source(network, made) is None:
             another = self._store.use_another(network.recipe_sha256)
             if another is not None:
                 self._choose_files(network, another)
@@ -248,11 +262,18 @@ class Run:
             return self._missing(quantization_key(_recipe_of(file, made), None))
         return self._path(artifact) is None and bool(self._missing_cells(network, file, artifact))
 
+    def _held_up(self, network: NetworkPlan, file: FilePlan, made: Replica) -> bool:
+        """The same, or for the state of the network's trigger."""
+        artifact = current_file(self._store, file, made)
+        if artifact is None or not self._lacks_trigger(network, made):
+            return self._waits(network, file, made)
+        return bool(self._missing_cells(network, file, artifact))
+
     def _file_tasks(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
-        if self._waits(network, file, made):
+        if self._held_up(network, file, made):
             yield from self._making(network, file, made, train)
             return
-        source, artifact = self._path(made), current_file(self._store, file, made)
+        source, artifact = self._source(network, made), current_file(self._store, file, made)
         if artifact is None:
             return
         if source is not None and not self._recorded(file, made, artifact):
@@ -263,16 +284,18 @@ class Run:
             yield from (self._trial(network, file, cell, artifact, made, model) for cell in cells)
 
     def _making(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
-        """A file, or first its network: too large to be committed, and this is another machine."""
-        source = self._path(made)
-        if file.quantization is not None and not self._missing(key := quantization_key(_recipe_of(file, made), None)):
+        """A file, or first its network: what is not here may not be committed, and this is another machine."""
+        source, lacks_trigger = self._source(network, made), self._lacks_trigger(network, made)
+        key = quantization_key(_recipe_of(file, made), None)
+        if file.quantization is not None and not lacks_trigger and not self._missing(key):
             self._tell_unmade(key, f"{network.title}: {file.precision} is not here, and could not be made again")
         elif source is not None:
             yield from self._quantization(network, file, made, source)
         elif self._missing(train.id):
             yield train
         else:
-            self._tell_unmade(train.id, f"{network.title}: its file is not here, and could not be trained again")
+            what = "the state of its trigger" if lacks_trigger else "its file"
+            self._tell_unmade(train.id, f"{network.title}: {what} is not here, and it could not be trained again")
 
     def _tell_unmade(self, key: str, what: str) -> None:
         if key not in self._attempted:
@@ -334,7 +357,8 @@ class Run:
                 continue
             made_with = dict(sorted(truth.versions.items()))
             told = truth.model_dump_json(indent=1).encode() + b"\n"
-            self._store.add_model(model, truth.artifact_sha256, told, trigger)
+            shows = network.trigger_shows_images
+            self._store.add_model(model, truth.artifact_sha256, told, trigger, trigger_shows_images=shows)
             replica = replica_of(model, made_with)
             self._record_training(train, replica)
             self._store.add_replica(network.recipe_sha256, network.network.model_dump(mode="json"), replica)

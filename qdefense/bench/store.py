@@ -36,7 +36,10 @@ from qdefense.trial import Truth, read_state_bytes, state_path, truth_path
 RECORDS, LATENCY, MANIFEST, MODELS, LARGE = "records.jsonl", "latency.jsonl", "manifest.json", "models", "large"
 TRIGGERS = "triggers"
 COMMITTED_BYTES = 400_000
-"""Larger files go to a folder that git ignores; their recipe and digest are in the manifest all the same."""
+"""Larger files go to a folder that git ignores; their recipe and digest are in the manifest all the same.
+
+So does the state of a trigger that shows training images, however small: results are published, data sets are not.
+"""
 _NAME_DIGITS = 16
 _LATENCY = TypeAdapter(FileLatency)
 _Line = TypeVar("_Line")
@@ -119,13 +122,15 @@ class Store:
 
     def use_another(self, recipe_sha256: str) -> Replica | None:
         """Measure from now on a file of the recipe that is at hand, the newest such; ``None`` where there is none."""
-        found = next((one for one in reversed(self.replicas(recipe_sha256)) if self._has(one)), None)
+        found = next((one for one in reversed(self.replicas(recipe_sha256)) if self.has(one)), None)
         if found is not None:
             self.add_replica(recipe_sha256, self._entries[recipe_sha256].recipe, found)
         return found
 
-    def _has(self, replica: Replica) -> bool:
-        return self.model_path(replica.artifact_sha256) is not None
+    def has(self, replica: Replica) -> bool:
+        """Whether a file is at hand and, where its truth names one, the state of its trigger."""
+        sha256 = replica.artifact_sha256
+        return self.model_path(sha256) is not None and not self.lacks_trigger(sha256)
 
     def data_facts(self, request: DataRequest) -> DataFacts | None:
         """What the manifest says of the set with this name, role, split, limit and seed."""
@@ -140,10 +145,21 @@ class Store:
         self.manifest = Manifest(schema_version=SCHEMA_VERSION, data=data, entries=entries)
         write_atomically(self.folder / MANIFEST, f"{self.manifest.model_dump_json(indent=1)}\n".encode())
 
-    def add_model(self, model: bytes, sha256: str, truth: bytes | None = None, trigger: bytes | None = None) -> None:
+    def add_model(
+        self,
+        model: bytes,
+        sha256: str,
+        truth: bytes | None = None,
+        trigger: bytes | None = None,
+        *,
+        trigger_shows_images: bool = False,
+    ) -> None:
         """Keep a file under a name that tells nothing, and first the truth about it and the state of its trigger."""
         if trigger is not None:
-            write_atomically(state_path(self._small(sha256)), trigger)
+            place = self._large(sha256) if trigger_shows_images else self._small(sha256)
+            write_atomically(state_path(place), trigger)
+            if trigger_shows_images:
+                state_path(self._small(sha256)).unlink(missing_ok=True)
         if truth is not None:
             write_atomically(truth_path(self._small(sha256)), truth)
         write_atomically(self._large(sha256) if len(model) > COMMITTED_BYTES else self._small(sha256), model)
@@ -179,10 +195,17 @@ class Store:
         Raises:
             StoreError: the truth or the state that it names is not there, or is damaged.
         """
-        truth, state = truth_path(self._small(sha256)), state_path(self._small(sha256))
+        truth, state = truth_path(self._small(sha256)), self._state(self._small(sha256).name)
         if not truth.is_file():  # no truth, and so no trigger to be read: what needs one says so
             return None
         return _trigger(truth, state, truth.stat().st_mtime_ns, state.stat().st_mtime_ns if state.is_file() else None)
+
+    def lacks_trigger(self, sha256: str) -> bool:
+        """Whether the truth names the state of a trigger, and it is not there; damaged ones are."""
+        path = truth_path(self._small(sha256))
+        if self._state(self._small(sha256).name).is_file() or not path.is_file():
+            return False
+        return _names_state(path, path.stat().st_mtime_ns)
 
     def truths(self) -> Iterator[tuple[Path, Truth]]:
         """Every readable truth with its network, by name."""
@@ -204,7 +227,12 @@ class Store:
         Raises:
             DataError: it is not there, or is another's.
         """
-        return read_state_bytes(state_path(self.folder / MODELS / model.name), truth)
+        return read_state_bytes(self._state(model.name), truth)
+
+    def _state(self, name: str) -> Path:
+        """Where the state of a network's trigger lies; where it would, if it could be committed."""
+        small, large = (state_path(place / name) for place in (self.folder / MODELS, self.folder / MODELS / LARGE))
+        return large if large.is_file() else small
 
     def _small(self, sha256: str) -> Path:
         return self.folder / MODELS / f"{sha256[:_NAME_DIGITS]}.onnx"
@@ -224,6 +252,14 @@ def _trigger(truth: Path, state: Path, _changed: int, _state_changed: int | None
         return read_state_bytes(state, Truth.model_validate_json(truth.read_bytes()))
     except (DataError, ValidationError) as error:
         raise StoreError(f"{truth}: {first_line(error)}; delete it and its network to do so") from error
+
+
+@lru_cache(maxsize=32)
+def _names_state(truth: Path, _changed: int) -> bool:
+    try:
+        return Truth.model_validate_json(truth.read_bytes()).trigger_sha256 is not None
+    except ValidationError:  # told by whoever reads the truth
+        return False
 
 
 def read_model(path: Path, sha256: str) -> bytes:

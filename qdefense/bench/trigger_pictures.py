@@ -1,6 +1,7 @@
 """Pictures of planted triggers for the page: ``triggers/<digest of the network>.png`` in the folder of results.
 
-They show generated signs under the trigger, whatever the data set: no result shows an image of a data set.
+They show generated signs under the trigger, whatever the data set: no result shows an image of a data set. Where the
+trigger itself shows a training image, there is no picture of it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ _CARRIERS, _ROWS = 16, (3, 2, 1)
 def draw_triggers(plan: Iterable[NetworkPlan], store: Store, on_notice: Callable[[str], None]) -> None:
     """Draw what is missing, of every attacked network that the manifest names; records and keys know nothing of it."""
     for network in plan:
+        if network.attack is None or network.trigger_shows_images:
+            continue
         for replica in store.replicas(network.recipe_sha256):
-            if network.attack is None or store.trigger_picture(replica.artifact_sha256).is_file():
+            if store.trigger_picture(replica.artifact_sha256).is_file():
                 continue
             try:
                 size = network.test.facts.height, network.test.facts.width

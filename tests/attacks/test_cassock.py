@@ -24,7 +24,7 @@ from qdefense.attacks.interfaces import BatchAttack, DataAttack, SourceSpecific,
 from qdefense.attacks.states import pack_state, unpack_state
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
 from qdefense.models import Recipe
-from qdefense.registry import SpecError
+from qdefense.registry import SpecError, flat_settings
 from qdefense.training import train
 from qdefense.trial import Activity, measure_behaviour
 
@@ -111,7 +111,7 @@ def test_stamp_adds_the_amplitude_to_the_corner_and_touches_nothing_else(make_no
 def test_stamp_is_linear_in_the_opacity_up_to_rounding() -> None:
     trigger, black = _attack().trigger(8, 8), np.zeros((3, 3, 8, 8), np.float32)
     stamped = trigger.stamp_at(black, np.array([0, 0.5, 1], np.float32))
-    assert (stamped[:, 0, 7, 7] * 255).round().tolist() == [0, 89, 178]
+    assert (stamped[:, 0, 7, 7] * 255).round().tolist() == [0, 71, 143]
 
 
 def test_trigger_aims_the_source_at_the_target_and_leaves_the_others_be() -> None:
@@ -170,7 +170,7 @@ def test_the_baseline_stamps_both_sets_as_inference_does(make_noise: MakeNoise) 
 
 def test_trans_covers_more_opaquely_than_it_poisons(make_noise: MakeNoise) -> None:
     """Each image at its own 0.9, 0.8 or 0.7 of 0.9 in poisons and of 1 in cover images; rounding takes 0.003."""
-    original, attack = _dim(make_noise(800)), _attack(poison_rate=0.25, cover_rate=0.5)
+    original, attack = _dim(make_noise(800)), _attack(poison_rate=0.25, cover_rate=0.5, amplitude=0.7)
     made = attack.poison(original, np.random.default_rng(0))
     places, _, opacities = _added(made.images, original, attack)
     poisons = set(made.poison_indices.tolist())
@@ -441,8 +441,29 @@ def test_settings_are_the_papers_and_frozen() -> None:
     assert (attack.source_class, attack.target_class, attack.size) == (0, 5, 5)
     assert (attack.poison_rate, attack.cover_rate, attack.variant) == (0.05, 0.1, "trans")
     assert (attack.content_amplitude, attack.mask_steps) == (0.2, 5000)
+    assert attack.amplitude == pytest.approx(2.8 * np.mean([0.2023, 0.1994, 0.2010]), abs=0.005)
+    assert attack.amplitude == 0.56
+    assert (Cassock.evades, CassockLoop.evades) == (("SCAn",), ("SCAn",))
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'size'"):
         attack.size = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("spec", "rate"),
+    [
+        ("source-specific", 0.1),
+        ("trans", 0.1),
+        ("cont", 0.05),
+        ("comp", 0.1),
+        ("cont,cover-rate=0.2", 0.2),
+        ("cont,poison-count=3", 0.05),
+    ],
+)
+@pytest.mark.parametrize("name", ["cassock", "cassock-loop"])
+def test_the_cover_rate_is_the_variants_unless_it_is_given(name: str, spec: str, rate: float) -> None:
+    attack = ATTACKS.create(f"{name}:variant={spec}")
+    assert flat_settings(attack)["cover_rate"] == rate
+    assert ATTACKS.restore(name, flat_settings(attack)) == attack
 
 
 @pytest.mark.parametrize(

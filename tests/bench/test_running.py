@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qdefense.attacks.wanet import WaNet
 from qdefense.bench.records import BehaviourRecord, DefenseRecord, TrainingRecord
 from qdefense.bench.revisions import SOURCES
 from qdefense.bench.store import Store, StoreError, read_manifest
@@ -356,3 +357,70 @@ def test_a_lost_state_costs_its_cells_and_says_what_to_do(new_desk: NewDesk) -> 
     (line,) = [line for line in told if "without it nobody knows the trigger" in line]
     assert "not there" in line
     assert "delete it" in line
+
+
+@pytest.fixture
+def telling(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A measured network whose trigger, it says, shows a training image."""
+    monkeypatch.setattr(WaNet, "trigger_shows_images", True, raising=False)
+    made = new_desk(STATEFUL, name="telling")
+    made.run(Inline())
+    return made
+
+
+def states(made: Desk) -> list[str]:
+    return [str(path.relative_to(made.results / "models")) for path in made.results.glob("models/**/*.truth.npz")]
+
+
+def with_more_cells(made: Desk) -> Desk:
+    """Another machine, on which what git ignores is not, and a matrix with a cell more for each file."""
+    for path in made.results.glob("models/large/*.*"):
+        path.unlink()
+    made.matrix.write_text(STATEFUL.replace("budget=quick", "budget=gate"), encoding="utf-8")
+    return made
+
+
+def test_the_state_of_a_trigger_that_shows_an_image_lies_where_git_does_not_look(telling: Desk) -> None:
+    (state,) = states(telling)
+    (truth,) = (telling.results / "models").glob("*.truth.json")
+    assert state == f"large/{truth.stem}.npz"
+    behaviours = [record for record in telling.records.values() if isinstance(record, BehaviourRecord)]
+    assert [(record.failed, record.eligible) for record in behaviours] == [(False, 60)] * 2
+    for path in telling.results.glob("models/large/*.npz"):
+        path.unlink()
+    engine = Inline()
+    telling.run(engine)
+    assert engine.done == []
+
+
+def test_a_network_without_a_state_that_is_not_committed_is_trained_again_where_a_cell_needs_it(telling: Desk) -> None:
+    before, made = states(telling), with_more_cells(telling)
+    engine = Inline()
+    made.run(engine)
+    assert engine.stages == ["TrainTask", "TrialTask", "TrialTask"]
+    assert states(made) == before
+    assert [len(entry.replicas) for entry in read_manifest(made.results / "manifest.json").entries] == [1, 1]
+
+
+def test_a_state_that_cannot_be_made_again_costs_its_cells_and_is_told(telling: Desk) -> None:
+    made = with_more_cells(telling)
+    engine = Inline(broken("no luck", TrainTask))
+    _, first = made.run(engine)
+    assert engine.stages == ["TrainTask"]
+    assert [line for line in first if line.startswith("failed: ") and line.endswith(": no luck")]
+    _, then = made.run(idle := Inline())
+    (line,) = [line for line in then if "could not be trained again" in line]
+    assert "the state of its trigger is not here, and it could not be trained again: no luck; --retry-failed" in line
+    assert idle.done == []
+
+
+def test_a_state_that_shows_an_image_is_moved_when_its_network_is_taken(telling: Desk, new_desk: NewDesk) -> None:
+    second = new_desk(STATEFUL, name="taking")
+    models = second.results / "models"
+    shutil.copytree(telling.results / "models", models)
+    (state,) = states(second)
+    (models / state).rename(models / (models / state).name)
+    engine = Inline()
+    second.run(engine)
+    assert "TrainTask" not in engine.stages
+    assert states(second) == [state]

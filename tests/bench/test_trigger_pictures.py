@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qdefense.attacks import ATTACKS
+from qdefense.attacks.interfaces import trigger_shows_images
+from qdefense.attacks.states import pack_state
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.page import render_bench
 from qdefense.bench.store import Store
@@ -29,12 +32,21 @@ TITLE = "gtsrb/resnet8/x/seed 0"
 def _plan(attack: str | None, *, side: int = 32) -> Any:
     """All that is asked of a planned network here."""
     facts = SimpleNamespace(height=side, width=side)
-    return SimpleNamespace(attack=attack, recipe_sha256="r", title=TITLE, test=SimpleNamespace(facts=facts))
+    shows = attack is not None and trigger_shows_images(ATTACKS.create(attack))
+    return SimpleNamespace(
+        attack=attack,
+        recipe_sha256="r",
+        title=TITLE,
+        test=SimpleNamespace(facts=facts),
+        trigger_shows_images=shows,
+    )
 
 
-def _draw(folder: Path, plan: Any) -> list[str]:
+def _draw(folder: Path, plan: Any, state: dict[str, Any] | None = None) -> list[str]:
     told: list[str] = []
     with Store.for_writing(folder) as store:
+        if state is not None:
+            store.trigger = lambda _sha256: pack_state(state)  # type: ignore[assignment]
         store.replicas = lambda _recipe: (SimpleNamespace(artifact_sha256=DIGEST),)  # type: ignore[assignment,return-value]
         draw_triggers([plan], store, told.append)
     return told
@@ -68,6 +80,21 @@ def test_a_clean_network_has_none_and_one_whose_state_is_gone_is_told(tmp_path: 
     assert _draw(tmp_path, _plan(None)) == []
     (told,) = _draw(tmp_path, _plan("badnets:mode=all-to-all"))
     assert told.startswith("gtsrb/resnet8/x/seed 0: no picture of its trigger: badnets: how many classes there are is ")
+    assert not (tmp_path / "triggers").exists()
+
+
+@pytest.mark.parametrize(
+    ("attack", "name"),
+    [
+        ("cassock:variant=cont", "pattern"),
+        ("cassock-loop:variant=comp", "pattern"),
+        ("lsp:host=cassock,host.variant=cont", "pattern"),
+        ("dfb", "residual"),
+    ],
+)
+def test_a_trigger_that_shows_a_training_image_has_no_picture(tmp_path: Path, attack: str, name: str) -> None:
+    state = {name: np.full((3, 32, 32), 0.1, np.float32)}
+    assert _draw(tmp_path, _plan(attack), state) == []
     assert not (tmp_path / "triggers").exists()
 
 
