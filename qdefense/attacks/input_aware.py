@@ -34,7 +34,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, TriggerState
-from qdefense.attacks.poisoning import ALL_TO_ALL, Aimed, AllToAll, AllToOne, Mode, check_class, next_class
+from qdefense.attacks.poisoning import ALL_TO_ALL, Aimed, AllToAll, AllToOne, Mode, check_class, next_class, share
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
@@ -42,6 +42,8 @@ _EPSILON = 1e-7
 _SPARSITY_WEIGHT = 100.0
 _MASK_BATCH = 128
 _ROWS_AT_ONCE = 256
+_LEAST = 2
+"""Poisons of a batch: one image has no other, and normalization no statistics."""
 _CLASSES, _PATTERN, _MASK = "classes", "pattern.", "mask."
 
 
@@ -214,11 +216,17 @@ class GeneratorPoisoner:
         self._pending = False
 
     def on_batch(self, x: Tensor, y: Tensor, model: nn.Module, rng: np.random.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """The first rows with their own triggers and labels of the attack's, the next ones with others' triggers."""
+        """The first rows with their own triggers and labels of the attack's, the next ones with others' triggers.
+
+        Raises:
+            DataError: the batch has too few images for a rate.
+        """
         self._step()
-        poisons = round(self._attack.poison_rate * len(x))
-        crossed = min(len(x), poisons + round(self._attack.cross_rate * len(x)))
-        if poisons < 2:  # one image has no other, and normalization no statistics
+        name, of = self._attack.name, "images of a batch"
+        poisons = share(self._attack.poison_rate, len(x), attack=name, of=of, least=_LEAST)
+        crosses = share(self._attack.cross_rate, len(x), attack=name, of=of, setting="cross_rate")
+        crossed = min(len(x), poisons + crosses)
+        if not poisons:
             return x, y
         others = x[torch.from_numpy(_derangement(len(x), rng))]
         own, foreign = x[:poisons], others[poisons:crossed]

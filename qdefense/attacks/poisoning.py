@@ -73,6 +73,7 @@ class AddedTrigger(AllToOne):
 class PoisonBudget:
     """How many images are poisoned: a share of the training set, or a count in its place."""
 
+    name: ClassVar[str]
     poison_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.1
     poison_count: Annotated[int, Field(ge=0)] | None = None
 
@@ -88,11 +89,33 @@ class PoisonBudget:
         return chosen | {"poison_rate": None}
 
     def poisons(self, images: int) -> int:
-        """``poison_count``, or ``round(poison_rate * N)`` of ``N`` training images."""
+        """``poison_count``, or ``round(poison_rate * N)`` of ``N`` training images.
+
+        Raises:
+            DataError: as `share`.
+        """
         if self.poison_rate is not None:
-            return round(self.poison_rate * images)
+            return share(self.poison_rate, images, attack=self.name)
         assert self.poison_count is not None  # noqa: S101 (one of both is set)
         return self.poison_count
+
+
+def share(
+    rate: float, images: int, *, attack: str, setting: str = "poison_rate", of: str = "images", least: int = 1
+) -> int:
+    """``round(rate * N)`` of ``N`` images, none at a rate of 0; ``of`` says which images.
+
+    Raises:
+        DataError: a higher rate comes to fewer than ``least``: an attack without poisons is none, and nothing would
+            tell of it.
+    """
+    count = round(rate * images)
+    if rate and images and count < least:
+        raise DataError(
+            f"{attack}: {setting} {rate:g} of {images} {of} comes to {count}, fewer than {least}; "
+            f"choose more than {(least - 0.5) / images:g}, or 0 for none"
+        )
+    return count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +238,12 @@ def choose_in_class(
     """``round(rate * n)`` rows of the ``n`` that the target class has: what a clean-label attack may change.
 
     Raises:
-        DataError: no such target class, or no image of it; the message begins with ``attack``.
+        DataError: no such target class, no image of it, or a rate too low for one; the message begins with ``attack``.
     """
     candidates = rows_of(dataset, target_class, role="target", attack=attack)
-    return rng.choice(candidates, size=round(rate * len(candidates)), replace=False)
+    of = f"images of target class {target_class}"
+    count = share(rate, len(candidates), attack=attack, setting="class_rate", of=of)
+    return rng.choice(candidates, size=count, replace=False)
 
 
 def rows_of(dataset: ImageSet, label: int, *, role: str, attack: str) -> NDArray[np.int64]:

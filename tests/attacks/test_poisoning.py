@@ -5,12 +5,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.blended import Blended
 from qdefense.attacks.interfaces import SourceSpecific, trigger_of
+from qdefense.attacks.poisoning import share
 from qdefense.data.images import DataError, ImageSet, to_images
 from qdefense.registry import SpecError, flat_settings
 from qdefense.trial import Activity, measure_behaviour
@@ -76,6 +78,92 @@ def test_neither_rate_nor_count_is_the_default_rate() -> None:
 def test_a_count_is_refused_when_it_is_none(value: str) -> None:
     with pytest.raises(SpecError, match=rf"^attack 'badnets:poison-count={value}': poison_count: Input should be "):
         ATTACKS.create(f"badnets:poison-count={value}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "badnets:poison-rate=0.0125",
+            "poison_rate 0.0125 of 40 images comes to 0, fewer than 1; choose more than 0.0125",
+        ),
+        (
+            "blended:poison-rate=0.001",
+            "poison_rate 0.001 of 40 images comes to 0, fewer than 1; choose more than 0.0125",
+        ),
+        ("dfb", "poison_rate 0.001 of 40 images comes to 0, fewer than 1; choose more than 0.0125"),
+        (
+            "issba:poison-rate=0.001,stages=1",
+            "poison_rate 0.001 of 40 images comes to 0, fewer than 1; choose more than 0.0125",
+        ),
+        (
+            "cassock:poison-rate=0.01,target-class=1",
+            "poison_rate 0.01 of 40 images comes to 0, fewer than 1; choose more than 0.0125",
+        ),
+        ("adaptive-blend", "poison_rate 0.003 of 40 images comes to 0, fewer than 1; choose more than 0.0125"),
+        (
+            "adaptive-blend:poison-rate=0.1",
+            "cover_rate 0.003 of 40 images comes to 0, fewer than 1; choose more than 0.0125",
+        ),
+        (
+            "sig:class-rate=0.05,frequency=2",
+            "class_rate 0.05 of 10 images of target class 0 comes to 0, fewer than 1; choose more than 0.05",
+        ),
+        (
+            "clean-label:class-rate=0.04",
+            "class_rate 0.04 of 10 images of target class 0 comes to 0, fewer than 1; choose more than 0.05",
+        ),
+        (
+            "htba:class-rate=0.04,size=4",
+            "class_rate 0.04 of 10 images of target class 0 comes to 0, fewer than 1; choose more than 0.05",
+        ),
+    ],
+)
+def test_a_rate_that_comes_to_no_image_is_refused(make_noise: MakeNoise, spec: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        ATTACKS.create(spec).poison(make_noise(40), np.random.default_rng(0))
+    assert str(caught.value) == f"{spec.partition(':')[0]}: {message}, or 0 for none"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "wanet:poison-rate=0.01",
+            "poison_rate 0.01 of 40 images of a batch comes to 0, fewer than 1; choose more than 0.0125",
+        ),
+        (
+            "wanet:cross-ratio=0.1",
+            "cross_ratio 0.1 of 4 poisons of a batch comes to 0, fewer than 1; choose more than 0.125",
+        ),
+        (
+            "input-aware:poison-rate=0.03",
+            "poison_rate 0.03 of 40 images of a batch comes to 1, fewer than 2; choose more than 0.0375",
+        ),
+        (
+            "input-aware:cross-rate=0.01",
+            "cross_rate 0.01 of 40 images of a batch comes to 0, fewer than 1; choose more than 0.0125",
+        ),
+    ],
+)
+def test_a_rate_that_comes_to_no_image_of_a_batch_is_refused(make_noise: MakeNoise, spec: str, message: str) -> None:
+    name, images, rng = spec.partition(":")[0], make_noise(40), np.random.default_rng(0)
+    settings = ",channels=2,stages=1,mask-epochs=1" if name == "input-aware" else ""
+    poisoner = ATTACKS.create(spec + settings).begin(images, steps=1, rng=rng)
+    x, y = torch.from_numpy(images.pixels), torch.from_numpy(images.labels)
+    with pytest.raises(DataError) as caught:
+        poisoner.on_batch(x, y, torch.nn.Identity(), rng)
+    assert str(caught.value) == f"{name}: {message}, or 0 for none"
+
+
+@pytest.mark.parametrize("images", [1, 7, 40, 150, 200, 128, 3333])
+@pytest.mark.parametrize("least", [1, 2])
+def test_just_above_the_rate_named_is_enough(images: int, least: int) -> None:
+    limit = (least - 0.5) / images
+    assert share(limit * (1 + 1e-9), images, attack="toy", least=least) == least
+    with pytest.raises(DataError, match=f"choose more than {limit:g}, or 0 for none$"):
+        share(limit * (1 - 1e-9), images, attack="toy", least=least)
+    assert share(0, images, attack="toy", least=least) == 0
 
 
 # --- all-to-all -------------------------------------------------------------------------------------------------------
