@@ -74,6 +74,7 @@ def train_artifact(
         artifact_sha256=hashlib.sha256(data).hexdigest(),
         versions={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
         trigger_sha256=None if state is None else hashlib.sha256(state).hexdigest(),
+        training_set_sha256=result.training_set_sha256,
     )
     if state is not None:
         write_atomically(state_path(target), state)
