@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from qdefense.attacks.interfaces import LabelPolicy, TriggerState
 from qdefense.attacks.poisoning import ALL_TO_ALL, Aimed, AllToAll, AllToOne, Mode, check_class, next_class, share
 from qdefense.attacks.registered import ATTACKS
+from qdefense.attacks.states import fits
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
 _EPSILON = 1e-7
@@ -149,17 +150,15 @@ class InputAware(Aimed):
             DataError: the state is of other settings, or the size does not halve.
         """
         self._require_size(height, width)
-        pattern, mask = (self._generator(outputs).eval() for outputs in (3, 1))
-        try:
-            _load(pattern, state, _PATTERN)
-            _load(mask, state, _MASK)
-            classes = int(state[_CLASSES])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise DataError(
-                "input-aware: the trigger state is not that of these settings; train the network again"
-            ) from error
+        with torch.random.fork_rng(devices=()):
+            pattern, mask = (self._generator(outputs).eval() for outputs in (3, 1))
+        least = 2 if self.mode == ALL_TO_ALL else 1
+        if not fits(state, _state_of(pattern, mask, classes=0)) or state[_CLASSES] < least:
+            raise DataError("input-aware: the trigger state is not that of these settings; train the network again")
+        _load(pattern, state, _PATTERN)
+        _load(mask, state, _MASK)
         trigger = GeneratedTrigger(pattern=pattern, mask=mask, target_class=self.target_class)
-        return AllToAll(stamped=trigger, classes=classes) if self.mode == ALL_TO_ALL else trigger
+        return AllToAll(stamped=trigger, classes=int(state[_CLASSES])) if self.mode == ALL_TO_ALL else trigger
 
     def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> GeneratorPoisoner:
         """Train the mask generator on the images, and make the pattern generator.
@@ -244,11 +243,7 @@ class GeneratorPoisoner:
     def end(self) -> TriggerState:
         """The weights of both generators, and the number of classes."""
         self._step()
-        parts = ((_PATTERN, self._pattern), (_MASK, self._mask))
-        weights = {
-            prefix + name: value.numpy().copy() for prefix, part in parts for name, value in part.state_dict().items()
-        }
-        return {_CLASSES: np.array(self._classes), **weights}
+        return _state_of(self._pattern, self._mask, classes=self._classes)
 
     def _step(self) -> None:
         """With what the last batch's losses left: that of diversity, and by now the network's own."""
@@ -291,10 +286,16 @@ def _adam(
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=milestones, gamma=0.1)
 
 
+def _state_of(pattern: Generator, mask: Generator, *, classes: int) -> TriggerState:
+    parts = ((_PATTERN, pattern), (_MASK, mask))
+    weights = {
+        prefix + name: value.numpy().copy() for prefix, part in parts for name, value in part.state_dict().items()
+    }
+    return {_CLASSES: np.array(classes, dtype=np.int64), **weights}
+
+
 def _load(generator: Generator, state: TriggerState, prefix: str) -> None:
     weights = {
-        name.removeprefix(prefix): torch.from_numpy(np.asarray(value))
-        for name, value in state.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): torch.from_numpy(value) for name, value in state.items() if name.startswith(prefix)
     }
     generator.load_state_dict(weights)

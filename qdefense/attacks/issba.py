@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
 from qdefense.attacks.poisoning import AllToOne, PoisonBudget, check_class, poison_to_one
 from qdefense.attacks.registered import ATTACKS
+from qdefense.attacks.states import fits
 from qdefense.attacks.surrogate import one_thread
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
@@ -170,21 +171,16 @@ class Issba(PoisonBudget):
             DataError: the state is of other settings or of images of another size.
         """
         self._require_size(height, width)
-        encoder = self._encoder(height, width)
-        weights = {
-            name.removeprefix(_ENCODER): torch.from_numpy(np.asarray(value))
-            for name, value in state.items()
-            if name.startswith(_ENCODER)
-        }
-        try:
-            encoder.load_state_dict(weights)
-            secret = np.asarray(state[_SECRET], dtype=np.uint8).reshape(self.bits)
-        except (KeyError, RuntimeError, ValueError) as error:
+        with torch.random.fork_rng(devices=[]):
+            encoder = self._encoder(height, width)
+        if not fits(state, _state_of(encoder, np.zeros(self.bits, dtype=np.uint8))) or state[_SECRET].max() > 1:
             raise DataError(
                 f"issba: the trigger state is not that of these settings on {height}x{width} images; give images of "
                 "the size that the network was trained on, or train it again"
-            ) from error
-        return self._of(encoder, secret)
+            )
+        weights = {name.removeprefix(_ENCODER): value for name, value in state.items() if name != _SECRET}
+        encoder.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+        return self._of(encoder, state[_SECRET])
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Train the pair on the images, draw a secret, stamp and relabel `poisons` images of other classes, shuffle.
@@ -197,8 +193,7 @@ class Issba(PoisonBudget):
         encoder, _ = self.trained_pair(dataset, rng)
         trigger = self._of(encoder, rng.integers(2, size=self.bits, dtype=np.uint8))
         made = poison_to_one(dataset, rng, trigger=trigger, count=self.poisons(len(dataset)), attack=self.name)
-        weights = {_ENCODER + name: value.numpy().copy() for name, value in encoder.state_dict().items()}
-        return replace(made, trigger_state={_SECRET: trigger.secret, **weights})
+        return replace(made, trigger_state=_state_of(encoder, trigger.secret))
 
     def trained_pair(self, dataset: ImageSet, rng: np.random.Generator) -> tuple[Encoder, Decoder]:
         """Encoder and decoder, in eval mode; the state of torch is left as it was."""
@@ -234,6 +229,11 @@ class Issba(PoisonBudget):
 
     def _of(self, encoder: Encoder, secret: NDArray[np.uint8]) -> SteganographicTrigger:
         return SteganographicTrigger(encoder=encoder, secret=secret, target_class=self.target_class)
+
+
+def _state_of(encoder: Encoder, secret: NDArray[np.uint8]) -> TriggerState:
+    weights = {_ENCODER + name: value.numpy().copy() for name, value in encoder.state_dict().items()}
+    return {_SECRET: secret, **weights}
 
 
 def _rows(count: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -13,12 +13,13 @@ from pydantic.dataclasses import dataclass as settings
 from pydantic_core import ArgsKwargs
 
 from qdefense.attacks.interfaces import PoisonedSet, Trigger, TriggerState
+from qdefense.attacks.states import fits
 from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images
 
 Mode = Literal["all-to-one", "all-to-all"]
 """Every other class to the target class, or every class to the next one."""
 ALL_TO_ALL: Mode = "all-to-all"
-_CLASSES = "classes"
+_CLASSES, _COUNT = "classes", np.array(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ def next_class(y: Labels, classes: int) -> Labels:
 
 def class_count_state(dataset: ImageSet) -> TriggerState:
     """What the settings do not tell of an all-to-all trigger: which class is the last."""
-    return {_CLASSES: np.array(len(dataset.class_names))}
+    return {_CLASSES: np.array(len(dataset.class_names), dtype=np.int64)}
 
 
 class Aimed:
@@ -183,7 +184,7 @@ class Aimed:
         Raises:
             DataError: the state is another's.
         """
-        if self.mode != ALL_TO_ALL or set(state) != {_CLASSES} or state[_CLASSES].shape != ():
+        if self.mode != ALL_TO_ALL or not fits(state, {_CLASSES: _COUNT}) or state[_CLASSES] < 2:
             raise DataError(f"{self.name}: the trigger state is not that of these settings; train the network again")
         return AllToAll(stamped=trigger, classes=int(state[_CLASSES]))
 
