@@ -34,7 +34,17 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, TriggerState
-from qdefense.attacks.poisoning import ALL_TO_ALL, Aimed, AllToAll, AllToOne, Mode, check_class, next_class, share
+from qdefense.attacks.poisoning import (
+    ALL_TO_ALL,
+    Aimed,
+    AllToAll,
+    AllToOne,
+    Mode,
+    check_class,
+    check_two_classes,
+    next_class,
+    share,
+)
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.states import fits
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
@@ -164,7 +174,8 @@ class InputAware(Aimed):
         """Train the mask generator on the images, and make the pattern generator.
 
         Raises:
-            DataError: no such target class, more rows to stamp than a batch has, or a size that does not halve.
+            DataError: no such target class, no other class, more rows to stamp than a batch has, or a size that does
+                not halve.
         """
         self._require_size(*dataset.images.shape[1:3])
         if self.poison_rate + self.cross_rate > 1:
@@ -174,6 +185,8 @@ class InputAware(Aimed):
             )
         if self.mode == "all-to-one":
             check_class(dataset, self.target_class, role="target", attack=self.name)
+        else:
+            check_two_classes(dataset, attack=self.name)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(rng.integers(2**63)))
             pattern, mask = self._generator(3), self._generator(1)

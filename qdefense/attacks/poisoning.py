@@ -145,8 +145,13 @@ def next_class(y: Labels, classes: int) -> Labels:
     return following
 
 
-def class_count_state(dataset: ImageSet) -> TriggerState:
-    """What the settings do not tell of an all-to-all trigger: which class is the last."""
+def class_count_state(dataset: ImageSet, *, attack: str) -> TriggerState:
+    """What the settings do not tell of an all-to-all trigger: which class is the last.
+
+    Raises:
+        DataError: there is one class; the message begins with ``attack``.
+    """
+    check_two_classes(dataset, attack=attack)
     return {_CLASSES: np.array(len(dataset.class_names), dtype=np.int64)}
 
 
@@ -195,11 +200,11 @@ def poison_aimed(
     """Stamp and relabel ``count`` images of other classes, or in all-to-all mode of any, and keep the state it leaves.
 
     Raises:
-        DataError: no such target class, or not enough images; the message begins with the attack's name.
+        DataError: no such target class, no other class, or not enough images; the attack's name comes first.
     """
     if attack.mode != ALL_TO_ALL:
         return poison_to_one(dataset, rng, trigger=trigger, count=count, attack=attack.name)
-    state = class_count_state(dataset)
+    state = class_count_state(dataset, attack=attack.name)
     aimed = attack.to_next(trigger, state)
     made = _relabelled(dataset, rng, trigger=aimed, count=count, attack=attack.name, candidates="are there")
     return replace(made, trigger_state=state)
@@ -270,6 +275,16 @@ def check_class(dataset: ImageSet, label: int, *, role: str, attack: str) -> Non
         raise DataError(
             f"{attack}: {role} class {label}, but {dataset.source} has classes 0 to {len(dataset.class_names) - 1}"
         )
+
+
+def check_two_classes(dataset: ImageSet, *, attack: str) -> None:
+    """Refuse a set without a class to be taken for another.
+
+    Raises:
+        DataError: it has one class; the message begins with ``attack``.
+    """
+    if len(dataset.class_names) < 2:
+        raise DataError(f"{attack}: {dataset.source} has one class, and this takes two; give images of more classes")
 
 
 def shuffled(

@@ -91,7 +91,7 @@ class WaNet(Aimed):
         """Poison batches of ``dataset``.
 
         Raises:
-            DataError: no such target class, or more rows to warp than a batch has.
+            DataError: no such target class, no other class, or more rows to warp than a batch has.
         """
         if self.poison_rate * (1 + self.cross_ratio) > 1:
             raise DataError(
@@ -102,7 +102,7 @@ class WaNet(Aimed):
         if self.mode == "all-to-one":
             check_class(dataset, self.target_class, role="target", attack=self.name)
             return WarpPoisoner(self, warp, aimed=warp, state=None)
-        state = class_count_state(dataset)
+        state = class_count_state(dataset, attack=self.name)
         return WarpPoisoner(self, warp, aimed=self.to_next(warp, state), state=state)
 
     def _warp(self, height: int, width: int) -> WarpTrigger:

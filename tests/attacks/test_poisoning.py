@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.blended import Blended
-from qdefense.attacks.interfaces import SourceSpecific, trigger_of
+from qdefense.attacks.interfaces import DataAttack, SourceSpecific, trigger_of
 from qdefense.attacks.poisoning import share
 from qdefense.data.images import DataError, ImageSet, to_images
 from qdefense.registry import SpecError, flat_settings
@@ -214,6 +214,15 @@ def test_all_to_all_says_when_there_are_not_enough_images(make_noise: MakeNoise,
     with pytest.raises(DataError) as caught:
         ATTACKS.create(f"{name}:mode=all-to-all,poison-count=41").poison(make_noise(40), np.random.default_rng(0))
     assert str(caught.value) == f"{name}: 41 poisons wanted, 40 images are there"
+
+
+@pytest.mark.parametrize("spec", ["badnets", "blended", "wanet", "input-aware", "lsp"])
+def test_who_needs_another_class_says_so(make_noise: MakeNoise, spec: str) -> None:
+    images, rng = make_noise(40, classes=1), np.random.default_rng(0)
+    attack = ATTACKS.create(spec if spec == "lsp" else f"{spec}:mode=all-to-all")
+    with pytest.raises(DataError) as caught:
+        attack.poison(images, rng) if isinstance(attack, DataAttack) else attack.begin(images, steps=1, rng=rng)
+    assert str(caught.value) == f"{spec}: noise has one class, and this takes two; give images of more classes"
 
 
 @pytest.mark.parametrize(("name", "told"), [("badnets", False), ("blended", False), ("wanet", True)])
