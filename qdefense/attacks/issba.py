@@ -38,7 +38,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
-from qdefense.attacks.poisoning import AllToOne, PoisonBudget, check_class, poison_to_one
+from qdefense.attacks.poisoning import AllToOne, PoisonBudget, check_to_one, poison_to_one
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.states import fits
 from qdefense.attacks.surrogate import one_thread
@@ -189,10 +189,11 @@ class Issba(PoisonBudget):
             DataError: no such target class, not enough images outside it, or a size that does not halve.
         """
         self._require_size(*dataset.images.shape[1:3])
-        check_class(dataset, self.target_class, role="target", attack=self.name)
+        count = self.poisons(len(dataset))
+        check_to_one(dataset, self.target_class, count=count, attack=self.name)
         encoder, _ = self.trained_pair(dataset, rng)
         trigger = self._of(encoder, rng.integers(2, size=self.bits, dtype=np.uint8))
-        made = poison_to_one(dataset, rng, trigger=trigger, count=self.poisons(len(dataset)), attack=self.name)
+        made = poison_to_one(dataset, rng, trigger=trigger, count=count, attack=self.name)
         return replace(made, trigger_state=_state_of(encoder, trigger.secret))
 
     def trained_pair(self, dataset: ImageSet, rng: np.random.Generator) -> tuple[Encoder, Decoder]:

@@ -19,6 +19,7 @@ from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on
 Mode = Literal["all-to-one", "all-to-all"]
 """Every other class to the target class, or every class to the next one."""
 ALL_TO_ALL: Mode = "all-to-all"
+_OUTSIDE = "are outside the target class"
 _CLASSES, _COUNT = "classes", np.array(0, dtype=np.int64)
 
 
@@ -218,9 +219,18 @@ def poison_to_one(
     Raises:
         DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
     """
-    check_class(dataset, trigger.target_class, role="target", attack=attack)
-    outside = "are outside the target class"
-    return _relabelled(dataset, rng, trigger=trigger, count=count, attack=attack, candidates=outside)
+    check_to_one(dataset, trigger.target_class, count=count, attack=attack)
+    return _relabelled(dataset, rng, trigger=trigger, count=count, attack=attack, candidates=_OUTSIDE)
+
+
+def check_to_one(dataset: ImageSet, target_class: int, *, count: int, attack: str) -> None:
+    """Refuse what `poison_to_one` would, before a trigger is made.
+
+    Raises:
+        DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
+    """
+    check_class(dataset, target_class, role="target", attack=attack)
+    _check_enough(count, int((dataset.labels != target_class).sum()), attack=attack, candidates=_OUTSIDE)
 
 
 def _relabelled(
@@ -228,14 +238,18 @@ def _relabelled(
 ) -> PoisonedSet:
     """Two draws, in this order, which truth files rest on: the poisoned rows, then the shuffle."""
     rows = np.flatnonzero(trigger.eligible(dataset.labels))
-    if count > len(rows):
-        raise DataError(f"{attack}: {count} poisons wanted, {len(rows)} images {candidates}")
+    _check_enough(count, len(rows), attack=attack, candidates=candidates)
     chosen = rng.choice(rows, size=count, replace=False)
     images, labels = dataset.images.copy(), dataset.labels.copy()
     if count:
         images[chosen] = to_images(trigger.stamp(dataset.take(chosen).pixels))
     labels[chosen] = trigger.goal(labels[chosen])
     return shuffled(dataset, rng, images=images, labels=labels, poisons=chosen)
+
+
+def _check_enough(count: int, images: int, *, attack: str, candidates: str) -> None:
+    if count > images:
+        raise DataError(f"{attack}: {count} poisons wanted, {images} images {candidates}")
 
 
 def choose_in_class(
