@@ -15,7 +15,7 @@ from qdefense.attacks.interfaces import DataAttack, SourceSpecific, trigger_of
 from qdefense.attacks.poisoning import share
 from qdefense.data.images import DataError, ImageSet, to_images
 from qdefense.registry import SpecError, flat_settings
-from qdefense.trial import Activity, measure_behaviour
+from qdefense.trial import measure_behaviour
 
 from .small_victims import logits_of, train_victim
 
@@ -252,11 +252,13 @@ def test_label_smoothing_has_the_trigger_of_an_all_to_all_host(make_noise: MakeN
 
 
 def test_badnets_sends_every_class_to_the_next_in_a_trained_network(small_signs: Signs) -> None:
-    """Half of what it learns has another label: 6 short epochs are no time for more than a part of it."""
+    """Half of what it learns has another label."""
     images = small_signs.train.take(np.arange(1000))
     attack = BadNets(mode="all-to-all", size=5, poison_rate=0.5)
-    result = train_victim(images, attack, epochs=6)
+    result = train_victim(images, attack, epochs=12)
     trigger = trigger_of(attack, 16, 16, result.trigger_state)
     behaviour = measure_behaviour(logits_of(result), small_signs.test, trigger)
     assert behaviour.eligible == len(small_signs.test)
-    assert behaviour.activity is not Activity.DORMANT
+    assert behaviour.asr is not None
+    assert behaviour.base_confusion is not None
+    assert behaviour.asr > behaviour.base_confusion + 0.2
