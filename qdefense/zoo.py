@@ -38,7 +38,7 @@ def train_artifact(
 ) -> Truth:
     """Train on ``dataset`` and write ``target``, its truth and the state of a learned trigger.
 
-    No file appears before all are complete, and the model last.
+    No file appears before all are complete, and the model last. A state that an earlier training left there goes.
 
     ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
@@ -79,6 +79,8 @@ def train_artifact(
     if state is not None:
         write_atomically(state_path(target), state)
     write_atomically(truth_path(target), truth.model_dump_json(indent=1).encode() + b"\n")
+    if state is None:
+        state_path(target).unlink(missing_ok=True)
     write_atomically(target, data)
     return truth
 

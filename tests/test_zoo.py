@@ -188,3 +188,11 @@ def test_train_artifact_writes_the_state_of_a_learned_trigger(make_noise: MakeNo
     with pytest.raises(DataError, match=r"model\.truth\.npz: not there, and without it nobody knows the trigger; "):
         read_state(path, truth)
     assert read_state(path, truth.model_copy(update={"trigger_sha256": None})) is None
+
+
+@pytest.mark.usefixtures("_cheap_export")
+def test_train_artifact_removes_the_state_of_an_earlier_trigger(make_noise: MakeNoise, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    state_path(path).write_bytes(b"of an earlier training")
+    _train(make_noise(16), path, None, width=4)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.truth.json"]
