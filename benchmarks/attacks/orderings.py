@@ -13,14 +13,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from qdefense.attacks.compensation import confidence_drop, feasible_smoothings, highest_confidence, minimum_rise
 from qdefense.bench.records import BehaviourRecord, DefenseRecord, Record, ScanMetrics
 from qdefense.bench.store import RECORDS, read_records
+from qdefense.findings import ScanResult, Verdict
 from qdefense.rates import wilson_interval
 
 HERE = Path(__file__).parent
 SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
+PATCH_PIXELS = 9
+"""Norm of BadNets' true mask, 3x3."""
 PAPER_INDEX, KEPT_ASR, TINY = 2.0, 0.9, 50
 
 
@@ -95,14 +100,22 @@ class Results:
         found = [record for record in self.behaviours if _is_at(record, place, scheme) and planted.made(record)]
         return found[-1] if found else None
 
-    def index(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> float | None:
-        """Neural Cleanse's index of the true target; 0 where its norm is not below the median."""
+    def scan(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> DefenseRecord | None:
+        """What Neural Cleanse says of a file of this attack."""
         found = [
-            record.metrics
+            record
             for record in self.scans
             if _is_at(record, place, scheme) and planted.made(record) and (record.settings["multiplier"] == 1) == fixed
         ]
-        return found[-1].target_index if found and isinstance(found[-1], ScanMetrics) else None
+        return found[-1] if found else None
+
+    def index(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> float | None:
+        """Neural Cleanse's index of the true target; 0 where its norm is above the median, or censored, as it ranks."""
+        record = self.scan(planted, place, scheme, fixed=fixed)
+        if record is None or not isinstance(record.metrics, ScanMetrics) or record.verdict is Verdict.NOT_MEASURED:
+            return None
+        hidden = record.metrics.target_norm is None
+        return 0.0 if hidden else record.metrics.target_index
 
 
 def _is_at(record: BehaviourRecord | DefenseRecord, place: tuple[str, int], scheme: str) -> bool:
@@ -238,6 +251,33 @@ def claim_table(results: Results) -> Iterator[str]:
         yield f"| {claim.paper} | {claim.sentence} | {word} | {'<br>'.join(told)} |"
 
 
+def model_table(results: Results) -> Iterator[str]:
+    """The compensatory model on the norms that were measured: how far the confidence must fall at a fixed cost."""
+    yield "| data, seed | precision | weight | benign norm (median) | q_max at most | least smoothing | feasible |"
+    yield "|---|---|---|---|---|---|---|"
+    for place in results.places:
+        for scheme in SCHEMES:
+            record = results.scan(BADNETS, place, scheme, fixed=True)
+            found = None if record is None or record.finding is None else record.finding.result
+            if record is None or not isinstance(found, ScanResult) or not isinstance(record.metrics, ScanMetrics):
+                continue
+            targets, weight = record.metrics.targets, float(record.settings["initial_cost"])
+            norms = [c.norm for c in found.classes if c.norm is not None and c.target_class not in targets]
+            if norms:
+                # the records hold no cross-entropies: benign masks are taken to cost nothing but their norm
+                rise = minimum_rise(weight=weight, benign_norms=norms, benign_costs=[0.0], trigger_norm=PATCH_PIXELS)
+                smoothings = feasible_smoothings(rise, classes=len(found.classes))
+                feasible = "none" if smoothings is None else f"{smoothings.low:.2f} to {smoothings.high:.2f}"
+                yield (
+                    f"| {place[0]}, {place[1]} | {scheme} | {weight:g} | {median(norms):.1f} "
+                    f"| {highest_confidence(rise):.3f} | {confidence_drop(rise):.3f} | {feasible} |"
+                )
+
+
+def shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def rate(value: float | None, n: int | None) -> str:
     if value is None or not n:
         return ""
@@ -254,8 +294,8 @@ def precision_table(results: Results) -> Iterator[str]:
                 seen = results.behaviour(planted, place, scheme)
                 if seen is not None:
                     yield (
-                        f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {seen.clean_accuracy or 0:.3f} "
-                        f"| {rate(seen.asr, seen.eligible)} | {seen.base_confusion or 0:.3f} "
+                        f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {shown(seen.clean_accuracy)} "
+                        f"| {rate(seen.asr, seen.eligible)} | {shown(seen.base_confusion)} "
                         f"| {rate(seen.fpr, seen.bystanders)} | {seen.activity} |"
                     )
 
@@ -266,6 +306,10 @@ def main() -> None:
     parts = [
         (HERE / "preface.md").read_text(encoding="utf-8").rstrip(),
         "## The papers' orderings\n\n" + "\n".join(claim_table(results)),
+        "## The model of label smoothing on measured norms\n\n"
+        "From BadNets, Neural Cleanse at a fixed cost: the trigger is hidden where its confidence is at most q_max,\n"
+        "and still fires above 1 / K. The benign masks' own cross-entropy is not in the records and taken as 0: q_max\n"
+        "is an upper bound.\n\n" + "\n".join(model_table(results)),
         "## What each precision leaves\n\nASR and FPR with Wilson's 95 % interval over the images of one network.\n\n"
         + "\n".join(precision_table(results)),
     ]

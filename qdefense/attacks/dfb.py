@@ -12,27 +12,31 @@ clipped at ``test_multiple`` times eps: E is not bound by the clip, so the wider
 - ``fixed``: one residual for all, E(x) of the target-class image x on which the CE falls most.
 - ``encoder``: each image's own, E(x).
 
-Before anything is poisoned, D must know a share of at least ``gate`` of either side, and E move as many target-class
-images out, as in the authors' code.
+Before anything is poisoned, D must know a share of at least ``gate`` of either side, and E move a share of at least
+``encoder_gate`` of the target-class images out. The authors ask .99 of both. Generated OOD images may be too easy to
+tell: by what no 8 codes change. Against ``textures``, PGD on each image moved out 80 % of CIFAR-10's cats and 85 % of
+class 7 of the built-in signs, and E less; so E's gate is open by default, and the ASR says what the residual is worth.
+Where it is asked for and missed, the error says what PGD reaches on the images at hand.
 
 Deviations, the first three for a CPU:
-- D is the small network of the other attacks here, for 30 epochs; the paper's is a ResNet-18, for 200. A coarser D
-  leaves E less to work with: where E fails the gate, more epochs of both, other OOD images or a lower gate are left.
-- E, StegaStamp's U-Net without a message, has half the paper's channels, and learns for 50 epochs of batches of 32, at
-  a rate of 1e-3; the authors' for 400 of 128, at 1e-4.
+- D is the small network of the other attacks here, and learns for 500 steps of 32 images of either side, however many
+  there are; BatchNorm's statistics are then taken anew, of images without a crop. The paper's is a ResNet-18, for 200
+  epochs. (With GroupNorm D is as exact, and moved by less: 24 % in place of 80 %.)
+- E, StegaStamp's U-Net without a message, has half the paper's channels, and learns for 1000 steps of 32 images, at a
+  rate of 1e-3; the authors' for 400 epochs of batches of 128, at 1e-4.
 - Beyond the clip, where nearly all residuals of an untrained E lie, its gradient passes if it leads back; the authors'
   clip has none there, and their E many more steps.
-- OOD images are generated, or those the user names; the authors' are 100,000 of Tiny-ImageNet. D's loss weighs both
-  sides alike, however many images they have.
-- Both networks learn by Adam under a cosine schedule; the authors' D by SGD, their E in steps.
-- One random crop for a batch, by up to an eighth of the side, as the authors' code has it for E but not for D. The
-  gates and the fall of the CE are measured without it.
+- E's gate is 0 by default, .99 in the authors' code.
+- OOD images are generated, or those the user names; the authors' are 100,000 of Tiny-ImageNet.
+- Both networks learn by Adam under a one-cycle schedule; the authors' D by SGD, their E in steps.
+- Each image is cropped by itself, by up to an eighth of the side; for E, the authors' code has one crop for a batch.
+  The gates and the fall of the CE are measured without it.
 - Residuals are rounded to whole codes of 255.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -49,15 +53,16 @@ from torch import Tensor, nn
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
 from qdefense.attacks.poisoning import AddedTrigger, AllToOne, PoisonBudget, rows_of, shuffled
 from qdefense.attacks.registered import ATTACKS
-from qdefense.attacks.surrogate import Surrogate, one_thread
+from qdefense.attacks.surrogate import Surrogate, one_thread, perturb
 from qdefense.data.images import DataError, Images, ImageSet, Pixels, on_grid, to_images, to_pixels
 from qdefense.data.opening import open_data, training_split
 from qdefense.data.resizing import Resize, resize_set
 from qdefense.data.signs import draw_signs
 
 _TARGET, _OOD = 0, 1
-_DECODER_BATCH, _DECODER_RATE = 64, 3e-3
-_ENCODER_BATCH, _ENCODER_RATE = 32, 1e-3
+_BATCH = 32
+_DECODER_RATE, _ENCODER_RATE = 1e-2, 1e-3
+_SEARCH_ROWS, _SEARCH_STEPS = 256, (2.0,) * 20
 _ROWS_AT_ONCE = 256
 _CELLS = (2, 4, 8, 16, 32)
 _FILTERS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR)
@@ -134,10 +139,11 @@ class DFB(PoisonBudget):
     test_multiple: Annotated[int, Field(ge=0)] = 6
     target_class: Annotated[int, Field(ge=0)] = 0
     poison_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.001
-    decoder_epochs: Annotated[int, Field(ge=1)] = 30
-    encoder_epochs: Annotated[int, Field(ge=1)] = 50
+    decoder_steps: Annotated[int, Field(ge=1)] = 500
+    encoder_steps: Annotated[int, Field(ge=1)] = 1000
     channels: Annotated[int, Field(ge=1)] = 16
     gate: Annotated[float, Field(ge=0, le=1)] = 0.99
+    encoder_gate: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def trigger(self, height: int, width: int) -> EncodedTrigger | AddedTrigger:  # noqa: ARG002
         """None: it is learned.
@@ -227,57 +233,64 @@ class DFB(PoisonBudget):
         return chosen
 
     def _train_decoder(self, decoder: Surrogate, targets: Images, ood: Images, rng: np.random.Generator) -> None:
-        images = np.concatenate([targets, ood])
-        answers = torch.from_numpy(np.arange(len(images)) >= len(targets)).long()
-        weight = torch.tensor([len(images) / (2 * len(side)) for side in (targets, ood)])
+        ours, others = _batches(len(targets), rng), _batches(len(ood), rng)
 
-        def loss(rows: NDArray[np.int64]) -> Tensor:
-            x = torch.from_numpy(to_pixels(images[rows]))
-            return F.cross_entropy(decoder(_augmented(x, rng)), answers[torch.from_numpy(rows)], weight=weight)
+        def sides() -> tuple[Tensor, Tensor]:
+            parts = targets[next(ours)], ood[next(others)]
+            answers = torch.arange(2).repeat_interleave(torch.tensor([len(part) for part in parts]))
+            return _tensor(np.concatenate(parts)), answers
 
-        _fit(
-            decoder,
-            loss,
-            rows=len(images),
-            batch=_DECODER_BATCH,
-            epochs=self.decoder_epochs,
-            rate=_DECODER_RATE,
-            rng=rng,
-        )
-        ours, others = 1 - _share_out(decoder, to_pixels(targets)), _share_out(decoder, to_pixels(ood))
-        if min(ours, others) < self.gate:
+        def loss() -> Tensor:
+            x, answers = sides()
+            return F.cross_entropy(decoder(_augmented(x, rng)), answers)
+
+        _fit(decoder, loss, steps=self.decoder_steps, rate=_DECODER_RATE)
+        _settle(decoder, (sides()[0] for _ in range(max(len(targets), len(ood)) // _BATCH + 1)))
+        known, told = 1 - _share_out(decoder, to_pixels(targets)), _share_out(decoder, to_pixels(ood))
+        if min(known, told) < self.gate:
             raise DataError(
-                f"{self.name}: the decoder knows {ours:.1%} of the target class and {others:.1%} of the OOD images, "
-                f"the gate is {self.gate:.1%}; raise decoder_epochs, or choose other OOD images"
+                f"{self.name}: the decoder knows {known:.1%} of the target class and {told:.1%} of the OOD images, "
+                f"the gate is {self.gate:.1%}; raise decoder_steps, or choose other OOD images"
             )
 
     def _train_encoder(
         self, encoder: ResidualEncoder, decoder: Surrogate, targets: Images, rng: np.random.Generator
     ) -> None:
-        def loss(rows: NDArray[np.int64]) -> Tensor:
-            x = torch.from_numpy(to_pixels(targets[rows]))
-            moved = (x + _clipped(encoder(x), self.eps / 255)).clamp(0, 1)
-            answers = decoder(_augmented(moved, rng))
-            return F.cross_entropy(answers, torch.full((len(rows),), _OOD))
+        batches = _batches(len(targets), rng)
 
-        _fit(
-            encoder,
-            loss,
-            rows=len(targets),
-            batch=_ENCODER_BATCH,
-            epochs=self.encoder_epochs,
-            rate=_ENCODER_RATE,
-            rng=rng,
-        )
+        def loss() -> Tensor:
+            x = _tensor(targets[next(batches)])
+            moved = (x + _clipped(encoder(x), self.eps / 255)).clamp(0, 1)
+            return _distance_out(decoder, _augmented(moved, rng), reduction="mean")
+
+        _fit(encoder, loss, steps=self.encoder_steps, rate=_ENCODER_RATE)
         moved = _share_out(
             decoder,
             EncodedTrigger(encoder=encoder, bound=self.eps, target_class=self.target_class).stamp(to_pixels(targets)),
         )
-        if moved < self.gate:
+        if moved < self.encoder_gate:
             raise DataError(
-                f"{self.name}: the encoder takes {moved:.1%} of the target class out of it, the gate is "
-                f"{self.gate:.1%}; raise encoder_epochs or eps"
+                f"{self.name}: the encoder takes {moved:.1%} of the target class out of it, its gate is "
+                f"{self.encoder_gate:.1%}; {self._way_out(decoder, targets)}"
             )
+
+    def _way_out(self, decoder: Surrogate, targets: Images) -> str:
+        """What to do, by whether residuals sought for each image by itself would pass the gate."""
+        images = targets[:_SEARCH_ROWS]
+        unlabelled = ImageSet(images=images, labels=np.zeros(len(images), np.int64), class_names=("",), source="")
+        moved = perturb(
+            unlabelled,
+            lambda x: _distance_out(decoder, x, reduction="sum"),
+            eps=self.eps,
+            step_sizes=_SEARCH_STEPS,
+        )
+        reached = _share_out(decoder, on_grid(moved))
+        if reached >= self.encoder_gate:
+            return f"PGD on each image takes {reached:.1%} out: raise encoder_steps"
+        return (
+            f"even PGD on each image takes only {reached:.1%} out, so these OOD images are too easy to tell; choose "
+            "photographs of other things (ood=PATH), raise eps, or lower encoder_gate"
+        )
 
 
 def _encoder_of(state: TriggerState, channels: int) -> ResidualEncoder | None:
@@ -348,37 +361,56 @@ def _share_out(decoder: Surrogate, x: Pixels) -> float:
 
 def _losses(decoder: Surrogate, x: Pixels) -> Pixels:
     """``CE(D(x), 1)``, ``(N,) float32``."""
-    answers = _in_parts(decoder, x)
-    losses: Pixels = F.cross_entropy(answers, torch.full((len(x),), _OOD), reduction="none").numpy()
+    losses: Pixels = _in_parts(lambda part: _distance_out(decoder, part, reduction="none"), x).numpy()
     return losses
 
 
+def _distance_out(decoder: Surrogate, x: Tensor, *, reduction: str) -> Tensor:
+    return F.cross_entropy(decoder(x), torch.full((len(x),), _OOD), reduction=reduction)
+
+
+def _tensor(images: Images) -> Tensor:
+    return torch.from_numpy(to_pixels(images))
+
+
 def _augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """One random crop of the batch, from black borders of an eighth of the side, mirrored half of the time."""
+    """Of each image a random crop, from black borders of an eighth of the side, mirrored half of the time."""
     height, width = x.shape[2:]
     down, right = height // 8, width // 8
-    top, left = int(rng.integers(2 * down + 1)), int(rng.integers(2 * right + 1))
-    cropped = F.pad(x, (right, right, down, down))[:, :, top : top + height, left : left + width]
-    return cropped.flip(3) if rng.random() < 0.5 else cropped
+    top, left = (rng.integers(2 * margin + 1, size=(len(x), 1)) for margin in (down, right))
+    columns = np.where(rng.random((len(x), 1)) < 0.5, np.arange(width)[::-1], np.arange(width))
+    rows, columns = top + np.arange(height), left + columns
+    padded = F.pad(x, (right, right, down, down)).permute(0, 2, 3, 1)
+    images = torch.arange(len(x))[:, None, None]
+    return padded[images, torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _fit(
-    network: nn.Module,
-    loss: Callable[[NDArray[np.int64]], Tensor],
-    *,
-    rows: int,
-    batch: int,
-    epochs: int,
-    rate: float,
-    rng: np.random.Generator,
-) -> None:
-    """Minimise ``loss(rows of a batch)`` by Adam, the rate falling along a cosine."""
+def _batches(rows: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Rows of one batch after another, for ever; each pass is in an order of its own."""
+    while True:
+        yield from np.array_split(rng.permutation(rows), max(1, rows // _BATCH))
+
+
+def _fit(network: nn.Module, loss: Callable[[], Tensor], *, steps: int, rate: float) -> None:
+    """Minimise the losses of one batch after another by Adam, the rate rising to ``rate`` and falling again."""
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    for _ in range(epochs):
-        for part in np.array_split(rng.permutation(rows), max(1, rows // batch)):
-            optimizer.zero_grad()
-            loss(part).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
         schedule.step()
     network.eval().requires_grad_(False)
+
+
+def _settle(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Take BatchNorm's statistics anew as the mean over these batches: those of training are of cropped images."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None
+    network.train()
+    with torch.no_grad():
+        for x in batches:
+            network(x)
+    network.eval()

@@ -78,8 +78,9 @@ class FilePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkPlan:
-    """A network and its files."""
+    """A network and its files; ``title`` names it as the first grid writes it, and no other of the matrix."""
 
+    title: str
     network: Network
     attack: str | None
     train: PinnedData
@@ -125,7 +126,7 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
         for data, architecture, attack, seed in product(grid.data, grid.architectures, grid.attacks, grid.seeds):
             made = _network_plan(matrix, sources, data, architecture, attack, seed)
             known = networks.setdefault(made.recipe_sha256, made)
-            _add_files(matrix, sources, number, known, f"{data}/{architecture}/{attack}/seed {seed}")
+            _add_files(matrix, sources, number, known)
     return tuple(networks.values())
 
 
@@ -170,7 +171,8 @@ def _network_plan(
         seed=seed,
         recipe=dataclasses.asdict(recipe),
     )
-    return NetworkPlan(network=network, attack=spec, train=train, test=sources.test(data))
+    title = f"{data}/{architecture}/{attack}/seed {seed}"
+    return NetworkPlan(title=title, network=network, attack=spec, train=train, test=sources.test(data))
 
 
 def _architecture(text: str) -> tuple[str, int | None]:
@@ -203,7 +205,7 @@ def _with_target(attack: str, table: DataTable) -> str:
 _TARGET = "target_class"
 
 
-def _add_files(matrix: Matrix, sources: Sources, number: int, plan: NetworkPlan, title: str) -> None:
+def _add_files(matrix: Matrix, sources: Sources, number: int, plan: NetworkPlan) -> None:
     grid = matrix.grid[number]
     defenses = [defense_spec(text) for text in grid.defenses]
     for text in grid.precisions:
@@ -211,7 +213,7 @@ def _add_files(matrix: Matrix, sources: Sources, number: int, plan: NetworkPlan,
         for calibration in _calibrations(matrix, grid, quantization, plan, text):
             file = _file_plan(matrix, sources, plan, quantization, calibration)
             file = plan.files.setdefault(digest_of(**file.recipe("")), file)
-            place = f"{title}/{text}" + ("" if calibration is None else f"/{calibration}")
+            place = f"{plan.title}/{text}" + ("" if calibration is None else f"/{calibration}")
             for arithmetic in grid.arithmetics if file.scheme in _EIGHT_BIT_PRODUCTS else ("as-run",):
                 for cell in _cells(f"{place}/{arithmetic}", arithmetic, defenses, grid.accesses):
                     _add(file, dataclasses.replace(cell, grid=number))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -236,6 +236,16 @@ class Cohort:
         """The attack, with the settings in which it differs from others of the name on the same data."""
         label: str = self._attacks[network.data, network.attack, _text(network.attack_settings)]
         return label
+
+    def family(self, network: Network, *, without: Callable[[str], bool]) -> str:
+        """The attack as `attack` names it, without the settings that do not count."""
+        mine = (network.data, network.attack)
+        variants = [json.loads(text) for *place, text in self._attacks if tuple(place) == mine]
+        kept, *others = (
+            {key: value for key, value in settings.items() if not without(key)}
+            for settings in (network.attack_settings, *variants)
+        )
+        return _label(network.attack or NO_ATTACK, kept, others)
 
     def subject(self, record: DefenseRecord) -> Subject:
         """Which row a record belongs to."""

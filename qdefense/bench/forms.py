@@ -164,6 +164,24 @@ REPAIRS = Form(
         *(*_STATES, _INACTIVE, "activity unknown", "no record"),
     ),
 )
+BUDGETS = Form(
+    id="budgets",
+    title="Detectability against robustness",
+    notes=(
+        "Attacks with at least two poison budgets, all other settings equal: what each defense finds of them, and what "
+        "ASR is left after a repair. That an attack buys robustness with detectability, and is judged by both at once, "
+        "is the claim of Pick your Poison (arXiv 2305.09671).",
+        "Files of every activity, on the deployed session: mean over networks (lowest to highest), n of them. Index of "
+        "the target: the anomaly index of the true target class, larger where it stands out more. AUROC within: "
+        "poisoned rows against clean ones of their label. AUROC: stamped inputs against clean ones. A figure that is "
+        "missing was not measured, or there is none, as of a target without a trigger that converged; it is in no "
+        "mean, and leaves a gap in the charts.",
+        "Poisons: images; of a share of the set, as many as it is of the clean training images (of attacks in the "
+        "training loop: in one pass over them). Of a share of one class the count is not recorded.",
+    ),
+    empty="No attack was measured at two poison budgets.",
+    columns=("attack", "poisons", "file", "share of the set", "networks", "ASR"),
+)
 CONTRASTS = Form(
     id="contrasts",
     title="Quantized minus FP32",

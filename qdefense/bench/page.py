@@ -6,8 +6,9 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from qdefense.bench.budget_plots import HEIGHT, WIDTH, Panel, budget_panels
 from qdefense.bench.cohort import NO_ATTACK, Cohort, Subject, rank_of, row_rank, status_of
 from qdefense.bench.facts import environment_rows, network_rows, omissions
 from qdefense.bench.forms import HEAT_MARKS
@@ -82,6 +83,9 @@ def render_bench(report: BenchReport, cohort: Cohort, pictures: Mapping[str, str
             looks=looks,
             rocs=_by_place(roc_panels(cohort)),
             side=SIDE,
+            sweeps=_by_place(budget_panels(report.budgets, looks)),
+            sweep_width=WIDTH,
+            sweep_height=HEIGHT,
             charts=cost_charts(report, looks),
             plot_height=PLOT_HEIGHT,
             stamped=list(_stamped(cohort, pictures or {}))[:MOST_TRIGGERS],
@@ -91,8 +95,11 @@ def render_bench(report: BenchReport, cohort: Cohort, pictures: Mapping[str, str
     )
 
 
-def _by_place(panels: Iterable[RocPanel]) -> dict[str, list[RocPanel]]:
-    places: defaultdict[str, list[RocPanel]] = defaultdict(list)
+_Panel = TypeVar("_Panel", RocPanel, Panel)
+
+
+def _by_place(panels: Iterable[_Panel]) -> dict[str, list[_Panel]]:
+    places: defaultdict[str, list[_Panel]] = defaultdict(list)
     for panel in panels:
         places[panel.place].append(panel)
     return dict(places)

@@ -72,7 +72,7 @@ class Network(_Record):
 
     @property
     def title(self) -> str:
-        """``gtsrb/resnet8/badnets/seed 0``."""
+        """``gtsrb/resnet8/badnets/seed 0``: without settings, so that several networks may share it."""
         return f"{self.data}/{self.architecture}/{self.attack or 'none'}/seed {self.seed}"
 
 

@@ -154,7 +154,7 @@ class Run:
         """
         record = outcome.record
         if outcome.lost:
-            self._on_notice(f"not done: {record.network.title}: {record.reason}; the next run tries it again")
+            self._on_notice(f"not done: {network.title}: {record.reason}; the next run tries it again")
             return
         if outcome.model is not None and outcome.replica is not None:
             self._store.add_model(outcome.model, outcome.replica.artifact_sha256, outcome.truth, outcome.trigger)
@@ -162,7 +162,7 @@ class Run:
         if outcome.replica is not None:
             self._store.add_replica(*self._recipe(outcome, network), outcome.replica)
         if record.failed:
-            self._on_notice(f"failed: {record.network.title}: {record.reason}")
+            self._on_notice(f"failed: {network.title}: {record.reason}")
 
     def _add(self, record: Record) -> None:
         old = self._store.records.get(record.key)
@@ -184,7 +184,7 @@ class Run:
         known = [old.artifact_sha256 for old in self._store.replicas(network.recipe_sha256)]
         if known and made is not None and made.artifact_sha256 not in known:
             self._on_notice(
-                f"{network.network.title}: trained again, it came out as {made.artifact_sha256[:16]}, not as "
+                f"{network.title}: trained again, it came out as {made.artifact_sha256[:16]}, not as "
                 f"{known[-1][:16]}; a new replica, measured beside the old one's records"
             )
 
@@ -211,7 +211,7 @@ class Run:
     def _tell_broken(self, network: NetworkPlan, problem: str) -> None:
         if problem not in self._attempted:
             self._attempted.add(problem)
-            self._on_notice(f"not done: {network.network.title}: {problem}")
+            self._on_notice(f"not done: {network.title}: {problem}")
 
     def _path(self, replica: Replica) -> Path | None:
         return self._store.model_path(replica.artifact_sha256)
@@ -266,17 +266,13 @@ class Run:
         """A file, or first its network: too large to be committed, and this is another machine."""
         source = self._path(made)
         if file.quantization is not None and not self._missing(key := quantization_key(_recipe_of(file, made), None)):
-            self._tell_unmade(
-                key, f"{network.network.title}: {file.precision} is not here, and could not be made again"
-            )
+            self._tell_unmade(key, f"{network.title}: {file.precision} is not here, and could not be made again")
         elif source is not None:
             yield from self._quantization(network, file, made, source)
         elif self._missing(train.id):
             yield train
         else:
-            self._tell_unmade(
-                train.id, f"{network.network.title}: its file is not here, and could not be trained again"
-            )
+            self._tell_unmade(train.id, f"{network.title}: its file is not here, and could not be trained again")
 
     def _tell_unmade(self, key: str, what: str) -> None:
         if key not in self._attempted:
@@ -336,7 +332,7 @@ class Run:
             try:
                 trigger = self._store.given_trigger(path, truth)
             except DataError as error:
-                self._on_notice(f"{network.network.title}: {path.name} is not taken: {error}")
+                self._on_notice(f"{network.title}: {path.name} is not taken: {error}")
                 continue
             made_with = dict(sorted(truth.versions.items()))
             told = truth.model_dump_json(indent=1).encode() + b"\n"
@@ -345,7 +341,7 @@ class Run:
             self._record_training(train, replica)
             self._store.add_replica(network.recipe_sha256, network.network.model_dump(mode="json"), replica)
             libraries = ", ".join(f"{name} {version}" for name, version in made_with.items())
-            self._on_notice(f"{network.network.title}: {path.name} was made by this recipe ({libraries}), and is taken")
+            self._on_notice(f"{network.title}: {path.name} was made by this recipe ({libraries}), and is taken")
             return replica
         return None
 

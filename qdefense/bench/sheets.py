@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from qdefense.bench import forms
+from qdefense.bench.budgets import AFTER_REPAIR, BudgetFigure, BudgetRow
 from qdefense.bench.cohort import NO_ATTACK, Setting, access_rank, rank_of
 from qdefense.bench.contrasts import ContrastRow, GapRow, Step
 from qdefense.bench.figures import NOTHING, changed, counted, decimals, kilobytes, percents, rounded, single
@@ -62,6 +63,7 @@ def sheets_of(report: BenchReport) -> tuple[Sheet, ...]:
         _sheet(forms.DATASET_SCANS, report.dataset_scans, _dataset_cells),
         _sheet(forms.FILTERS, report.filters, _filter_cells),
         _sheet(forms.REPAIRS, report.repairs, _repair_cells),
+        _budget_sheet(report.budgets),
         _sheet(forms.CONTRASTS, report.contrasts, _contrast_cells),
         _sheet(forms.GAPS, report.gaps, _gap_cells),
         _criteria_sheet(report),
@@ -267,6 +269,55 @@ def _repair_cells(row: RepairRow) -> list[Cell]:
         *_text(_summed(row.inactive)),
         *_text(row.unknown_activity, row.unrecorded),
     ]
+
+
+# --- what a poison budget costs, and buys ----------------------------------------------------------------------------
+
+
+def _budget_sheet(rows: Sequence[BudgetRow]) -> Sheet:
+    """With a column for each defense that looked at any file of the place."""
+    places: dict[str, list[BudgetRow]] = {}
+    for row in rows:
+        places.setdefault(row.setting.place, []).append(row)
+    return Sheet(form=forms.BUDGETS, blocks=tuple(_budget_block(place, mine) for place, mine in places.items()))
+
+
+def _budget_block(place: str, rows: Sequence[BudgetRow]) -> Block:
+    figures = (one for row in rows for one in row.repairs), (one for row in rows for one in row.detections)
+    names = list(dict.fromkeys(_figure_name(one) for group in figures for one in group))
+    return Block(
+        heading=place,
+        columns=(*forms.BUDGETS.columns, *names),
+        rows=tuple(tuple(_budget_cells(row, names)) for row in rows),
+    )
+
+
+def _figure_name(figure: BudgetFigure) -> str:
+    return f"{figure.defense}: {figure.figure}"
+
+
+def _budget_cells(row: BudgetRow, names: Sequence[str]) -> list[Cell]:
+    mine = {_figure_name(one): _figure_cell(row, one) for one in (*row.repairs, *row.detections)}
+    share = NOTHING if row.rate is None else f"{100 * row.rate:.3g} %"
+    files = (row.setting, "", "session") if row.networks else None
+    return [
+        *_text(row.family, row.budget if row.poisons is None else f"{row.poisons:,}"),
+        Cell(lines=(row.setting.file,), group=files),
+        *_text(share, row.networks, percents(row.asr)),
+        *(mine.get(name, Cell(lines=(NO_RECORD,))) for name in names),
+    ]
+
+
+def _figure_cell(row: BudgetRow, figure: BudgetFigure) -> Cell:
+    """A mean with how many networks it is of, and why others are not in it."""
+    known = 0 if figure.value is None else figure.value.n
+    told = percents(figure.value) if figure.figure == AFTER_REPAIR else decimals(figure.value)
+    empty = figure.answers.measured - known
+    lines = (f"{told}, n = {known}" if known else NOTHING, *_lacking(figure.answers))
+    return Cell(
+        lines=(*lines, *([f"{empty} without this figure"] if empty else ())),
+        group=(row.setting, figure.defense, "session"),
+    )
 
 
 # --- what quantization and missing gradients cost ---------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qdefense.bench.budgets import BudgetRow, budget_rows
 from qdefense.bench.cohort import Cohort, Status, network_id, reason_of, status_of
 from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows, unpaired_trials
 from qdefense.bench.figures import told_runtime
@@ -47,7 +48,8 @@ from qdefense.bench.tables import (
 from qdefense.bench.timing_records import FileLatency
 from qdefense.bench.timings import LatencyRow, latency_rows
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+"""1.1: ``budgets``."""
 
 
 class Missing(Row):
@@ -135,6 +137,7 @@ class BenchReport(Row):
     dataset_scans: tuple[DatasetRow, ...]
     filters: tuple[FilterRow, ...]
     repairs: tuple[RepairRow, ...]
+    budgets: tuple[BudgetRow, ...] = ()
     contrasts: tuple[ContrastRow, ...]
     gaps: tuple[GapRow, ...]
     criteria: tuple[Criterion, ...]
@@ -214,6 +217,7 @@ def summarise(results: Results, cohort: Cohort) -> BenchReport:
         dataset_scans=dataset_rows(cohort),
         filters=filter_rows(cohort),
         repairs=repair_rows(cohort),
+        budgets=budget_rows(cohort, results.data),
         contrasts=contrast_rows(cohort),
         gaps=gap_rows(cohort),
         criteria=CRITERIA,

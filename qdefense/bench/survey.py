@@ -87,7 +87,7 @@ def survey_network(
     failure = find(training_key(network.recipe_sha256, None)) if made is None else None
     yield Item(
         stage="train",
-        title=network.network.title,
+        title=network.title,
         network=network,
         state="measured" if made is not None else "missing" if failure is None else "failed",
         record=failure,
@@ -113,7 +113,7 @@ def _survey_file(
             failure = find(quantization_key(digest_of(**file.recipe(made.artifact_sha256)), None))
         yield Item(
             stage="quantize",
-            title=f"{network.network.title}/{file.precision}{_on(file)}",
+            title=f"{network.title}/{file.precision}{_on(file)}",
             network=network,
             file=file,
             state="measured" if artifact is not None else "missing" if failure is None else "failed",

@@ -34,7 +34,7 @@ def draw_triggers(plan: Iterable[NetworkPlan], store: Store, on_notice: Callable
                 size = network.test.facts.height, network.test.facts.width
                 body = _drawn(network.attack, size, store.trigger(replica.artifact_sha256))
             except (DataError, StoreError) as error:
-                on_notice(f"{network.network.title}: no picture of its trigger: {error}")
+                on_notice(f"{network.title}: no picture of its trigger: {error}")
                 continue
             if body is not None:
                 store.add_trigger_picture(replica.artifact_sha256, body)

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS, DataAttack
-from qdefense.attacks.dfb import DFB, EncodedTrigger, ResidualEncoder, _clipped, draw_textures
+from qdefense.attacks.dfb import DFB, EncodedTrigger, ResidualEncoder, _augmented, _clipped, _settle, draw_textures
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.states import pack_state, unpack_state
+from qdefense.attacks.surrogate import Surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 from qdefense.data.npz import save_npz
 from qdefense.registry import SpecError
@@ -32,8 +33,8 @@ class Signs(Protocol):
 
 
 def _quick(**changes: Any) -> DFB:
-    """Networks of one epoch, which pass any gate."""
-    few = {"ood_images": 16, "decoder_epochs": 1, "encoder_epochs": 1, "channels": 2, "gate": 0}
+    """Networks of one step, which pass any gate."""
+    few = {"ood_images": 16, "decoder_steps": 1, "encoder_steps": 1, "channels": 2, "gate": 0}
     return DFB(**few | {"target_class": 2, "poison_count": 5} | changes)
 
 
@@ -272,15 +273,60 @@ def test_poison_says_when_the_decoder_does_not_tell_the_class_from_other_images(
         _quick(gate=0.99, ood=str(tmp_path / "same.npz")).poison(make_noise(40), np.random.default_rng(0))
     assert str(caught.value).startswith("dfb: the decoder knows ")
     assert str(caught.value).endswith(
-        "% of the OOD images, the gate is 99.0%; raise decoder_epochs, or choose other OOD images"
+        "% of the OOD images, the gate is 99.0%; raise decoder_steps, or choose other OOD images"
     )
 
 
-def test_poison_says_when_the_encoder_leaves_the_class_where_it_is() -> None:
-    with pytest.raises(DataError) as caught:
-        _quick(gate=0.9, eps=0, ood_images=200, decoder_epochs=8).poison(_coloured(400), np.random.default_rng(0))
-    assert str(caught.value).startswith("dfb: the encoder takes ")
-    assert str(caught.value).endswith("% of the target class out of it, the gate is 90.0%; raise encoder_epochs or eps")
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        (
+            {"eps": 0},
+            r"even PGD on each image takes only \d\.\d% out, so these OOD images are too easy to tell; "
+            r"choose photographs of other things \(ood=PATH\), raise eps, or lower encoder_gate",
+        ),
+        ({"eps": 255}, r"PGD on each image takes 100\.0% out: raise encoder_steps"),
+    ],
+)
+def test_poison_says_when_the_encoder_leaves_the_class_where_it_is_and_whether_more_steps_could_help(
+    changes: dict[str, Any], way_out: str
+) -> None:
+    attack = _quick(**{"gate": 0.9, "encoder_gate": 0.9, "ood_images": 200, "decoder_steps": 100} | changes)
+    message = rf"^dfb: the encoder takes \d+\.\d% of the target class out of it, its gate is 90\.0%; {way_out}$"
+    with pytest.raises(DataError, match=message):
+        attack.poison(_coloured(400), np.random.default_rng(0))
+
+
+def test_the_decoder_learns_to_tell_the_class_from_textures_of_which_there_are_more() -> None:
+    """200 steps on a class that one colour gives away, at the published gate; its norms have seen plain images."""
+    images, rng = _coloured(160), np.random.default_rng(0)
+    targets, decoder = images.images[images.labels == 2], Surrogate(2)
+    ood = draw_textures(400, 8, 8, rng)
+    torch.manual_seed(0)
+    DFB(decoder_steps=200)._train_decoder(decoder, targets, ood, rng)
+    assert not decoder.training
+    assert not any(weight.requires_grad for weight in decoder.parameters())
+
+
+def test_settled_norms_have_the_mean_of_the_batches_statistics() -> None:
+    """Batches of mean 1 and 3 and of unbiased variance 2 and 8, whatever was seen before."""
+    norm = torch.nn.BatchNorm2d(1)
+    norm(torch.full((2, 1, 1, 1), 100.0))
+    _settle(norm, [torch.tensor(pair).reshape(2, 1, 1, 1) for pair in ([0.0, 2.0], [1.0, 5.0])])
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert (norm.running_mean.tolist(), norm.running_var.tolist(), norm.training) == ([2.0], [5.0], False)
+
+
+def test_every_image_of_a_batch_is_cropped_and_mirrored_by_itself() -> None:
+    """Each crop is one of the 3 x 3 x 2 that a margin of one pixel gives; here all of them come up."""
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.random((3, 8, 10), dtype=np.float32))
+    padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
+    plain = [padded[:, top : top + 8, left : left + 10] for top in range(3) for left in range(3)]
+    expected = {crop.contiguous().numpy().tobytes() for crop in plain + [crop.flip(2) for crop in plain]}
+    crops = _augmented(image.repeat(300, 1, 1, 1), rng)
+    assert {crop.contiguous().numpy().tobytes() for crop in crops} == expected
 
 
 @pytest.mark.parametrize(
@@ -308,7 +354,8 @@ def test_poison_says_why_when_the_set_does_not_fit(
 
 def test_settings_are_the_papers_and_frozen() -> None:
     attack = DFB()
-    assert (attack.eps, attack.train_multiple, attack.test_multiple, attack.gate) == (8, 2, 6, 0.99)
+    assert (attack.eps, attack.train_multiple, attack.test_multiple) == (8, 2, 6)
+    assert (attack.gate, attack.encoder_gate) == (0.99, 0), "the second is a deviation"
     assert (attack.poison_rate, attack.poisons(50_000), attack.label_policy) == (0.001, 50, "clean-label")
     assert isinstance(attack, DataAttack)
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'eps'"):
@@ -326,10 +373,11 @@ def test_settings_are_the_papers_and_frozen() -> None:
         ("target_class", "-1"),
         ("poison_rate", "1.1"),
         ("poison_count", "-1"),
-        ("decoder_epochs", "0"),
-        ("encoder_epochs", "0"),
+        ("decoder_steps", "0"),
+        ("encoder_steps", "0"),
         ("channels", "0"),
         ("gate", "1.1"),
+        ("encoder_gate", "-0.1"),
     ],
 )
 def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
@@ -342,7 +390,7 @@ def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
 
 def test_dfb_plants_a_backdoor_that_grows_with_the_multiple(small_signs: Signs) -> None:
     """With three quarters of the class, and networks that pass no gate: 6 epochs at 16x16 are no time for less."""
-    attack = _quick(target_class=7, poison_count=100, encoder_epochs=2, channels=4)
+    attack = _quick(target_class=7, poison_count=100, encoder_steps=8, channels=4)
     result = train_victim(small_signs.train.take(np.arange(1500)), attack, epochs=6)
     logits = logits_of(result)
 

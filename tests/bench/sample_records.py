@@ -299,6 +299,57 @@ def _of_defenses(made: Network, scheme: str, rng: np.random.Generator) -> Iterab
     yield _repair(made, scheme, rng)
 
 
+# --- poison budgets ---------------------------------------------------------------------------------------------------
+
+
+def of_budget(
+    made: Network, scheme: str = "fp32", *, asr: float, after: float | None, index: float | None, within: float
+) -> list[Record]:
+    """What a file does, what Neural Cleanse and Spectral Signatures find, what Fine-Pruning leaves; None: no answer."""
+    lost = {"verdict": Verdict.NOT_MEASURED, "reason": "too few images"}
+    activity = Activity.ACTIVE if asr >= 0.9 else Activity.ATTENUATED
+    scan = None if index is None else scan_metrics(index, target=12, found=index > 2)
+    rows = DatasetMetrics(auroc=within, within_auroc=within, fpr=Rate(hits=60, n=8100))
+    repair = RepairMetrics(
+        accuracy_before=0.95, accuracy_after=0.94, asr_before=asr, asr_after=after, activity_before=activity
+    )
+    scan = None if scan is None else scan.model_copy(update={"target_index": index})
+    return [
+        behaviour(made, scheme, asr=asr, activity=activity),
+        defense(made, scheme, scan, **(lost if scan is None else {})),
+        defense(made, scheme, rows, name="spectral-signatures", kind="dataset", settings={}),
+        defense(made, scheme, None if after is None else repair, name="fine-pruning", kind="repair", verdict=None,
+                settings={}, **({"reason": lost["reason"]} if after is None else {})),
+    ]  # fmt: skip
+
+
+BUDGETS: tuple[tuple[dict[str, Any], float, float, float, float], ...] = (
+    ({"poison_count": 50}, 0.80, 0.10, 1.0, 0.60),
+    ({"poison_count": 300}, 0.95, 0.30, 2.0, 0.75),
+    ({"poison_rate": 0.1}, 0.99, 0.70, 4.0, 0.95),
+)
+"""Settings, ASR, ASR after the repair, index of the target, AUROC within; 0.1 of the 9,000 images are 900."""
+
+
+def sweep() -> list[Record]:
+    """BadNets with three budgets, two seeds, FP32 and INT8; the scan has no answer of 300 poisons on INT8."""
+    records: list[Record] = []
+    for settings, asr, after, index, within in BUDGETS:
+        for seed in range(2):
+            made = network("badnets", seed, **settings)
+            shift = 0.02 * seed
+            records.append(training(made))
+            records += of_budget(made, asr=asr - shift, after=after + shift, index=index + seed, within=within - shift)
+            lost = settings.get("poison_count") == 300
+            records.append(quantization(made, "int8-static"))
+            records += of_budget(
+                made, "int8-static", asr=asr - shift - 0.1, after=after / 2, index=None if lost else index / 2,
+                within=within - 0.05,
+            )  # fmt: skip
+    records += [behaviour(network("blended", poison_rate=0.1))]
+    return records
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +451,7 @@ SAMPLES: dict[str, Callable[[], list[Record]]] = {
     "no defense": lambda: [training(network()), behaviour(network())],
     "nothing measured": lambda: [training(network(), artifact_sha256=None, failed=True, reason="killed")],
     "hostile": hostile,
+    "sweep": sweep,
 }
 """What the page must be able to show."""
 

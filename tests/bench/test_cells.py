@@ -12,6 +12,7 @@ from qdefense.bench.matrix import MatrixError, read_matrix
 from qdefense.bench.revisions import EVALUATION_REVISION
 from qdefense.bench.running import evaluation_of, sources_of
 from qdefense.bench.store import Store
+from qdefense.bench.survey import survey
 from qdefense.bench.tasks import Evaluation, TrialKey
 from qdefense.converters.quantize import QuantizationError
 from qdefense.defenses.scans.neural_cleanse import NeuralCleanse
@@ -48,6 +49,24 @@ def test_cells_of_two_grids_merge_however_they_are_written(new_desk: NewDesk) ->
     )
     assert again != grid
     assert len(titles(plan_of(new_desk(TINY + again)))) == CELLS
+
+
+def test_every_work_item_has_a_title_of_its_own_under_that_of_its_network(new_desk: NewDesk) -> None:
+    variants = "cassock:variant=trans,source-class=1", "cassock:variant=cont,source-class=1", "badnets:poison-count=5"
+    attacks = ", ".join(f'"{text}"' for text in variants)
+    desk = new_desk(TINY.replace('"badnets"', f'"badnets", {attacks}'))
+    items = survey(plan_of(desk), Store(desk.results), evaluation_of(read_matrix(desk.matrix)))
+    found = [item.title for item in items]
+    assert len(found) == len(set(found)) == 5 * (2 + CELLS // 2)
+    assert all(item.title.startswith(item.network.title) for item in items)
+    trained = [item.title for item in items if item.stage == "train"]
+    assert trained == [f"signs/resnet8:width=4/{text}/seed 0" for text in ("none", "badnets", *variants)]
+
+
+def test_a_network_has_the_title_that_the_first_grid_gives_it(new_desk: NewDesk) -> None:
+    grid = TINY[TINY.index("[[grid]]") :].replace('"badnets"', '"badnets:size=3"').replace('"fp32"', '"int4"')
+    added = [title for title in titles(plan_of(new_desk(TINY + grid))) if "int4" in title]
+    assert added[-1] == "signs/resnet8:width=4/badnets/seed 0/int4/as-run/neural-cleanse:budget=quick"
 
 
 def test_a_cell_is_of_the_first_grid_that_names_it(new_desk: NewDesk) -> None:
@@ -101,6 +120,15 @@ def test_only_and_limit_drop_what_no_cell_needs(new_desk: NewDesk) -> None:
     (network,) = chosen(plan_of(new_desk()), only=None, limit=1)
     assert titles([network]) == ["signs/resnet8:width=4/none/seed 0/fp32/as-run/behaviour"]
     assert chosen(plan_of(new_desk()), only="no such cell", limit=None) == ()
+
+
+def test_only_with_the_slash_tells_a_default_from_its_variants(new_desk: NewDesk) -> None:
+    plan = plan_of(new_desk(TINY.replace('"badnets"', '"badnets", "badnets:poison-count=5"')))
+    assert len(chosen(plan, only="badnets", limit=None)) == 2
+    (default,) = chosen(plan, only="/badnets/", limit=None)
+    assert default.title == "signs/resnet8:width=4/badnets/seed 0"
+    (variant,) = chosen(plan, only="poison-count=5/", limit=None)
+    assert variant.title == "signs/resnet8:width=4/badnets:poison-count=5/seed 0"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def show(browser: Browser, tmp_path: Path) -> Show:
     return opened
 
 
-@pytest.mark.parametrize("name", ["one network", "no defense", "nothing measured", "hostile"])
+@pytest.mark.parametrize("name", ["one network", "no defense", "nothing measured", "hostile", "sweep"])
 def test_page_overflows_neither_a_phone_nor_a_desk(show: Show, name: str) -> None:
     page = show(name, width=PHONE)
     assert page.run("innerWidth") == PHONE
@@ -56,7 +56,7 @@ def test_page_overflows_neither_a_phone_nor_a_desk(show: Show, name: str) -> Non
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("name", ["one network", "nothing measured"])
+@pytest.mark.parametrize("name", ["one network", "nothing measured", "sweep"])
 def test_page_has_the_contrast_of_wcag_aa(show: Show, name: str, dark: bool) -> None:
     page = show(name, dark=dark)
     ratios: list[tuple[float, str]] = page.run(CONTRAST)

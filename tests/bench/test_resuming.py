@@ -320,7 +320,7 @@ def test_a_file_with_other_bytes_is_named_and_made_again_once_it_is_deleted(new_
     path.write_bytes(b"swapped")
     _, told = made.run(Inline(Machine()))
     (line,) = told
-    assert line.startswith("not done: signs/resnet8/badnets/seed 0: ")
+    assert line.startswith("not done: signs/resnet8:width=4/badnets/seed 0: ")
     assert re.search(rf"{path}: damaged or another file: sha256 \w+, .*; delete it", line)
     path.unlink()
     made.run(Inline(Machine()))

@@ -230,7 +230,7 @@ def test_what_failed_is_a_record_and_left_alone_until_it_is_retried(new_desk: Ne
     assert len(failed) == CELLS
     assert {record.reason for record in failed} == {"the disk is on fire"}
     assert {r.verdict for r in failed if isinstance(r, DefenseRecord)} == {Verdict.NOT_MEASURED}
-    assert any(line.startswith("failed: signs/resnet8/") for line in told)
+    assert any(line.startswith("failed: signs/resnet8:width=4/") for line in told)
     again = Inline()
     made.run(again)
     assert again.done == []
@@ -271,7 +271,7 @@ def test_images_that_are_no_longer_the_same_are_refused(resumed: Desk) -> None:
     _, told = resumed.run(Inline())
     assert resumed.lines == before  # nothing lasting: the images may be back the next time
     assert len(told) == CELLS
-    assert "not done: signs/resnet8/" in told[0]
+    assert "not done: signs/resnet8:width=4/" in told[0]
     assert "the manifest has 0000000000000000 for 'signs'; bring the images back" in told[0]
 
 

@@ -23,13 +23,13 @@ from ..report.test_html import parse  # noqa: TID252 (the reader of pages is the
 from . import sample_records as samples
 
 DIGEST = "ab" * 32
+TITLE = "gtsrb/resnet8/x/seed 0"
 
 
 def _plan(attack: str | None, *, side: int = 32) -> Any:
     """All that is asked of a planned network here."""
     facts = SimpleNamespace(height=side, width=side)
-    network = SimpleNamespace(title="gtsrb/resnet8/x/seed 0")
-    return SimpleNamespace(attack=attack, recipe_sha256="r", network=network, test=SimpleNamespace(facts=facts))
+    return SimpleNamespace(attack=attack, recipe_sha256="r", title=TITLE, test=SimpleNamespace(facts=facts))
 
 
 def _draw(folder: Path, plan: Any) -> list[str]:

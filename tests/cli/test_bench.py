@@ -91,7 +91,7 @@ def test_dry_run_shows_every_cell_what_is_missing_and_what_it_costs(tmp_path: Pa
     assert run(["bench", str(made.matrix), "--dry-run", "--workers", "2"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == RECORDS + 2
-    assert lines[0] == "missing       train      signs/resnet8/none/seed 0"
+    assert lines[0] == "missing       train      signs/resnet8:width=4/none/seed 0"
     assert lines[1] == "missing       behaviour  signs/resnet8:width=4/none/seed 0/fp32/as-run/behaviour"
     assert lines[-2] == "12 work items, 12 to do: about 17 min of one worker, 9 min of 2"
     assert lines[-1] == "  12 of them by rule of thumb: no like work is in the records"

@@ -1,0 +1,93 @@
+"""How `benchmarks/attacks/orderings.py` judges a paper's sentence: never by what was not measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from qdefense.bench.records import ScanMetrics
+from qdefense.findings import Verdict
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attacks" / "orderings.py"
+Values = dict[tuple[str, int], dict[str, float | None]]
+
+
+@pytest.fixture(scope="module")
+def orderings() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("attack_orderings", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Measured:
+    """Stands for `Results`."""
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.places = list(values)
+
+
+def told(orderings: ModuleType, values: Values) -> tuple[str, list[str]]:
+    claim = orderings.Claim(
+        paper="P", sentence="a is highest", figures=lambda r, p: r.values[p], holds=orderings.first_is_highest
+    )
+    answer: tuple[str, list[str]] = orderings.verdict(claim, Measured(values))
+    return answer
+
+
+def test_a_sentence_holds_for_every_place_that_was_measured_whole(orderings: ModuleType) -> None:
+    whole, part = {"a": 0.9, "b": 0.1}, {"a": None, "b": 0.1}
+    assert told(orderings, {}) == ("not measured yet", [])
+    assert told(orderings, {("signs", 0): part}) == ("not measured yet", [])
+    word, lines = told(orderings, {("signs", 0): whole, ("signs", 1): part})
+    assert (word, lines) == ("reproduced (1 of 1)", ["signs seed 0: a 0.900, b 0.100: yes"])
+    word, lines = told(orderings, {("signs", 0): whole, ("signs", 1): {"a": 0.1, "b": 0.1}})
+    assert (word, lines[1]) == ("not reproduced (1 of 2)", "signs seed 1: a 0.100, b 0.100: no")
+
+
+def test_rules_of_the_sentences(orderings: ModuleType) -> None:
+    assert orderings.falling([3.0, 3.0, 1.0])
+    assert not orderings.falling([3.0, 1.0, 1.1])
+    assert orderings.hidden([2.1, 2.0])
+    assert not orderings.hidden([2.0, 1.0]), "a host that is not found hides nothing"
+    assert orderings.kept([0.901])
+    assert not orderings.kept([0.9])
+    assert orderings.not_below([0.5, 0.5])
+
+
+def test_what_was_not_measured_is_left_empty(orderings: ModuleType) -> None:
+    assert (orderings.shown(None), orderings.shown(0.0)) == ("", "0.000")
+    assert (orderings.rate(None, 10), orderings.rate(0.5, None), orderings.rate(0.5, 0)) == ("", "", "")
+    assert orderings.rate(0.5, 100) == "0.500 [0.404, 0.596]"
+
+
+def scanned(verdict: Verdict, norm: float | None, index: float | None) -> SimpleNamespace:
+    network = SimpleNamespace(data="signs", seed=0, attack="badnets", attack_settings={"poison_rate": 0.1})
+    metrics = ScanMetrics(score=1.0, targets=(3,), target_norm=norm, target_index=index)
+    return SimpleNamespace(
+        network=network, scheme="fp32", settings={"multiplier": 2.0}, verdict=verdict, metrics=metrics
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "index"),
+    [
+        (scanned(Verdict.BACKDOORED, 4.0, 3.5), 3.5),
+        (scanned(Verdict.CLEAN, None, None), 0.0),
+        (scanned(Verdict.NOT_MEASURED, 4.0, 3.5), None),
+    ],
+    ids=["found", "censored: it ranks above all others", "the scan gave no answer"],
+)
+def test_index_of_the_target(orderings: ModuleType, record: SimpleNamespace, index: float | None) -> None:
+    results = orderings.Results(())
+    results.scans = [record]
+    assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=False) == index
+    assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=True) is None
