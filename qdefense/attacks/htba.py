@@ -103,8 +103,8 @@ class HiddenTrigger:
             DataError: no such source or target class, no image of one, or the patch does not fit.
         """
         trigger = self.trigger(*dataset.images.shape[1:3])
-        rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
         sources = rows_of(dataset, self.source_class, role="source", attack=self.name)
+        rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
         images = dataset.images.copy()
         if len(rows):
             surrogate = train_surrogate(dataset, rng, epochs=self.surrogate_epochs)
