@@ -97,6 +97,10 @@ def test_a_count_is_refused_when_it_is_none(value: str) -> None:
             "poison_rate 0.001 of 40 images comes to 0, fewer than 1; choose more than 0.0125",
         ),
         (
+            "cassock:cover-rate=0.01,target-class=1",
+            "cover_rate 0.01 of 40 images comes to 0, fewer than 1; choose more than 0.0125",
+        ),
+        (
             "cassock:poison-rate=0.01,target-class=1",
             "poison_rate 0.01 of 40 images comes to 0, fewer than 1; choose more than 0.0125",
         ),
@@ -154,6 +158,18 @@ def test_a_rate_that_comes_to_no_image_of_a_batch_is_refused(make_noise: MakeNoi
     with pytest.raises(DataError) as caught:
         poisoner.on_batch(x, y, torch.nn.Identity(), rng)
     assert str(caught.value) == f"{name}: {message}, or 0 for none"
+
+
+def test_a_set_of_cassock_that_no_step_would_draw_from_is_refused(make_noise: MakeNoise) -> None:
+    images, rng = make_noise(200), np.random.default_rng(0)
+    x, y = torch.from_numpy(images.pixels[:40]), torch.from_numpy(images.labels[:40])
+    spec = "cassock-loop:target-class=1,poison-count=2,cover-rate=0.1"
+    ATTACKS.create(spec).begin(images, steps=1, rng=rng).on_batch(x, y, torch.nn.Identity(), rng)
+    poisoner = ATTACKS.create(f"{spec},extra-poisons=0").begin(images, steps=1, rng=rng)
+    with pytest.raises(
+        DataError, match=r"^cassock-loop: the poisons' share 0\.00900901 of 40 images of a batch comes to 0, "
+    ):
+        poisoner.on_batch(x, y, torch.nn.Identity(), rng)
 
 
 @pytest.mark.parametrize("images", [1, 7, 40, 150, 200, 128, 3333])

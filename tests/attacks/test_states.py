@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
+from qdefense.attacks.dfb import DFB, ResidualEncoder
 from qdefense.attacks.input_aware import InputAware
 from qdefense.attacks.interfaces import LearnsTrigger, TriggerState, trigger_of
 from qdefense.attacks.issba import Issba
@@ -138,6 +139,30 @@ def test_input_aware_takes_two_classes_or_more(states: dict[str, TriggerState], 
 def test_issba_takes_a_secret_of_zeros_and_ones(states: dict[str, TriggerState], secret: NDArray[Any]) -> None:
     with pytest.raises(DataError, match=r"^issba: the trigger state is not that of these settings on 8x8 images; "):
         ISSBA.restored_trigger(8, 8, {**states["issba"], "secret": secret})
+
+
+@pytest.mark.parametrize("spec", ["dfb", "cassock:variant=cont", "cassock-loop:variant=comp"])
+def test_learned_patterns_are_finite(spec: str) -> None:
+    name = "residual" if spec == "dfb" else "pattern"
+    attack, good = ATTACKS.create(spec), np.zeros((3, 8, 8), np.float32)
+    trigger_of(attack, 8, 8, {name: good})
+    for state in ({name: good + np.nan}, {name: good.astype(np.float64)}, {name: good, "another": good}, {name: b"x"}):
+        with pytest.raises(DataError, match=rf"^{attack.name}: the trigger state is not that of these settings"):
+            trigger_of(attack, 8, 8, state)  # type: ignore[arg-type]
+
+
+def test_dfbs_encoder_has_finite_weights_of_its_names_and_types() -> None:
+    attack, encoder = DFB(variant="encoder", channels=2), ResidualEncoder(2)
+    good = {key: value.numpy() for key, value in encoder.state_dict().items()}
+    name = "first.weight"
+    attack.restored_trigger(8, 8, good)
+    for state in (
+        {**good, name: good[name] * np.nan},
+        {**good, name: good[name].astype(np.float64)},
+        {**good, "x": good[name]},
+    ):
+        with pytest.raises(DataError, match=r"^dfb: the trigger state is not that of these settings"):
+            attack.restored_trigger(8, 8, state)
 
 
 @pytest.mark.parametrize("attack", [INPUT_AWARE, ISSBA], ids=lambda attack: attack.name)
