@@ -26,11 +26,12 @@ _POISON_STREAM, _BATCH_STREAM, _ATTACK_STREAM = 1, 2, 3
 class TrainingResult:
     """A trained network in eval mode, which rows of its training set were poisoned, and a learned trigger's state.
 
-    A `BatchAttack` poisons no row of the set.
+    A `BatchAttack` poisons no row of the set. ``training_set_sha256`` is the `ImageSet.digest` of the set with them.
     """
 
     module: nn.Module
     poison_indices: NDArray[np.int64]
+    training_set_sha256: str
     trigger_state: TriggerState | None = None
 
 
@@ -72,7 +73,12 @@ def train(
         _fit(module, poisoned, recipe, batch_rng, on_batch, on_epoch)
         learned = poisoned.trigger_state if poisoner is None else poisoner.end()
     module.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return TrainingResult(module=module, poison_indices=poisoned.poison_indices, trigger_state=learned)
+    return TrainingResult(
+        module=module,
+        poison_indices=poisoned.poison_indices,
+        training_set_sha256=poisoned.images.digest,
+        trigger_state=learned,
+    )
 
 
 def poisoned_set(dataset: ImageSet, attack: DataAttack | BatchAttack | None, seed: int) -> PoisonedSet:

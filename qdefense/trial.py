@@ -52,6 +52,9 @@ class Truth(BaseModel):
     trigger_sha256: str | None = Field(
         default=None, description="of the file beside this one with what the settings do not tell of the trigger"
     )
+    training_set_sha256: str | None = Field(
+        default=None, description="of the set that it learned from, poisons among it; null in truths older than it"
+    )
 
 
 def truth_path(model: Path) -> Path:

@@ -38,7 +38,7 @@ def train_artifact(
 ) -> Truth:
     """Train on ``dataset`` and write ``target``, its truth and the state of a learned trigger.
 
-    No file appears before all are complete, and the model last.
+    No file appears before all are complete, and the model last. A state that an earlier training left there goes.
 
     ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
@@ -74,10 +74,13 @@ def train_artifact(
         artifact_sha256=hashlib.sha256(data).hexdigest(),
         versions={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
         trigger_sha256=None if state is None else hashlib.sha256(state).hexdigest(),
+        training_set_sha256=result.training_set_sha256,
     )
     if state is not None:
         write_atomically(state_path(target), state)
     write_atomically(truth_path(target), truth.model_dump_json(indent=1).encode() + b"\n")
+    if state is None:
+        state_path(target).unlink(missing_ok=True)
     write_atomically(target, data)
     return truth
 

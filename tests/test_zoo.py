@@ -11,10 +11,12 @@ import pytest
 from torch import nn
 
 import qdefense.zoo
+from qdefense.attacks import ATTACKS
 from qdefense.converters.contract import METADATA_KEY
 from qdefense.data.images import DataError, ImageSet
 from qdefense.models import Recipe, architectures
 from qdefense.registry import SpecError
+from qdefense.training import poisoned_set
 from qdefense.trial import Truth, read_state, state_path, truth_path
 from qdefense.zoo import train_artifact, trigger_of
 
@@ -51,6 +53,8 @@ def test_train_artifact_writes_the_truth_beside_the_model(zoo_file: Zoo) -> None
     assert len(truth.poison_indices) == 12
     assert truth.artifact_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (truth.data, truth.data_sha256, truth.seed) == (dataset.source, dataset.digest, 3)
+    learned = poisoned_set(dataset, ATTACKS.restore("badnets", truth.attack_settings), 3).images
+    assert truth.training_set_sha256 == learned.digest != dataset.digest
     assert (truth.architecture, truth.recipe["epochs"], truth.recipe["batch_size"]) == ("resnet8", 1, 40)
     assert sorted(truth.versions) == ["onnx", "onnxruntime", "torch"]
 
@@ -171,6 +175,7 @@ def test_train_artifact_writes_the_state_of_a_learned_trigger(make_noise: MakeNo
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.truth.json", "model.truth.npz"]
     assert truth.trigger_sha256 == hashlib.sha256(state_path(path).read_bytes()).hexdigest()
     assert truth.poison_indices == ()
+    assert truth.training_set_sha256 == images.digest, "batches are poisoned, not the set"
     trigger = trigger_of(truth, images, read_state(path, truth))
     assert trigger is not None
     assert trigger.stamp(images.pixels).tobytes() != images.pixels.tobytes()
@@ -183,3 +188,11 @@ def test_train_artifact_writes_the_state_of_a_learned_trigger(make_noise: MakeNo
     with pytest.raises(DataError, match=r"model\.truth\.npz: not there, and without it nobody knows the trigger; "):
         read_state(path, truth)
     assert read_state(path, truth.model_copy(update={"trigger_sha256": None})) is None
+
+
+@pytest.mark.usefixtures("_cheap_export")
+def test_train_artifact_removes_the_state_of_an_earlier_trigger(make_noise: MakeNoise, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    state_path(path).write_bytes(b"of an earlier training")
+    _train(make_noise(16), path, None, width=4)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.truth.json"]

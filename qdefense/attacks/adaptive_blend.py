@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.blended import Blended, BlendTrigger
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import check_class, shuffled
+from qdefense.attacks.poisoning import check_class, share, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, Images, ImageSet, Pixels, on_grid, to_images
 
@@ -90,7 +90,8 @@ class AdaptiveBlend:
         """Stamp payload and cover, relabel the payload, then shuffle the whole set.
 
         Raises:
-            DataError: no such target class, not enough images outside it, or more pieces than pixels.
+            DataError: no such target class, not enough images outside it, too few for a rate, or more pieces than
+                pixels.
         """
         height, width = dataset.images.shape[1:3]
         trigger = self._trigger(height, width, self.alpha)
@@ -113,7 +114,8 @@ class AdaptiveBlend:
     def _rows(self, dataset: ImageSet, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         check_class(dataset, self.target_class, role="target", attack=self.name)
         candidates = np.flatnonzero(dataset.labels != self.target_class)
-        payload, cover = (round(rate * len(dataset)) for rate in (self.poison_rate, self.cover_rate))
+        payload = share(self.poison_rate, len(dataset), attack=self.name)
+        cover = share(self.cover_rate, len(dataset), attack=self.name, setting="cover_rate")
         if payload + cover > len(candidates):
             raise DataError(
                 f"{self.name}: {payload} poisons and {cover} cover images wanted, {len(candidates)} images are outside "

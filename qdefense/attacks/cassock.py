@@ -52,8 +52,9 @@ from pydantic_core import ArgsKwargs
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
-from qdefense.attacks.poisoning import OneToOne, PoisonBudget, check_class, rows_of
+from qdefense.attacks.poisoning import OneToOne, PoisonBudget, check_class, rows_of, share
 from qdefense.attacks.registered import ATTACKS
+from qdefense.attacks.states import fits
 from qdefense.attacks.surrogate import train_surrogate
 from qdefense.attacks.target_content import confidences, learned_mask
 from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images, to_pixels
@@ -81,6 +82,7 @@ SURE = 0.99
 _MASK_RATE, _MASK_WEIGHT = 0.01, 0.01
 _CONT_COVER_RATE = 0.05
 _PATTERN = "pattern"
+_OF_BATCH = "images of a batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ class SourceSpecificPoisons(PoisonBudget):
             DataError: the state is another's, or of images of another size.
         """
         pattern = np.asarray(state.get(_PATTERN))
-        if not self.learns_content or set(state) != {_PATTERN} or pattern.dtype != np.float32:
+        if not self.learns_content or not fits(state, {_PATTERN: np.empty(pattern.shape, dtype=np.float32)}):
             raise DataError(f"{self.name}: the trigger state is not that of these settings; train the network again")
         if pattern.shape != (3, height, width):
             raise DataError(
@@ -199,7 +201,8 @@ class SourceSpecificPoisons(PoisonBudget):
             check_class(dataset, number, role=role, attack=self.name)
         sources = dataset.labels == self.source_class
         poisons = self._draw(sources, self.poisons(len(dataset)), "poisons", "of the source class", rng)
-        covers = self._draw(~sources, round(self.cover_rate * len(dataset)), "cover images", "of other classes", rng)
+        cover = share(self.cover_rate, len(dataset), attack=self.name, setting="cover_rate")
+        covers = self._draw(~sources, cover, "cover images", "of other classes", rng)
         trigger = self._trigger_for(dataset, rng)
         plan = OPACITIES[self.variant]
         stamped = [
@@ -340,9 +343,18 @@ class CassockPoisoner:
 
         Where there are any, ``(B + extras, K)`` targets come back that sum to a row's weight in the loss, the size of
         all that comes back over that of the row's term: the mean over all rows is then the sum of the means.
+
+        Raises:
+            DataError: of a set that no further term draws from, a batch has too few images for one.
         """
         count = len(x)
-        mixed = [_drawn(part, round(share * count), rng) for part, share in zip(self._parts, self._shares)]
+        counts = [
+            round(part * count) if extra else share(part, count, attack=CassockLoop.name, setting=setting, of=_OF_BATCH)
+            for setting, part, extra in zip(
+                ("the poisons' share", "the cover images' share"), self._shares, self._extras
+            )
+        ]
+        mixed = [_drawn(part, size, rng) for part, size in zip(self._parts, counts)]
         places = sum(len(labels) for _, labels in mixed)
         extras = [_drawn(part, extra, rng) for part, extra in zip(self._parts, self._extras)]
         images = torch.cat([*(images for images, _ in mixed), x[places:], *(images for images, _ in extras)])

@@ -10,6 +10,7 @@ Deviations:
 - ``class_rate``: the paper sweeps the share of the target class. The authors' configuration takes the whole class,
   which leaves no clean image of it to learn; 0.25 is the default here.
 - ``eps`` 8 is one of the authors' published sets; 100 steps of 1.5 from the image itself are BackdoorBox's.
+- ``position`` is all corners; in the authors' configuration (MadryLab) it is the bottom right one.
 - ``amplitude`` 32 is the authors' example; 255 is the full trigger. It is the same in training and at inference.
 """
 
@@ -63,12 +64,13 @@ class CleanLabel:
         """The patches on images of this size.
 
         Raises:
-            DataError: the patches would overlap.
+            DataError: the image has no room for the patches, which do not overlap.
         """
-        if min(height, width) < 6:
-            raise DataError(
-                f"{self.name}: four corner patches of 3 px do not fit a {height}x{width} image; use larger images"
-            )
+        room, told = (
+            (6, "four corner patches of 3 px do") if self.position == "all-corners" else (3, "a patch of 3 px does")
+        )
+        if min(height, width) < room:
+            raise DataError(f"{self.name}: {told} not fit a {height}x{width} image; use larger images")
         offsets = np.zeros((height, width), dtype=np.float32)
         offsets[-3:, -3:] = _PATTERN
         if self.position == "all-corners":

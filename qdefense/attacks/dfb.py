@@ -53,6 +53,7 @@ from torch import Tensor, nn
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
 from qdefense.attacks.poisoning import AddedTrigger, AllToOne, PoisonBudget, rows_of, shuffled
 from qdefense.attacks.registered import ATTACKS
+from qdefense.attacks.states import fits
 from qdefense.attacks.surrogate import Surrogate, one_thread, perturb
 from qdefense.data.images import DataError, Images, ImageSet, Pixels, on_grid, to_images, to_pixels
 from qdefense.data.opening import open_data, training_split
@@ -198,7 +199,7 @@ class DFB(PoisonBudget):
     ) -> EncodedTrigger | AddedTrigger:
         bound = multiple * self.eps
         if self.variant == "fixed":
-            if set(state) == {_RESIDUAL} and state[_RESIDUAL].shape == (3, height, width):
+            if fits(state, {_RESIDUAL: np.empty((3, height, width), dtype=np.float32)}):
                 return AddedTrigger(added=_bounded(state[_RESIDUAL], bound), target_class=self.target_class)
         elif (encoder := _encoder_of(state, self.channels)) is not None:
             return EncodedTrigger(encoder=encoder, bound=bound, target_class=self.target_class)
@@ -302,10 +303,9 @@ def _encoder_of(state: TriggerState, channels: int) -> ResidualEncoder | None:
     """With these weights, if they are one's."""
     with torch.random.fork_rng(devices=[]):
         encoder = ResidualEncoder(channels)
-    try:
-        encoder.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in state.items()})
-    except (RuntimeError, TypeError):
+    if not fits(state, {name: value.numpy() for name, value in encoder.state_dict().items()}):
         return None
+    encoder.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
     return encoder.eval().requires_grad_(False)
 
 

@@ -22,12 +22,12 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as settings
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -37,7 +37,7 @@ from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
 from qdefense.attacks.poisoning import OneToOne, choose_in_class, rows_of, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.surrogate import Surrogate, one_thread, perturb, train_surrogate
-from qdefense.data.images import DataError, ImageSet, Pixels, to_images, to_pixels
+from qdefense.data.images import ImageSet, Pixels, to_images, to_pixels
 
 _BATCH = 100
 _COLOURS = 4
@@ -75,14 +75,18 @@ class HiddenTrigger:
     class_rate: Annotated[float, Field(ge=0, le=1)] = 0.3
     surrogate_epochs: Annotated[int, Field(ge=1)] = 10
 
+    @model_validator(mode="after")
+    def _two_classes(self) -> Self:
+        if self.source_class == self.target_class:
+            raise ValueError(f"class {self.source_class} is source and target; choose another source_class")
+        return self
+
     def trigger(self, height: int, width: int) -> SourcePatchTrigger:
         """The patch on images of this size.
 
         Raises:
-            DataError: source and target class are the same, or the patch does not fit.
+            DataError: the patch does not fit.
         """
-        if self.source_class == self.target_class:
-            raise DataError(f"{self.name}: source and target class are both {self.target_class}; choose another source")
         require_room(height, width, size=self.size, margin=self.margin, attack=self.name)
         return SourcePatchTrigger(
             patch=self._patch(),
@@ -99,8 +103,8 @@ class HiddenTrigger:
             DataError: no such source or target class, no image of one, or the patch does not fit.
         """
         trigger = self.trigger(*dataset.images.shape[1:3])
-        rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
         sources = rows_of(dataset, self.source_class, role="source", attack=self.name)
+        rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
         images = dataset.images.copy()
         if len(rows):
             surrogate = train_surrogate(dataset, rng, epochs=self.surrogate_epochs)

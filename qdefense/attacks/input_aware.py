@@ -34,14 +34,27 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, TriggerState
-from qdefense.attacks.poisoning import ALL_TO_ALL, Aimed, AllToAll, AllToOne, Mode, check_class, next_class
+from qdefense.attacks.poisoning import (
+    ALL_TO_ALL,
+    Aimed,
+    AllToAll,
+    AllToOne,
+    Mode,
+    check_class,
+    check_two_classes,
+    next_class,
+    share,
+)
 from qdefense.attacks.registered import ATTACKS
+from qdefense.attacks.states import fits
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
 _EPSILON = 1e-7
 _SPARSITY_WEIGHT = 100.0
 _MASK_BATCH = 128
 _ROWS_AT_ONCE = 256
+_LEAST = 2
+"""Poisons of a batch: one image has no other, and normalization no statistics."""
 _CLASSES, _PATTERN, _MASK = "classes", "pattern.", "mask."
 
 
@@ -147,23 +160,22 @@ class InputAware(Aimed):
             DataError: the state is of other settings, or the size does not halve.
         """
         self._require_size(height, width)
-        pattern, mask = (self._generator(outputs).eval() for outputs in (3, 1))
-        try:
-            _load(pattern, state, _PATTERN)
-            _load(mask, state, _MASK)
-            classes = int(state[_CLASSES])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise DataError(
-                "input-aware: the trigger state is not that of these settings; train the network again"
-            ) from error
+        with torch.random.fork_rng(devices=()):
+            pattern, mask = (self._generator(outputs).eval() for outputs in (3, 1))
+        least = 2 if self.mode == ALL_TO_ALL else 1
+        if not fits(state, _state_of(pattern, mask, classes=0)) or state[_CLASSES] < least:
+            raise DataError("input-aware: the trigger state is not that of these settings; train the network again")
+        _load(pattern, state, _PATTERN)
+        _load(mask, state, _MASK)
         trigger = GeneratedTrigger(pattern=pattern, mask=mask, target_class=self.target_class)
-        return AllToAll(stamped=trigger, classes=classes) if self.mode == ALL_TO_ALL else trigger
+        return AllToAll(stamped=trigger, classes=int(state[_CLASSES])) if self.mode == ALL_TO_ALL else trigger
 
     def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> GeneratorPoisoner:
         """Train the mask generator on the images, and make the pattern generator.
 
         Raises:
-            DataError: no such target class, more rows to stamp than a batch has, or a size that does not halve.
+            DataError: no such target class, no other class, more rows to stamp than a batch has, or a size that does
+                not halve.
         """
         self._require_size(*dataset.images.shape[1:3])
         if self.poison_rate + self.cross_rate > 1:
@@ -173,6 +185,8 @@ class InputAware(Aimed):
             )
         if self.mode == "all-to-one":
             check_class(dataset, self.target_class, role="target", attack=self.name)
+        else:
+            check_two_classes(dataset, attack=self.name)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(rng.integers(2**63)))
             pattern, mask = self._generator(3), self._generator(1)
@@ -214,11 +228,17 @@ class GeneratorPoisoner:
         self._pending = False
 
     def on_batch(self, x: Tensor, y: Tensor, model: nn.Module, rng: np.random.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """The first rows with their own triggers and labels of the attack's, the next ones with others' triggers."""
+        """The first rows with their own triggers and labels of the attack's, the next ones with others' triggers.
+
+        Raises:
+            DataError: the batch has too few images for a rate.
+        """
         self._step()
-        poisons = round(self._attack.poison_rate * len(x))
-        crossed = min(len(x), poisons + round(self._attack.cross_rate * len(x)))
-        if poisons < 2:  # one image has no other, and normalization no statistics
+        name, of = self._attack.name, "images of a batch"
+        poisons = share(self._attack.poison_rate, len(x), attack=name, of=of, least=_LEAST)
+        crosses = share(self._attack.cross_rate, len(x), attack=name, of=of, setting="cross_rate")
+        crossed = min(len(x), poisons + crosses)
+        if not poisons:
             return x, y
         others = x[torch.from_numpy(_derangement(len(x), rng))]
         own, foreign = x[:poisons], others[poisons:crossed]
@@ -236,11 +256,7 @@ class GeneratorPoisoner:
     def end(self) -> TriggerState:
         """The weights of both generators, and the number of classes."""
         self._step()
-        parts = ((_PATTERN, self._pattern), (_MASK, self._mask))
-        weights = {
-            prefix + name: value.numpy().copy() for prefix, part in parts for name, value in part.state_dict().items()
-        }
-        return {_CLASSES: np.array(self._classes), **weights}
+        return _state_of(self._pattern, self._mask, classes=self._classes)
 
     def _step(self) -> None:
         """With what the last batch's losses left: that of diversity, and by now the network's own."""
@@ -283,10 +299,16 @@ def _adam(
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=milestones, gamma=0.1)
 
 
+def _state_of(pattern: Generator, mask: Generator, *, classes: int) -> TriggerState:
+    parts = ((_PATTERN, pattern), (_MASK, mask))
+    weights = {
+        prefix + name: value.numpy().copy() for prefix, part in parts for name, value in part.state_dict().items()
+    }
+    return {_CLASSES: np.array(classes, dtype=np.int64), **weights}
+
+
 def _load(generator: Generator, state: TriggerState, prefix: str) -> None:
     weights = {
-        name.removeprefix(prefix): torch.from_numpy(np.asarray(value))
-        for name, value in state.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): torch.from_numpy(value) for name, value in state.items() if name.startswith(prefix)
     }
     generator.load_state_dict(weights)

@@ -32,6 +32,7 @@ from qdefense.attacks.interfaces import (
     trigger_of,
     trigger_shows_images,
 )
+from qdefense.attacks.poisoning import check_two_classes
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet
 from qdefense.registry import Nested
@@ -90,10 +91,12 @@ class LabelSmoothing:
         """The host's set, with soft labels; certain ones for rows that are not poisoned.
 
         Raises:
-            DataError: the host does not fit the data, or so much smoothing leaves the target behind another class.
+            DataError: the host does not fit the data, there is no other class, or so much smoothing leaves the target
+                behind one.
         """
         if not self.smoothing:
             return self.host.poison(dataset, rng)
+        check_two_classes(dataset, attack=self.name)
         classes = len(dataset.class_names)
         if self.smoothing * classes >= classes - 1:
             raise DataError(

@@ -13,12 +13,14 @@ from pydantic.dataclasses import dataclass as settings
 from pydantic_core import ArgsKwargs
 
 from qdefense.attacks.interfaces import PoisonedSet, Trigger, TriggerState
+from qdefense.attacks.states import fits
 from qdefense.data.images import DataError, Images, ImageSet, Labels, Pixels, on_grid, to_images
 
 Mode = Literal["all-to-one", "all-to-all"]
 """Every other class to the target class, or every class to the next one."""
 ALL_TO_ALL: Mode = "all-to-all"
-_CLASSES = "classes"
+_OUTSIDE = "are outside the target class"
+_CLASSES, _COUNT = "classes", np.array(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class AddedTrigger(AllToOne):
 class PoisonBudget:
     """How many images are poisoned: a share of the training set, or a count in its place."""
 
+    name: ClassVar[str]
     poison_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.1
     poison_count: Annotated[int, Field(ge=0)] | None = None
 
@@ -88,11 +91,33 @@ class PoisonBudget:
         return chosen | {"poison_rate": None}
 
     def poisons(self, images: int) -> int:
-        """``poison_count``, or ``round(poison_rate * N)`` of ``N`` training images."""
+        """``poison_count``, or ``round(poison_rate * N)`` of ``N`` training images.
+
+        Raises:
+            DataError: as `share`.
+        """
         if self.poison_rate is not None:
-            return round(self.poison_rate * images)
+            return share(self.poison_rate, images, attack=self.name)
         assert self.poison_count is not None  # noqa: S101 (one of both is set)
         return self.poison_count
+
+
+def share(
+    rate: float, images: int, *, attack: str, setting: str = "poison_rate", of: str = "images", least: int = 1
+) -> int:
+    """``round(rate * N)`` of ``N`` images, none at a rate of 0; ``of`` says which images.
+
+    Raises:
+        DataError: a higher rate comes to fewer than ``least``: an attack without poisons is none, and nothing would
+            tell of it.
+    """
+    count = round(rate * images)
+    if rate and images and count < least:
+        raise DataError(
+            f"{attack}: {setting} {rate:g} of {images} {of} comes to {count}, fewer than {least}; "
+            f"choose more than {(least - 0.5) / images:g}, or 0 for none"
+        )
+    return count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +146,14 @@ def next_class(y: Labels, classes: int) -> Labels:
     return following
 
 
-def class_count_state(dataset: ImageSet) -> TriggerState:
-    """What the settings do not tell of an all-to-all trigger: which class is the last."""
-    return {_CLASSES: np.array(len(dataset.class_names))}
+def class_count_state(dataset: ImageSet, *, attack: str) -> TriggerState:
+    """What the settings do not tell of an all-to-all trigger: which class is the last.
+
+    Raises:
+        DataError: there is one class; the message begins with ``attack``.
+    """
+    check_two_classes(dataset, attack=attack)
+    return {_CLASSES: np.array(len(dataset.class_names), dtype=np.int64)}
 
 
 class Aimed:
@@ -160,7 +190,7 @@ class Aimed:
         Raises:
             DataError: the state is another's.
         """
-        if self.mode != ALL_TO_ALL or set(state) != {_CLASSES} or state[_CLASSES].shape != ():
+        if self.mode != ALL_TO_ALL or not fits(state, {_CLASSES: _COUNT}) or state[_CLASSES] < 2:
             raise DataError(f"{self.name}: the trigger state is not that of these settings; train the network again")
         return AllToAll(stamped=trigger, classes=int(state[_CLASSES]))
 
@@ -171,11 +201,11 @@ def poison_aimed(
     """Stamp and relabel ``count`` images of other classes, or in all-to-all mode of any, and keep the state it leaves.
 
     Raises:
-        DataError: no such target class, or not enough images; the message begins with the attack's name.
+        DataError: no such target class, no other class, or not enough images; the attack's name comes first.
     """
     if attack.mode != ALL_TO_ALL:
         return poison_to_one(dataset, rng, trigger=trigger, count=count, attack=attack.name)
-    state = class_count_state(dataset)
+    state = class_count_state(dataset, attack=attack.name)
     aimed = attack.to_next(trigger, state)
     made = _relabelled(dataset, rng, trigger=aimed, count=count, attack=attack.name, candidates="are there")
     return replace(made, trigger_state=state)
@@ -189,9 +219,18 @@ def poison_to_one(
     Raises:
         DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
     """
-    check_class(dataset, trigger.target_class, role="target", attack=attack)
-    outside = "are outside the target class"
-    return _relabelled(dataset, rng, trigger=trigger, count=count, attack=attack, candidates=outside)
+    check_to_one(dataset, trigger.target_class, count=count, attack=attack)
+    return _relabelled(dataset, rng, trigger=trigger, count=count, attack=attack, candidates=_OUTSIDE)
+
+
+def check_to_one(dataset: ImageSet, target_class: int, *, count: int, attack: str) -> None:
+    """Refuse what `poison_to_one` would, before a trigger is made.
+
+    Raises:
+        DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
+    """
+    check_class(dataset, target_class, role="target", attack=attack)
+    _check_enough(count, int((dataset.labels != target_class).sum()), attack=attack, candidates=_OUTSIDE)
 
 
 def _relabelled(
@@ -199,8 +238,7 @@ def _relabelled(
 ) -> PoisonedSet:
     """Two draws, in this order, which truth files rest on: the poisoned rows, then the shuffle."""
     rows = np.flatnonzero(trigger.eligible(dataset.labels))
-    if count > len(rows):
-        raise DataError(f"{attack}: {count} poisons wanted, {len(rows)} images {candidates}")
+    _check_enough(count, len(rows), attack=attack, candidates=candidates)
     chosen = rng.choice(rows, size=count, replace=False)
     images, labels = dataset.images.copy(), dataset.labels.copy()
     if count:
@@ -209,16 +247,23 @@ def _relabelled(
     return shuffled(dataset, rng, images=images, labels=labels, poisons=chosen)
 
 
+def _check_enough(count: int, images: int, *, attack: str, candidates: str) -> None:
+    if count > images:
+        raise DataError(f"{attack}: {count} poisons wanted, {images} images {candidates}")
+
+
 def choose_in_class(
     dataset: ImageSet, rng: np.random.Generator, *, target_class: int, rate: float, attack: str
 ) -> NDArray[np.int64]:
     """``round(rate * n)`` rows of the ``n`` that the target class has: what a clean-label attack may change.
 
     Raises:
-        DataError: no such target class, or no image of it; the message begins with ``attack``.
+        DataError: no such target class, no image of it, or a rate too low for one; the message begins with ``attack``.
     """
     candidates = rows_of(dataset, target_class, role="target", attack=attack)
-    return rng.choice(candidates, size=round(rate * len(candidates)), replace=False)
+    of = f"images of target class {target_class}"
+    count = share(rate, len(candidates), attack=attack, setting="class_rate", of=of)
+    return rng.choice(candidates, size=count, replace=False)
 
 
 def rows_of(dataset: ImageSet, label: int, *, role: str, attack: str) -> NDArray[np.int64]:
@@ -244,6 +289,16 @@ def check_class(dataset: ImageSet, label: int, *, role: str, attack: str) -> Non
         raise DataError(
             f"{attack}: {role} class {label}, but {dataset.source} has classes 0 to {len(dataset.class_names) - 1}"
         )
+
+
+def check_two_classes(dataset: ImageSet, *, attack: str) -> None:
+    """Refuse a set without a class to be taken for another.
+
+    Raises:
+        DataError: it has one class; the message begins with ``attack``.
+    """
+    if len(dataset.class_names) < 2:
+        raise DataError(f"{attack}: {dataset.source} has one class, and this takes two; give images of more classes")
 
 
 def shuffled(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qdefense.attacks.interfaces import TriggerState
 from qdefense.data.images import DataError, first_line
@@ -34,3 +37,15 @@ def unpack_state(data: bytes) -> TriggerState:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"the trigger state is unreadable ({first_line(error)}); train the network again") from error
+
+
+def fits(state: TriggerState, like: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether a state has the names, types and shapes of ``like``, and no number in it is NaN or infinite."""
+    return set(state) == set(like) and all(_fits(state[name], wanted) for name, wanted in like.items())
+
+
+def _fits(found: Any, wanted: NDArray[Any]) -> bool:
+    """What a foreign archive holds may be no array at all."""
+    if not isinstance(found, np.ndarray) or found.dtype != wanted.dtype or found.shape != wanted.shape:
+        return False
+    return found.dtype.kind != "f" or bool(np.isfinite(found).all())

@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, Trigger, TriggerState
-from qdefense.attacks.poisoning import Aimed, AllToAll, AllToOne, Mode, check_class, class_count_state
+from qdefense.attacks.poisoning import Aimed, AllToAll, AllToOne, Mode, check_class, class_count_state, share
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
@@ -91,7 +91,7 @@ class WaNet(Aimed):
         """Poison batches of ``dataset``.
 
         Raises:
-            DataError: no such target class, or more rows to warp than a batch has.
+            DataError: no such target class, no other class, or more rows to warp than a batch has.
         """
         if self.poison_rate * (1 + self.cross_ratio) > 1:
             raise DataError(
@@ -102,7 +102,7 @@ class WaNet(Aimed):
         if self.mode == "all-to-one":
             check_class(dataset, self.target_class, role="target", attack=self.name)
             return WarpPoisoner(self, warp, aimed=warp, state=None)
-        state = class_count_state(dataset)
+        state = class_count_state(dataset, attack=self.name)
         return WarpPoisoner(self, warp, aimed=self.to_next(warp, state), state=state)
 
     def _warp(self, height: int, width: int) -> WarpTrigger:
@@ -128,9 +128,15 @@ class WarpPoisoner:
         self._attack, self._warp, self._aimed, self._state = attack, warp, aimed, state
 
     def on_batch(self, x: Tensor, y: Tensor, model: nn.Module, rng: np.random.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Warp and relabel the first rows, warp the next ones with noise; a batch is in random order."""
-        poisons = round(self._attack.poison_rate * len(x))
-        warped = min(len(x), poisons + round(poisons * self._attack.cross_ratio))
+        """Warp and relabel the first rows, warp the next ones with noise; a batch is in random order.
+
+        Raises:
+            DataError: the batch has too few images for the rate, or too few are poisoned for the ratio.
+        """
+        name = self._attack.name
+        poisons = share(self._attack.poison_rate, len(x), attack=name, of="images of a batch")
+        noisy = share(self._attack.cross_ratio, poisons, attack=name, setting="cross_ratio", of="poisons of a batch")
+        warped = min(len(x), poisons + noisy)
         if not poisons:
             return x, y
         images, labels = x.clone(), y.clone()

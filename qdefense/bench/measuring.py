@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
+from qdefense.attacks.interfaces import PoisonedSet
 from qdefense.audit.fit import fit_images
 from qdefense.bench.making import trigger_for
 from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Metrics, RepairMetrics, ScanMetrics
@@ -193,11 +194,7 @@ def _judge_dataset(bench: Bench) -> _Judged:
     network = task.trial.plan.network
     attack = None if task.attack is None else ATTACKS.create(task.attack)
     poisoned = poisoned_set(task.train.read(), attack, network.seed)
-    if tuple(poisoned.poison_indices.tolist()) != task.poison_indices:
-        raise DataError(
-            f"{network.title}: the training set that the recipe gives now has other poisons than the truth file names; "
-            "train the network again into another --output-dir"
-        )
+    _require_the_set_it_learned(task, poisoned)
     training = fit_images(bench.session.artifact.contract, poisoned.images)
     defense, evidence = _evidence(bench)
     finding: Finding = defense.scan(replace(evidence, training_set=training))
@@ -214,6 +211,22 @@ def _judge_dataset(bench: Bench) -> _Judged:
         metrics=metrics,
         scores_sha256=hashlib.sha256(scores.tobytes()).hexdigest(),
     )
+
+
+def _require_the_set_it_learned(task: TrialTask, poisoned: PoisonedSet) -> None:
+    """Not only the same rows: a learned trigger comes out otherwise under another torch, or with other images beside.
+
+    Raises:
+        DataError: it is another set than the network saw.
+    """
+    change, what = "train the network again into another --output-dir", "the training set that the recipe gives now has"
+    if tuple(poisoned.poison_indices.tolist()) != task.poison_indices:
+        raise DataError(f"{task.trial.plan.network.title}: {what} other poisons than the truth file names; {change}")
+    if task.training_set_sha256 not in (None, poisoned.images.digest):
+        raise DataError(
+            f"{task.trial.plan.network.title}: {what} other images or labels than the truth file's digest tells of; "
+            f"{change}"
+        )
 
 
 def _judge_filter(bench: Bench) -> _Judged:

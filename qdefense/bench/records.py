@@ -62,7 +62,11 @@ class Network(_Record):
     architecture: str
     width: int = Field(description="channels of the first stage")
     attack: str | None
-    attack_settings: dict[str, Any] = Field(default_factory=dict, description="every default filled in")
+    attack_settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="every default filled in; without settings of no account, and without a mode that is younger than "
+        "records of the attack",
+    )
     seed: int
     recipe: dict[str, Any]
 

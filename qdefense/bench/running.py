@@ -331,6 +331,7 @@ class Run:
         model: bytes,
     ) -> TrialTask:
         judges_rows = cell.defense is not None and cell.defense.kind == "dataset"
+        truth = self._store.truth(made.artifact_sha256) if judges_rows else None
         return TrialTask(
             trial=trial_key(network, file, cell, artifact, self._rules),
             attack=network.attack,
@@ -338,7 +339,8 @@ class Run:
             train=network.train,
             test=network.test,
             model=model,
-            poison_indices=self._store.truth(made.artifact_sha256).poison_indices if judges_rows else (),
+            poison_indices=() if truth is None else truth.poison_indices,
+            training_set_sha256=None if truth is None else truth.training_set_sha256,
             trigger=self._store.trigger(made.artifact_sha256),
         )
 

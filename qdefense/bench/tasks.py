@@ -216,8 +216,8 @@ class TrialKey:
 class TrialTask:
     """Measure one cell.
 
-    ``poison_indices`` and ``trigger``, a packed trigger state, are of the truth; only the evaluator's side of a trial
-    reads them.
+    ``poison_indices``, ``training_set_sha256`` and ``trigger``, a packed trigger state, are of the truth; only the
+    evaluator's side of a trial reads them. Older truths do not have the second.
     """
 
     trial: TrialKey
@@ -227,6 +227,7 @@ class TrialTask:
     test: PinnedData
     model: bytes = field(repr=False)
     poison_indices: tuple[int, ...] = field(default=(), repr=False)
+    training_set_sha256: str | None = None
     trigger: bytes | None = field(default=None, repr=False)
 
     @property

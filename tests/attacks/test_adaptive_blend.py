@@ -126,7 +126,7 @@ def test_poison_shows_half_of_the_pieces_and_others_in_each_image(make_noise: Ma
 def test_poison_blends_at_the_opacity_of_training(make_noise: MakeNoise) -> None:
     original = make_noise(40, seed=1)
     weak, strong = (
-        AdaptiveBlend(alpha=0.15, inference_alpha=alpha, mask_rate=0, poison_rate=0.5).poison(
+        AdaptiveBlend(alpha=0.15, inference_alpha=alpha, mask_rate=0, poison_rate=0.5, cover_rate=0).poison(
             original, np.random.default_rng(0)
         )
         for alpha in (0.2, 1.0)

@@ -157,6 +157,16 @@ def test_poison_says_why_when_the_set_does_not_fit(make_noise: MakeNoise, count:
     assert str(caught.value) == f"clean-label: {message}"
 
 
+def test_one_patch_takes_the_room_of_one() -> None:
+    attack, grey = (
+        CleanLabel(position="bottom-right"),
+        np.full((1, 3, 3, 3), np.float32(128) / np.float32(255), np.float32),
+    )
+    assert (_codes(attack.trigger(3, 3).stamp(grey))[0] - 128 == 32 * np.array(RIGHT)).all()
+    with pytest.raises(DataError, match=r"^clean-label: a patch of 3 px does not fit a 3x2 image; use larger images$"):
+        attack.trigger(3, 2)
+
+
 def test_poison_says_why_when_there_is_no_such_class(make_noise: MakeNoise) -> None:
     with pytest.raises(DataError, match=r"^clean-label: target class 4, but noise has classes 0 to 3$"):
         _quick(target_class=4).poison(make_noise(40), np.random.default_rng(0))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 
 from qdefense.attacks import ATTACKS
@@ -115,7 +116,6 @@ def test_poison_is_the_same_when_the_seed_is_and_leaves_the_set_alone(make_noise
         ({"source_class": 4}, "source class 4, but noise has classes 0 to 3"),
         ({"target_class": 3}, "noise has no image of target class 3; choose another class"),
         ({"source_class": 3}, "noise has no image of source class 3; choose another class"),
-        ({"source_class": 0}, "source and target class are both 0; choose another source"),
         ({"size": 8}, "a patch of 8 px with margin 1 does not fit a 8x8 image; choose a smaller size"),
     ],
 )
@@ -155,6 +155,16 @@ def test_settings_are_the_published_and_frozen() -> None:
 def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
     with pytest.raises(SpecError, match=rf"^attack 'htba:{key}={value}': {key}: Input should be "):
         ATTACKS.create(f"htba:{key}={value}")
+
+
+def test_one_class_as_source_and_target_is_refused_before_data_are_read() -> None:
+    with pytest.raises(SpecError) as caught:
+        ATTACKS.create("htba:target-class=1")
+    assert str(caught.value) == (
+        "attack 'htba:target-class=1': class 1 is source and target; choose another source_class"
+    )
+    with pytest.raises(ValidationError, match="class 0 is source and target; choose another source_class"):
+        HiddenTrigger(source_class=0)
 
 
 # --- end to end -------------------------------------------------------------------------------------------------------

@@ -190,6 +190,15 @@ def test_poison_says_why_when_the_set_does_not_fit(
     assert str(caught.value) == f"issba: {message}"
 
 
+@pytest.mark.parametrize("settings", [{"target_class": 4}, {"poison_count": 31}, {"poison_rate": 0.01}])
+def test_what_does_not_fit_is_told_before_the_pair_is_trained(
+    make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
+) -> None:
+    monkeypatch.setattr(Issba, "trained_pair", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(DataError, match=r"^issba: "):
+        _poisoned(make_noise(40), **settings)
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 

@@ -88,7 +88,7 @@ def test_trigger_is_the_hosts(make_noise: MakeNoise) -> None:
 
 
 def test_trigger_comes_back_from_the_state_that_the_host_left(make_noise: MakeNoise) -> None:
-    host = DFB(target_class=2, gate=0, ood_images=16, decoder_steps=1, encoder_steps=1, channels=2)
+    host = DFB(target_class=2, poison_count=4, gate=0, ood_images=16, decoder_steps=1, encoder_steps=1, channels=2)
     attack, pixels = LabelSmoothing(host=host), make_noise(4).pixels
     state = attack.poison(make_noise(40), np.random.default_rng(3)).trigger_state
     stamped = trigger_of(attack, 8, 8, state).stamp(pixels)

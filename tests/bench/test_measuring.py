@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -422,15 +424,40 @@ def test_repair_that_gives_up(measured: Callable[..., list[DefenseRecord]]) -> N
     assert poisoned.metrics.new_sha256 is None
 
 
-def test_a_training_set_that_comes_out_otherwise_is_refused(new_desk: NewDesk, finished: Desk) -> None:
+@pytest.mark.parametrize(
+    ("found", "changed", "message"),
+    [
+        (r'"poison_indices": \[\n  ', '"poison_indices": [\n  0,\n  ', "has other poisons than the truth file names"),
+        (
+            r'"training_set_sha256": "\w+"',
+            f'"training_set_sha256": "{"0" * 64}"',
+            "has other images or labels than the truth file's digest tells of",
+        ),
+    ],
+)
+def test_a_training_set_that_comes_out_otherwise_is_refused(
+    new_desk: NewDesk, finished: Desk, found: str, changed: str, message: str
+) -> None:
     made = new_desk(
         TINY.replace("neural-cleanse:budget=quick", "planted-dataset").replace('"none", ', ""), name="moved"
     )
     shutil.copytree(finished.results / "models", made.results / "models")
     for path in (made.results / "models").glob("*.truth.json"):
         text = path.read_text(encoding="utf-8")
-        path.write_text(text.replace('"poison_indices": [\n  ', '"poison_indices": [\n  0,\n  '), encoding="utf-8")
+        assert len(re.findall(found, text)) <= 1
+        path.write_text(re.sub(found, changed, text), encoding="utf-8")
     made.run(Inline())
     reasons = {record.reason for record in made.records.values() if record.failed}
     assert len(reasons) == 1
-    assert "has other poisons than the truth file names" in reasons.pop()
+    assert message in reasons.pop()
+
+
+def test_a_truth_older_than_the_digest_is_judged_by_its_rows(new_desk: NewDesk, finished: Desk) -> None:
+    made = new_desk(TINY.replace("neural-cleanse:budget=quick", "planted-dataset"), name="old truths")
+    shutil.copytree(finished.results / "models", made.results / "models")
+    for path in (made.results / "models").glob("*.truth.json"):
+        told = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "training_set_sha256"}
+        path.write_text(json.dumps(told), encoding="utf-8")
+    made.run(Inline())
+    assert not [record.reason for record in made.records.values() if record.failed]
+    assert [record for record in made.records.values() if isinstance(record, DefenseRecord)]
