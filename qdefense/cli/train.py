@@ -65,10 +65,10 @@ def command(
     """
     written = (output, truth_path(output), state_path(output))
     _check_sheet(contact_sheet, attack, written)
-    for target in (*written, *([contact_sheet] if contact_sheet else [])):
-        check_output(target)
     if attack is not None:
         ATTACKS.create(attack)  # a misspelt attack is told before the data are read
+    for target in (*written, *([contact_sheet] if contact_sheet else [])):
+        check_output(target)
     dataset = open_data(data, split=split or training_split(data), limit=limit, seed=seed, resize=resize)
     recipe = recipe_for(arch)
     recipe = replace(recipe, epochs=epochs or recipe.epochs, flip=flip)
