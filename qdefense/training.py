@@ -18,6 +18,7 @@ from qdefense.data.images import DataError, ImageSet
 from qdefense.models import Recipe, build_model
 
 Progress = Callable[[int, int, float], None]
+OnPoisoned = Callable[[PoisonedSet], None]
 OnBatch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _POISON_STREAM, _BATCH_STREAM, _ATTACK_STREAM = 1, 2, 3
 
@@ -45,8 +46,11 @@ def train(
     width: int | None = None,
     threads: int = 2,
     on_epoch: Progress | None = None,
+    on_poisoned: OnPoisoned | None = None,
 ) -> TrainingResult:
     """Train from scratch; ``on_epoch(done, total, mean_loss)`` is called after each epoch.
+
+    ``on_poisoned`` is called once, before the first, with what `poisoned_set` gives.
 
     ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
 
@@ -60,6 +64,8 @@ def train(
             f"{dataset.source}: {len(dataset)} images are fewer than one batch of {recipe.batch_size}; give more"
         )
     poisoned = poisoned_set(dataset, attack, seed)
+    if on_poisoned is not None:
+        on_poisoned(poisoned)
     with _deterministic(seed, threads):
         module = build_model(architecture, classes=len(dataset.class_names), width=width)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -18,7 +18,7 @@ from qdefense.data.images import ImageSet
 from qdefense.files import write_atomically
 from qdefense.models import Recipe, architectures, default_width, recipe_for
 from qdefense.registry import flat_settings
-from qdefense.training import Progress, train
+from qdefense.training import OnPoisoned, Progress, train
 from qdefense.trial import Truth, state_path, truth_path
 
 __all__ = ["Recipe", "architectures", "default_width", "recipe_for", "train_artifact", "trigger_of"]
@@ -35,12 +35,15 @@ def train_artifact(
     threads: int,
     width: int | None = None,
     on_epoch: Progress | None = None,
+    on_poisoned: OnPoisoned | None = None,
 ) -> Truth:
     """Train on ``dataset`` and write ``target``, its truth and the state of a learned trigger.
 
     No file appears before all are complete, and the model last. A state that an earlier training left there goes.
 
     ``width`` is the number of channels in the first stage, the architecture's own where it is ``None``.
+
+    ``on_epoch`` and ``on_poisoned`` are `train`'s.
 
     Raises:
         SpecError: ``attack`` names nothing known.
@@ -57,6 +60,7 @@ def train_artifact(
         width=channels,
         threads=threads,
         on_epoch=on_epoch,
+        on_poisoned=on_poisoned,
     )
     rows, columns = dataset.images.shape[1:3]
     data = export_model(result.module, height=rows, width=columns, class_names=dataset.class_names)

@@ -68,6 +68,7 @@ _ROWS_AT_ONCE = 256
 _CELLS = (2, 4, 8, 16, 32)
 _FILTERS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR)
 _RESIDUAL = "residual"
+_TEXTURES, _SIGNS = "textures", "signs"
 
 
 class ResidualEncoder(nn.Module):
@@ -133,7 +134,7 @@ class DFB(PoisonBudget):
     evades: ClassVar[tuple[str, ...]] = ("label inspection",)
 
     variant: Literal["fixed", "encoder"] = "fixed"
-    ood: str = "textures"
+    ood: str = _TEXTURES
     ood_images: Annotated[int, Field(ge=1)] = 2000
     eps: Annotated[int, Field(ge=0, le=255)] = 8
     train_multiple: Annotated[int, Field(ge=0)] = 2
@@ -166,6 +167,10 @@ class DFB(PoisonBudget):
             DataError: the state is of other settings, or of images of another size.
         """
         return self._restored(height, width, state, multiple=self.test_multiple)
+
+    def data_read(self) -> tuple[str, ...]:
+        """The OOD images, where they are not drawn."""
+        return () if self.ood in (_TEXTURES, _SIGNS) else (self.ood,)
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Learn the trigger, put it on `poisons` images of the target class, then shuffle the whole set.
@@ -208,10 +213,10 @@ class DFB(PoisonBudget):
         )
 
     def _out_of_distribution(self, height: int, width: int, rng: np.random.Generator) -> Images:
-        if self.ood == "textures":
+        if self.ood == _TEXTURES:
             return draw_textures(self.ood_images, height, width, rng)
         seed, resize = int(rng.integers(2**32)), Resize("bilinear", height, width)
-        if self.ood == "signs":
+        if self.ood == _SIGNS:
             return resize_set(draw_signs(self.ood_images, seed=seed, split="train"), resize).images
         try:
             split = training_split(self.ood)

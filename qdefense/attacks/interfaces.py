@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -153,6 +153,22 @@ class TellsOfImages(Protocol):
 def trigger_shows_images(attack: Attack) -> bool:
     """Whether pixels of training images are the trigger, or a training image can be recognised in it."""
     return isinstance(attack, TellsOfImages) and attack.trigger_shows_images
+
+
+@runtime_checkable
+class ReadsData(Protocol):
+    """An attack that reads more than the training set."""
+
+    def data_read(self) -> tuple[str, ...]:
+        """The paths of it, if these settings name any."""
+        ...
+
+
+def data_read_by(attack: object) -> tuple[str, ...]:
+    """The paths that an attack reads besides the training set, and those of every attack in its settings."""
+    own = attack.data_read() if isinstance(attack, ReadsData) else ()
+    inner = (getattr(attack, field.name) for field in fields(attack)) if is_dataclass(attack) else ()
+    return (*own, *(path for value in inner for path in data_read_by(value)))
 
 
 def trigger_of(attack: Attack, height: int, width: int, state: TriggerState | None) -> Trigger:

@@ -195,7 +195,9 @@ def _judge_dataset(bench: Bench) -> _Judged:
     attack = None if task.attack is None else ATTACKS.create(task.attack)
     poisoned = poisoned_set(task.train.read(), attack, network.seed)
     _require_the_set_it_learned(task, poisoned)
-    training = fit_images(bench.session.artifact.contract, poisoned.images)
+    # Groups are lost where rows are poisoned, so those of a set without poisons would tell a scan that it is clean. Its
+    # order tells that, too: poisoned sets are shuffled, others keep theirs, on which answers rest that are measured.
+    training = replace(fit_images(bench.session.artifact.contract, poisoned.images), groups=None)
     defense, evidence = _evidence(bench)
     finding: Finding = defense.scan(replace(evidence, training_set=training))
     result = finding.result

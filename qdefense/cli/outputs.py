@@ -29,8 +29,10 @@ _INPUTS = {
 """Parameters of the commands that name what is read, and what people call it."""
 
 _BUILT_IN = "signs"
-_READ = (*SUFFIXES, ".csv", ".npz", ".parquet", ".tar.gz", ".tgz")
-"""Endings of what is read of a folder of data; other files there are no data, and an earlier result may be replaced."""
+_READ_THERE = (*SUFFIXES, ".csv", ".parquet")
+"""Endings of what is read of a folder of data: a new file would be a row, a class or a shard more, or break the set."""
+_READ = (*_READ_THERE, ".npz", ".tar.gz", ".tgz")
+"""Those of files of data: such a one is kept in a folder, too. An earlier result of another ending may be replaced."""
 _BATCHES = ("data_batch_", "test_batch", "batches.meta")
 """How the names of CIFAR-10's files begin, which have other endings or none."""
 
@@ -39,8 +41,8 @@ def check_output(target: Path) -> None:
     """Find out before long work that ``target`` can be written, and replaces nothing that the command reads.
 
     Raises:
-        DataError: it is the model, data, calibration, contract, class names or results of this command, or a file of
-            them.
+        DataError: it is the model, data, calibration, contract, class names or results of this command, a file of
+            them, or a new one that would be read as theirs.
         OSError: as `qdefense.files.check_writable`.
     """
     check_writable(target)
@@ -48,19 +50,21 @@ def check_output(target: Path) -> None:
 
 
 def keep_inputs(target: Path) -> None:
-    """The same of a file that is there and would be replaced or removed; of a folder of results, also where it is not.
+    """The same of a file that would be replaced or removed, or that would be new in a folder of data or results.
 
-    A page may lie beside the records and the models of such a folder.
+    A page may lie beside the records and the models of a folder of results.
     """
     params = click.get_current_context().params
     if params.get("results") is not None:
         _keep_results(target, params["results"])
-    if not target.exists():
-        return
+    there = target.exists()
     for path, called in _inputs(params):
-        if path.is_dir() and _is_read(target) and _lies_in(target, path):
-            raise DataError(f"{target} is a file of {called}, which the result would replace; write to another folder")
-        if path.samefile(target):
+        if path.is_dir() and _is_named(target, _READ if there else _READ_THERE) and _lies_in(target, path):
+            told = f"is a file of {called}, which the result would replace"
+            raise DataError(
+                f"{target} {told if there else f'would be read as a file of {called}'}; write to another folder"
+            )
+        if there and path.samefile(target):
             raise DataError(f"{target} is {called}, which the result would replace; write to another file")
 
 
@@ -100,12 +104,24 @@ def _inputs(params: dict[str, Any]) -> Iterator[tuple[Path, str]]:
         for one in given if isinstance(given, tuple) else (given,):
             if one is not None and one != _BUILT_IN and _exists(Path(one)):
                 yield Path(one), called
+    for path in _read_by(params.get("attack")):
+        if _exists(path):
+            yield path, "what --attack reads"
 
 
-def _is_read(target: Path) -> bool:
+def _read_by(attack: str | None) -> tuple[Path, ...]:
+    if attack is None:
+        return ()
+    from qdefense.attacks import ATTACKS  # noqa: PLC0415 (making one imports torch)
+    from qdefense.attacks.interfaces import data_read_by  # noqa: PLC0415 (as above)
+
+    return tuple(map(Path, data_read_by(ATTACKS.create(attack))))
+
+
+def _is_named(target: Path, endings: tuple[str, ...]) -> bool:
     """By the name of what a link leads to, too."""
     names = {target.name.lower(), target.resolve().name.lower()}
-    return any(name.endswith(_READ) or name.startswith(_BATCHES) for name in names)
+    return any(name.endswith(endings) or name.startswith(_BATCHES) for name in names)
 
 
 def _exists(path: Path) -> bool:
@@ -118,4 +134,4 @@ def _exists(path: Path) -> bool:
 def _lies_in(target: Path, folder: Path) -> bool:
     """By its name as well as where links lead it: either entry would be lost to the folder."""
     names = (Path(os.path.abspath(target)), target.parent.resolve() / target.name, target.resolve())  # noqa: PTH100
-    return any(parent.samefile(folder) for name in names for parent in name.parents)
+    return any(_same(parent, folder) for name in names for parent in name.parents)

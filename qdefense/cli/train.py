@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from qdefense.attacks import ATTACKS
+from qdefense.attacks import ATTACKS, BatchAttack, PoisonedSet
+from qdefense.attacks.contact_sheets import PoisonBlock, poison_block
 from qdefense.attacks.contact_sheets import contact_sheet as draw_sheet
 from qdefense.cli.options import progress_bar, run_options
 from qdefense.cli.outputs import check_output
@@ -38,7 +39,7 @@ from qdefense.zoo import architectures, recipe_for, train_artifact, trigger_of
     "--contact-sheet",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.png",
-    help="Show the trigger on a few training images, for evaluators only.",
+    help="Show the trigger on a few training images, and a few poisons; for evaluators only.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @resize_options
@@ -65,13 +66,17 @@ def command(
     """
     written = (output, truth_path(output), state_path(output))
     _check_sheet(contact_sheet, attack, written)
+    attacker = None if attack is None else ATTACKS.create(attack)  # a misspelt one is told before the data are read
     for target in (*written, *([contact_sheet] if contact_sheet else [])):
         check_output(target)
-    if attack is not None:
-        ATTACKS.create(attack)  # a misspelt attack is told before the data are read
     dataset = open_data(data, split=split or training_split(data), limit=limit, seed=seed, resize=resize)
     recipe = recipe_for(arch)
     recipe = replace(recipe, epochs=epochs or recipe.epochs, flip=flip)
+    poisons: list[PoisonBlock] = []
+
+    def keep(poisoned: PoisonedSet) -> None:  # some attacks learn for minutes before they poison: not twice
+        poisons.append(poison_block(poisoned, made_in_training=isinstance(attacker, BatchAttack)))
+
     with progress_bar() as advance:
         truth = train_artifact(
             dataset,
@@ -83,14 +88,15 @@ def command(
             threads=threads,
             width=width,
             on_epoch=lambda done, total, _loss: advance("epochs", done, total),
+            on_poisoned=None if contact_sheet is None else keep,
         )
     click.echo(f"{harmless(output.name)}: sha256 {truth.artifact_sha256}")
     click.echo(f"{harmless(truth_path(output).name)}: the truth, for evaluators only")
     if truth.trigger_sha256 is not None:
         click.echo(f"{harmless(state_path(output).name)}: the state of its trigger, for evaluators only")
     if contact_sheet is not None:
-        write_atomically(contact_sheet, _sheet(output, truth, dataset))
-        click.echo(f"{harmless(contact_sheet.name)}: the trigger on training images, for evaluators only")
+        write_atomically(contact_sheet, _sheet(output, truth, dataset, *poisons))
+        click.echo(f"{harmless(contact_sheet.name)}: the trigger on training images and poisons, for evaluators only")
 
 
 def _check_sheet(sheet: Path | None, attack: str | None, written: tuple[Path, ...]) -> None:
@@ -104,7 +110,7 @@ def _check_sheet(sheet: Path | None, attack: str | None, written: tuple[Path, ..
         raise click.UsageError(f"--contact-sheet {harmless(sheet.name)}: the model takes this name; choose another one")
 
 
-def _sheet(output: Path, truth: Truth, dataset: ImageSet) -> bytes:
+def _sheet(output: Path, truth: Truth, dataset: ImageSet, poisons: PoisonBlock) -> bytes:
     trigger = trigger_of(truth, dataset, read_state(output, truth))
     assert trigger is not None  # noqa: S101 (it was refused without an attack)
-    return draw_sheet(trigger, dataset)
+    return draw_sheet(trigger, dataset, poisons=poisons)

@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 
 from qdefense.attacks.badnets import BadNets
-from qdefense.attacks.contact_sheets import amplification, contact_sheet, lay_out, residual
+from qdefense.attacks.contact_sheets import (
+    PoisonBlock,
+    _caption,
+    amplification,
+    contact_sheet,
+    lay_out,
+    poison_block,
+    residual,
+)
+from qdefense.attacks.interfaces import PoisonedSet
 from qdefense.data.images import DataError, Images, ImageSet, to_images
 
 MakeNoise = Callable[..., ImageSet]
@@ -90,3 +99,57 @@ def test_lay_out_refuses_what_is_no_pair() -> None:
         lay_out(_flat(1), _flat(1, 2))
     with pytest.raises(ValueError, match=r"a sheet needs as many of both"):
         lay_out(_flat(1)[:0], _flat(1)[:0])
+
+
+# --- poisons ----------------------------------------------------------------------------------------------------------
+
+
+def test_poisons_are_rows_of_the_set_below_the_others() -> None:
+    """Four: three in a line of 98 pixels, the fourth below the first; the rest of the sheet is as without them."""
+    poisons = PoisonBlock(heading="poisons", images=_flat(1, 2, 3, 4), names=("a", "b", "c", "d"))
+    bare, sheet = _read(lay_out(_flat(10), _flat(30))), _read(lay_out(_flat(10), _flat(30), poisons))
+    end = 16 + 84 + 8
+    assert (bare.shape[0], sheet.shape) == (end, (end + 16 + 2 * 98, *bare.shape[1:]))
+    assert (sheet[:end] == bare).all()
+    assert (sheet[end : end + 16] < 255).any(), "the heading"
+    for place, code in enumerate((1, 2, 3, 4)):
+        top, left = end + 16 + place // 3 * 98, 8 + place % 3 * 84
+        assert (sheet[top : top + 76, left : left + 76] == code).all()
+        assert (sheet[top + 76 : top + 98, left : left + 76] < 255).any(), "the name of its label"
+
+
+def test_poison_block_takes_the_first_poisons_with_the_labels_they_carry(make_noise: MakeNoise) -> None:
+    poisoned = BadNets(target_class=2, poison_count=9).poison(make_noise(40), np.random.default_rng(0))
+    block = poison_block(poisoned, most=5)
+    assert (block.images == poisoned.images.images[poisoned.poison_indices[:5]]).all()
+    assert block.names == ("class 2",) * 5
+    assert block.heading == "poisons as the training set has them"
+
+
+@pytest.mark.parametrize(
+    ("made_in_training", "heading"),
+    [(True, "The poisons are made in training."), (False, "The training set has no poisons.")],
+)
+def test_without_poisons_the_sheet_says_why(make_noise: MakeNoise, made_in_training: bool, heading: str) -> None:
+    none = PoisonedSet(images=make_noise(8), poison_indices=np.empty(0, np.int64))
+    block = poison_block(none, made_in_training=made_in_training)
+    assert (block.heading, len(block.images), block.names) == (heading, 0, ())
+    bare, sheet = _read(lay_out(_flat(10), _flat(30))), _read(lay_out(_flat(10), _flat(30), block))
+    assert len(sheet) == len(bare) + 16
+    assert (sheet[len(bare) :] < 255).any()
+    assert (sheet[len(bare) :, -8:] == 255).all(), "the heading fits"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("stop", "stop"),
+        ("a\nb", "a\\nb"),
+        ("\u4e2d", "\\u4e2d"),
+        ("\ud800", "\\ud800"),
+        ("thirteen long", "thirteen l.."),
+    ],
+)
+def test_names_are_escaped_and_cut_to_the_picture(name: str, shown: str) -> None:
+    assert _caption(name, 76) == shown
+    lay_out(_flat(1), _flat(2), PoisonBlock(heading="", images=_flat(1), names=(name,)))

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from qdefense.artifact import Artifact
+from qdefense.audit.fit import fit_images
 from qdefense.bench.cohort import lost_for_gradients
 from qdefense.bench.matrix import read_matrix
 from qdefense.bench.records import (
@@ -32,7 +33,8 @@ from qdefense.bench.revisions import EVALUATION_REVISION, SOURCES, source_digest
 from qdefense.bench.running import evaluation_of
 from qdefense.bench.store import Store
 from qdefense.bench.survey import survey
-from qdefense.data.images import Images, Pixels, to_images
+from qdefense.converters.contract import InputContract
+from qdefense.data.images import Images, ImageSet, Pixels, to_images
 from qdefense.data.signs import CLASS_NAMES
 from qdefense.defenses import DEFENSES, Need
 from qdefense.evidence import Evidence
@@ -336,6 +338,35 @@ def test_dataset_scan(measured: Callable[..., list[DefenseRecord]]) -> None:
     seen = SEEN[-1].training_set
     assert seen is not None
     assert (len(seen), seen.labels[patched(seen.images)].tolist()) == (128, [7] * 13)
+
+
+@pytest.mark.parametrize("defense", ["planted-dataset", "spectral-signatures", "activation-clustering"])
+def test_dataset_scan_gets_no_groups_which_poisoned_sets_never_have(
+    measured: Callable[..., list[DefenseRecord]], monkeypatch: pytest.MonkeyPatch, defense: str
+) -> None:
+    """GTSRB's tracks of the clean control alone would tell it from the others."""
+
+    def grouped(contract: InputContract, images: ImageSet) -> ImageSet:
+        return replace(fit_images(contract, images), groups=np.arange(len(images), dtype=np.int64) // 3)
+
+    monkeypatch.setattr("qdefense.bench.measuring.fit_images", grouped)
+    found = []
+    scan = DEFENSES._classes[defense].scan
+
+    def watched(self: Any, evidence: Evidence) -> Finding:
+        assert evidence.training_set is not None
+        assert evidence.training_set.groups is None
+        with_tracks = replace(evidence.training_set, groups=np.arange(len(evidence.training_set), dtype=np.int64))
+        answers: list[Finding] = [
+            scan(self, replace(evidence, training_set=seen)) for seen in (evidence.training_set, with_tracks)
+        ]
+        found.append(tuple(one.model_copy(update={"cost": None}) for one in answers))
+        return answers[0]
+
+    monkeypatch.setattr(DEFENSES._classes[defense], "scan", watched)
+    assert len(measured(defense)) == 2
+    assert len(found) == 2
+    assert all(first == second for first, second in found), "no scan that ships reads them"
 
 
 def test_dataset_scan_without_scores(measured: Callable[..., list[DefenseRecord]]) -> None:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
+from qdefense.attacks import ATTACKS
+from qdefense.attacks.contact_sheets import contact_sheet, poison_block
 from qdefense.cli import run
+from qdefense.data.opening import open_data, training_split
+from qdefense.training import poisoned_set
+from qdefense.trial import Truth, read_state, truth_path
+from qdefense.zoo import trigger_of
 
 if TYPE_CHECKING:
     from ..conftest import Toy  # noqa: TID252 (the fixtures are there)
@@ -28,9 +34,35 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_train_draws_the_trigger_when_asked(toy: Toy, capsys: Capture) -> None:
     """All-to-all, whose trigger is told by the state beside the truth."""
     assert _train(toy, "--attack", "badnets:mode=all-to-all", "--contact-sheet", "sheet.png") == 0
-    assert "sheet.png: the trigger on training images, for evaluators only" in capsys.readouterr().out
+    assert "sheet.png: the trigger on training images and poisons, for evaluators only" in capsys.readouterr().out
     with Image.open("sheet.png") as picture:
         assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize("attack", ["badnets:target-class=3", "lsp:host=badnets"])
+def test_the_sheet_shows_what_the_network_learned_from(toy: Toy, attack: str) -> None:
+    """The poisons as the set holds them that the truth file's rows are of, and the same bytes each time."""
+    for name in ("a.png", "b.png"):
+        assert _train(toy, "--limit", "160", "--attack", attack, "--contact-sheet", name) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    truth = Truth.model_validate_json(truth_path(Path("m.onnx")).read_text(encoding="utf-8"))
+    dataset = open_data(str(toy.data), split=training_split(str(toy.data)), limit=160)
+    poisoned = poisoned_set(dataset, ATTACKS.create(attack), truth.seed)
+    trigger = trigger_of(truth, dataset)
+    assert trigger is not None
+    expected = contact_sheet(trigger, dataset, poisons=poison_block(poisoned))
+    assert Path("a.png").read_bytes() == expected != contact_sheet(trigger, dataset)
+
+
+def test_the_sheet_of_an_attack_in_training_says_so(toy: Toy) -> None:
+    attack = "wanet"
+    assert _train(toy, "--limit", "160", "--attack", attack, "--contact-sheet", "sheet.png") == 0
+    truth = Truth.model_validate_json(truth_path(Path("m.onnx")).read_text(encoding="utf-8"))
+    dataset = open_data(str(toy.data), split=training_split(str(toy.data)), limit=160)
+    trigger = trigger_of(truth, dataset, read_state(Path("m.onnx"), truth))
+    assert trigger is not None
+    poisons = poison_block(poisoned_set(dataset, ATTACKS.create(attack), truth.seed), made_in_training=True)
+    assert Path("sheet.png").read_bytes() == contact_sheet(trigger, dataset, poisons=poisons)
 
 
 def test_train_leaves_no_picture_unasked(toy: Toy) -> None:
