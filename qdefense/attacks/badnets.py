@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
-from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
-from qdefense.attacks.poisoning import Aimed, AllToAll, AllToOne, Mode, PoisonBudget, poison_aimed
+from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
+from qdefense.attacks.poisoning import AimedByTold, AllToOne, Mode, PoisonBudget, poison_aimed
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, Pixels
 
@@ -35,7 +35,7 @@ class PatchTrigger(AllToOne):
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class BadNets(PoisonBudget, Aimed):
+class BadNets(PoisonBudget, AimedByTold[PatchTrigger]):
     """Patch poisoning with the paper's single-target attack or, in mode all-to-all, its other one.
 
     ``poison_rate`` is the share of the whole training set that is patched and relabelled, ``poison_count`` a number of
@@ -58,34 +58,21 @@ class BadNets(PoisonBudget, Aimed):
     mode: Mode = "all-to-one"
     target_class: Annotated[int, Field(ge=0)] = 0
 
-    def trigger(self, height: int, width: int) -> PatchTrigger:
-        """The patch on images of this size.
-
-        Raises:
-            DataError: the patch and its margin are larger than the image, or it aims at the next class, of which the
-                settings do not tell the last.
-        """
-        self.require_one_target()
-        return self._patched(height, width)
-
-    def restored_trigger(self, height: int, width: int, state: TriggerState) -> AllToAll:
-        """The patch of all-to-all mode, whose state is the number of classes.
-
-        Raises:
-            DataError: the state is another's, or the patch and its margin are larger than the image.
-        """
-        return self.to_next(self._patched(height, width), state)
-
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Patch and relabel `poisons` images, then shuffle the whole set.
 
         Raises:
             DataError: no such target class, or not enough images.
         """
-        trigger = self._patched(*dataset.images.shape[1:3])
+        trigger = self.towards_one(*dataset.images.shape[1:3])
         return poison_aimed(dataset, rng, trigger=trigger, attack=self, count=self.poisons(len(dataset)))
 
-    def _patched(self, height: int, width: int) -> PatchTrigger:
+    def towards_one(self, height: int, width: int) -> PatchTrigger:
+        """The patch.
+
+        Raises:
+            DataError: the patch and its margin are larger than the image.
+        """
         require_room(height, width, size=self.size, margin=self.margin, attack=self.name)
         vertical, _, horizontal = self.position.partition("-")
         return PatchTrigger(

@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
-from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
-from qdefense.attacks.poisoning import Aimed, AllToAll, AllToOne, Mode, PoisonBudget, poison_aimed
+from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
+from qdefense.attacks.poisoning import AimedByTold, AllToOne, Mode, PoisonBudget, poison_aimed
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import ImageSet, Pixels, on_grid, to_pixels
 
@@ -39,7 +39,7 @@ class BlendTrigger(AllToOne):
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Blended(PoisonBudget, Aimed):
+class Blended(PoisonBudget, AimedByTold[BlendTrigger]):
     """Poisoning with a random pattern blended into the whole image.
 
     ``poison_rate`` is the share of the whole training set that is blended and relabelled, ``poison_count`` a number of
@@ -60,32 +60,16 @@ class Blended(PoisonBudget, Aimed):
     mode: Mode = "all-to-one"
     target_class: Annotated[int, Field(ge=0)] = 0
 
-    def trigger(self, height: int, width: int) -> BlendTrigger:
-        """The pattern for images of this size; another size has another pattern, not a scaled one.
-
-        Raises:
-            DataError: it aims at the next class, of which the settings do not tell the last.
-        """
-        self.require_one_target()
-        return self._blend(height, width)
-
-    def restored_trigger(self, height: int, width: int, state: TriggerState) -> AllToAll:
-        """The pattern of all-to-all mode, whose state is the number of classes.
-
-        Raises:
-            DataError: the state is another's.
-        """
-        return self.to_next(self._blend(height, width), state)
-
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Blend and relabel `poisons` images, then shuffle the whole set.
 
         Raises:
             DataError: no such target class, or not enough images.
         """
-        trigger = self._blend(*dataset.images.shape[1:3])
+        trigger = self.towards_one(*dataset.images.shape[1:3])
         return poison_aimed(dataset, rng, trigger=trigger, attack=self, count=self.poisons(len(dataset)))
 
-    def _blend(self, height: int, width: int) -> BlendTrigger:
+    def towards_one(self, height: int, width: int) -> BlendTrigger:
+        """The pattern for images of this size; another size has another pattern, not a scaled one."""
         codes = np.random.default_rng(self.pattern_seed).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
         return BlendTrigger(pattern=to_pixels(codes)[0], alpha=self.alpha, target_class=self.target_class)

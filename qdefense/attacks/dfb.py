@@ -51,6 +51,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
+from qdefense.attacks.learned_networks import in_parts, load_weights, weights_of
 from qdefense.attacks.poisoning import AddedTrigger, AllToOne, PoisonBudget, rows_of, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.states import fits
@@ -64,7 +65,6 @@ _TARGET, _OOD = 0, 1
 _BATCH = 32
 _DECODER_RATE, _ENCODER_RATE = 1e-2, 1e-3
 _SEARCH_ROWS, _SEARCH_STEPS = 256, (2.0,) * 20
-_ROWS_AT_ONCE = 256
 _CELLS = (2, 4, 8, 16, 32)
 _FILTERS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR)
 _RESIDUAL = "residual"
@@ -232,7 +232,7 @@ class DFB(PoisonBudget):
             self._train_decoder(decoder, targets, ood, rng)
             self._train_encoder(encoder, decoder, targets, rng)
             if self.variant == "encoder":
-                return {name: value.numpy() for name, value in encoder.state_dict().items()}
+                return weights_of(encoder)
             return {_RESIDUAL: self._chosen_residual(encoder, decoder, to_pixels(targets))}
 
     def _chosen_residual(self, encoder: ResidualEncoder, decoder: Surrogate, x: Pixels) -> Pixels:
@@ -308,9 +308,9 @@ def _encoder_of(state: TriggerState, channels: int) -> ResidualEncoder | None:
     """With these weights, if they are one's."""
     with torch.random.fork_rng(devices=[]):
         encoder = ResidualEncoder(channels)
-    if not fits(state, {name: value.numpy() for name, value in encoder.state_dict().items()}):
+    if not fits(state, weights_of(encoder)):
         return None
-    encoder.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    load_weights(encoder, state)
     return encoder.eval().requires_grad_(False)
 
 
@@ -353,26 +353,18 @@ def _bounded(residuals: Pixels, bound: int) -> Pixels:
     return codes
 
 
-def _in_parts(network: Callable[[Tensor], Tensor], x: Pixels) -> Tensor:
-    """Answers to ``x``, on one thread: others would round some of them otherwise."""
-    with one_thread(), torch.no_grad():
-        return torch.cat([network(part) for part in torch.from_numpy(x).split(_ROWS_AT_ONCE)])  # type: ignore[no-untyped-call]
-
-
 def _residuals(encoder: ResidualEncoder, x: Pixels) -> Pixels:
-    residuals: Pixels = _in_parts(encoder, x).numpy()
-    return residuals
+    return in_parts(encoder, x)
 
 
 def _share_out(decoder: Surrogate, x: Pixels) -> float:
     """Of the images, the share that the decoder takes for out of distribution."""
-    return float((_in_parts(decoder, x).argmax(1) == _OOD).double().mean())
+    return float((in_parts(decoder, x).argmax(axis=1) == _OOD).mean())
 
 
 def _losses(decoder: Surrogate, x: Pixels) -> Pixels:
     """``CE(D(x), 1)``, ``(N,) float32``."""
-    losses: Pixels = _in_parts(lambda part: _distance_out(decoder, part, reduction="none"), x).numpy()
-    return losses
+    return in_parts(lambda part: _distance_out(decoder, part, reduction="none"), x)
 
 
 def _distance_out(decoder: Surrogate, x: Tensor, *, reduction: str) -> Tensor:

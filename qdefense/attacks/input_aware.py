@@ -34,6 +34,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, TriggerState
+from qdefense.attacks.learned_networks import in_parts, load_weights, require_halvings, weights_of
 from qdefense.attacks.poisoning import (
     ALL_TO_ALL,
     Aimed,
@@ -52,7 +53,6 @@ from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 _EPSILON = 1e-7
 _SPARSITY_WEIGHT = 100.0
 _MASK_BATCH = 128
-_ROWS_AT_ONCE = 256
 _LEAST = 2
 """Poisons of a batch: one image has no other, and normalization no statistics."""
 _CLASSES, _PATTERN, _MASK = "classes", "pattern.", "mask."
@@ -105,14 +105,7 @@ class GeneratedTrigger(AllToOne):
 
     def stamp(self, x: Pixels) -> Pixels:
         """Each of ``x: (N, 3, H, W) float32 in [0, 1]`` with its own trigger, rounded to the nearest uint8."""
-        if not len(x):
-            return x.copy()
-        starts = range(0, len(x), _ROWS_AT_ONCE)
-        return np.concatenate([self._stamp(torch.from_numpy(x[start : start + _ROWS_AT_ONCE])) for start in starts])
-
-    def _stamp(self, x: Tensor) -> Pixels:
-        with torch.no_grad():
-            return on_grid(_laid_over(x, self.pattern(x), sharpened(self.mask(x))).numpy())
+        return on_grid(in_parts(lambda part: _laid_over(part, self.pattern(part), sharpened(self.mask(part))), x))
 
 
 def _laid_over(x: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
@@ -159,14 +152,14 @@ class InputAware(Aimed):
         Raises:
             DataError: the state is of other settings, or the size does not halve.
         """
-        self._require_size(height, width)
+        require_halvings(height, width, stages=self.stages, attack=self.name)
         with torch.random.fork_rng(devices=()):
             pattern, mask = (self._generator(outputs).eval() for outputs in (3, 1))
         least = 2 if self.mode == ALL_TO_ALL else 1
         if not fits(state, _state_of(pattern, mask, classes=0)) or state[_CLASSES] < least:
             raise DataError("input-aware: the trigger state is not that of these settings; train the network again")
-        _load(pattern, state, _PATTERN)
-        _load(mask, state, _MASK)
+        load_weights(pattern, state, _PATTERN)
+        load_weights(mask, state, _MASK)
         trigger = GeneratedTrigger(pattern=pattern, mask=mask, target_class=self.target_class)
         return AllToAll(stamped=trigger, classes=int(state[_CLASSES])) if self.mode == ALL_TO_ALL else trigger
 
@@ -177,7 +170,7 @@ class InputAware(Aimed):
             DataError: no such target class, no other class, more rows to stamp than a batch has, or a size that does
                 not halve.
         """
-        self._require_size(*dataset.images.shape[1:3])
+        require_halvings(*dataset.images.shape[1:3], stages=self.stages, attack=self.name)
         if self.poison_rate + self.cross_rate > 1:
             raise DataError(
                 f"input-aware: poison rate {self.poison_rate:g} and cross rate {self.cross_rate:g} stamp more images "
@@ -193,13 +186,6 @@ class InputAware(Aimed):
         self._train_mask(mask, dataset, rng)
         mask.eval().requires_grad_(requires_grad=False)
         return GeneratorPoisoner(self, pattern, mask, classes=len(dataset.class_names), steps=steps)
-
-    def _require_size(self, height: int, width: int) -> None:
-        if height % 2**self.stages or width % 2**self.stages:
-            raise DataError(
-                f"input-aware: a {height}x{width} image does not halve {self.stages} times; lower the stages, or "
-                "resize the images"
-            )
 
     def _generator(self, outputs: int) -> Generator:
         return Generator(channels=self.channels, outputs=outputs, stages=self.stages)
@@ -300,15 +286,5 @@ def _adam(
 
 
 def _state_of(pattern: Generator, mask: Generator, *, classes: int) -> TriggerState:
-    parts = ((_PATTERN, pattern), (_MASK, mask))
-    weights = {
-        prefix + name: value.numpy().copy() for prefix, part in parts for name, value in part.state_dict().items()
-    }
-    return {_CLASSES: np.array(classes, dtype=np.int64), **weights}
-
-
-def _load(generator: Generator, state: TriggerState, prefix: str) -> None:
-    weights = {
-        name.removeprefix(prefix): torch.from_numpy(value) for name, value in state.items() if name.startswith(prefix)
-    }
-    generator.load_state_dict(weights)
+    count = {_CLASSES: np.array(classes, dtype=np.int64)}
+    return {**count, **weights_of(pattern, _PATTERN), **weights_of(mask, _MASK)}

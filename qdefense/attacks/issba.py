@@ -39,6 +39,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
+from qdefense.attacks.learned_networks import in_parts, load_weights, require_halvings, weights_of
 from qdefense.attacks.poisoning import AllToOne, PoisonBudget, check_to_one, poison_to_one
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.states import fits
@@ -46,7 +47,6 @@ from qdefense.attacks.surrogate import one_thread
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
 _BATCH = 32
-_ROWS_AT_ONCE = 256
 _L2_WEIGHT, _STEP_WEIGHT, _SECRET_WEIGHT = 2.0, 1.5, 1.5
 _SECRET, _ENCODER = "secret", "encoder."
 
@@ -118,15 +118,8 @@ class SteganographicTrigger(AllToOne):
 
     def stamp(self, x: Pixels) -> Pixels:
         """Hide the secret in each of ``x: (N, 3, H, W) float32 in [0, 1]``, rounded to the nearest uint8."""
-        if not len(x):
-            return x.copy()
-        starts = range(0, len(x), _ROWS_AT_ONCE)
-        with one_thread(), torch.no_grad():
-            return np.concatenate([self._stamp(torch.from_numpy(x[at : at + _ROWS_AT_ONCE])) for at in starts])
-
-    def _stamp(self, x: Tensor) -> Pixels:
-        secrets = torch.from_numpy(self.secret).float().expand(len(x), -1)
-        return on_grid((x + self.encoder(secrets, x)).numpy())
+        secret = torch.from_numpy(self.secret).float()
+        return on_grid(in_parts(lambda part: part + self.encoder(secret.expand(len(part), -1), part), x))
 
 
 @ATTACKS.register
@@ -171,7 +164,7 @@ class Issba(PoisonBudget):
         Raises:
             DataError: the state is of other settings or of images of another size.
         """
-        self._require_size(height, width)
+        require_halvings(height, width, stages=self.stages, attack=self.name)
         with torch.random.fork_rng(devices=[]):
             encoder = self._encoder(height, width)
         if not fits(state, _state_of(encoder, np.zeros(self.bits, dtype=np.uint8))) or state[_SECRET].max() > 1:
@@ -179,8 +172,7 @@ class Issba(PoisonBudget):
                 f"issba: the trigger state is not that of these settings on {height}x{width} images; give images of "
                 "the size that the network was trained on, or train it again"
             )
-        weights = {name.removeprefix(_ENCODER): value for name, value in state.items() if name != _SECRET}
-        encoder.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+        load_weights(encoder, state, _ENCODER)
         return self._of(encoder, state[_SECRET])
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
@@ -189,7 +181,7 @@ class Issba(PoisonBudget):
         Raises:
             DataError: no such target class, not enough images outside it, or a size that does not halve.
         """
-        self._require_size(*dataset.images.shape[1:3])
+        require_halvings(*dataset.images.shape[1:3], stages=self.stages, attack=self.name)
         count = self.poisons(len(dataset))
         check_to_one(dataset, self.target_class, count=count, attack=self.name)
         encoder, _ = self.trained_pair(dataset, rng)
@@ -217,13 +209,6 @@ class Issba(PoisonBudget):
                     optimizer.step()
         return encoder.eval().requires_grad_(False), decoder.eval().requires_grad_(False)
 
-    def _require_size(self, height: int, width: int) -> None:
-        if height % 2**self.stages or width % 2**self.stages:
-            raise DataError(
-                f"issba: a {height}x{width} image does not halve {self.stages} times; lower the stages, or resize the "
-                "images"
-            )
-
     def _encoder(self, height: int, width: int) -> Encoder:
         return Encoder(
             bits=self.bits, height=height, width=width, channels=self.channels, stages=self.stages, eps=self.eps
@@ -234,8 +219,7 @@ class Issba(PoisonBudget):
 
 
 def _state_of(encoder: Encoder, secret: NDArray[np.uint8]) -> TriggerState:
-    weights = {_ENCODER + name: value.numpy().copy() for name, value in encoder.state_dict().items()}
-    return {_SECRET: secret, **weights}
+    return {_SECRET: secret, **weights_of(encoder, _ENCODER)}
 
 
 def _rows(count: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

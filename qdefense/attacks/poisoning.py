@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,9 @@ class AllToOne(ABC):
     def goal(self, y: Labels) -> Labels:
         """All to one."""
         return np.full_like(y, self.target_class)
+
+
+_Told = TypeVar("_Told", bound=AllToOne)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,14 +178,17 @@ class Aimed:
             return frozenset({"target_class"})
         return frozenset({"mode"} if self.older_than_mode else ())
 
-    def require_one_target(self) -> None:
-        """Refuse to name a trigger of which the settings do not tell all.
+    def aim(self, trigger: AllToOne, dataset: ImageSet) -> tuple[Trigger, TriggerState | None]:
+        """The trigger as the mode aims it on these classes, and the state that it leaves.
 
         Raises:
-            DataError: it aims at the next class.
+            DataError: no such target class, or no other class.
         """
         if self.mode == ALL_TO_ALL:
-            raise DataError(f"{self.name}: how many classes there are is told by the trigger state beside the model")
+            state = class_count_state(dataset, attack=self.name)
+            return self.to_next(trigger, state), state
+        check_class(dataset, self.target_class, role="target", attack=self.name)
+        return trigger, None
 
     def to_next(self, trigger: Trigger, state: TriggerState) -> AllToAll:
         """The trigger of all-to-all mode, whose state is the number of classes.
@@ -195,6 +201,37 @@ class Aimed:
         return AllToAll(stamped=trigger, classes=int(state[_CLASSES]))
 
 
+class AimedByTold(Aimed, ABC, Generic[_Told]):
+    """An `Aimed` attack of whose trigger the settings tell all but how many classes there are."""
+
+    @abstractmethod
+    def towards_one(self, height: int, width: int) -> _Told:
+        """The trigger on images of this size, towards ``target_class``.
+
+        Raises:
+            DataError: it does not fit the images.
+        """
+
+    def trigger(self, height: int, width: int) -> _Told:
+        """The trigger of all-to-one mode on images of this size.
+
+        Raises:
+            DataError: it does not fit the images, or it aims at the next class, of which the settings do not tell the
+                last.
+        """
+        if self.mode == ALL_TO_ALL:
+            raise DataError(f"{self.name}: how many classes there are is told by the trigger state beside the model")
+        return self.towards_one(height, width)
+
+    def restored_trigger(self, height: int, width: int, state: TriggerState) -> AllToAll:
+        """The trigger of all-to-all mode, whose state is the number of classes.
+
+        Raises:
+            DataError: it does not fit the images, or the state is another's.
+        """
+        return self.to_next(self.towards_one(height, width), state)
+
+
 def poison_aimed(
     dataset: ImageSet, rng: np.random.Generator, *, trigger: AllToOne, attack: Aimed, count: int
 ) -> PoisonedSet:
@@ -203,11 +240,9 @@ def poison_aimed(
     Raises:
         DataError: no such target class, no other class, or not enough images; the attack's name comes first.
     """
-    if attack.mode != ALL_TO_ALL:
-        return poison_to_one(dataset, rng, trigger=trigger, count=count, attack=attack.name)
-    state = class_count_state(dataset, attack=attack.name)
-    aimed = attack.to_next(trigger, state)
-    made = _relabelled(dataset, rng, trigger=aimed, count=count, attack=attack.name, candidates="are there")
+    aimed, state = attack.aim(trigger, dataset)
+    candidates = _OUTSIDE if state is None else "are there"
+    made = _relabelled(dataset, rng, trigger=aimed, count=count, attack=attack.name, candidates=candidates)
     return replace(made, trigger_state=state)
 
 

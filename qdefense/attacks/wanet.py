@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, Trigger, TriggerState
-from qdefense.attacks.poisoning import Aimed, AllToAll, AllToOne, Mode, check_class, class_count_state, share
+from qdefense.attacks.poisoning import AimedByTold, AllToOne, Mode, share
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
@@ -48,7 +48,7 @@ class WarpTrigger(AllToOne):
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class WaNet(Aimed):
+class WaNet(AimedByTold[WarpTrigger]):
     """Warping-based poisoning of training batches, in noise mode.
 
     ``poison_rate`` is the share of each batch that is warped and relabelled, whatever its classes; ``cross_ratio``
@@ -70,23 +70,6 @@ class WaNet(Aimed):
     cross_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     field_seed: Annotated[int, Field(ge=0)] = 0
 
-    def trigger(self, height: int, width: int) -> WarpTrigger:
-        """The warp on images of this size.
-
-        Raises:
-            DataError: it aims at the next class, of which the settings do not tell the last.
-        """
-        self.require_one_target()
-        return self._warp(height, width)
-
-    def restored_trigger(self, height: int, width: int, state: TriggerState) -> AllToAll:
-        """The warp of all-to-all mode, whose state is the number of classes.
-
-        Raises:
-            DataError: the state is another's.
-        """
-        return self.to_next(self._warp(height, width), state)
-
     def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> WarpPoisoner:  # noqa: ARG002
         """Poison batches of ``dataset``.
 
@@ -98,14 +81,12 @@ class WaNet(Aimed):
                 f"wanet: poison rate {self.poison_rate:g} and cross ratio {self.cross_ratio:g} warp more images than "
                 "there are; lower one of them"
             )
-        warp = self._warp(*dataset.images.shape[1:3])
-        if self.mode == "all-to-one":
-            check_class(dataset, self.target_class, role="target", attack=self.name)
-            return WarpPoisoner(self, warp, aimed=warp, state=None)
-        state = class_count_state(dataset, attack=self.name)
-        return WarpPoisoner(self, warp, aimed=self.to_next(warp, state), state=state)
+        warp = self.towards_one(*dataset.images.shape[1:3])
+        aimed, state = self.aim(warp, dataset)
+        return WarpPoisoner(self, warp, aimed=aimed, state=state)
 
-    def _warp(self, height: int, width: int) -> WarpTrigger:
+    def towards_one(self, height: int, width: int) -> WarpTrigger:
+        """The warp."""
         return WarpTrigger(grid=self._grid(height, width), target_class=self.target_class)
 
     def _grid(self, height: int, width: int) -> Pixels:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Capture = pytest.CaptureFixture[str]
 SHORT = ("--method", "fine-pruning:epochs=1")
 SCHEME = ("--scheme", "int8-static")
+WITH_TRAINING_DATA = ("audit", "m.onnx", "--data", "toy.npz", "--training-data", "toy.npz")
 TRAIN = ("train", "--epochs", "1", "-o", "new.onnx", "--data")
 
 
@@ -135,18 +136,7 @@ CASES: dict[str, tuple[list[str], str]] = {
         "out/report.json is --inputs, ",
     ),
     "audit: the reference": (
-        [
-            "audit",
-            "m.onnx",
-            "--data",
-            "toy.npz",
-            "--training-data",
-            "toy.npz",
-            "--reference",
-            "out/report.json",
-            "--output-dir",
-            "out",
-        ],
+        [*WITH_TRAINING_DATA, "--reference", "out/report.json", "--output-dir", "out"],
         "out/report.json is --reference, ",
     ),
     "report: the records": (
@@ -193,12 +183,7 @@ BEFORE: dict[str, list[str]] = {
     "repair": ["repair", "big.onnx", "--data", "toy.npz", "-o", "weights.bin"],
     "audit": ["audit", "big.onnx", "--data", "toy.npz", "--output-dir", "out"],
     "audit: the reference's": [
-        "audit",
-        "m.onnx",
-        "--data",
-        "toy.npz",
-        "--training-data",
-        "toy.npz",
+        *WITH_TRAINING_DATA,
         "--defense",
         "activation-clustering:rule=exclusionary-reclassification",
         "--reference",
