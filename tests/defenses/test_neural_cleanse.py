@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -173,6 +174,20 @@ def test_scan_raises_no_alarm_when_the_network_is_the_clean_one(
     assert result.score <= 2
     assert all(entry.trigger_id for entry in result.classes)
     assert finding.reason == f"no class has an anomaly index above 2; highest {result.score:.2f}"
+
+
+@pytest.mark.parametrize("weightless", [{"patience": 1000}, {"multiplier": 1.0, "initial_cost": 1e-9}])
+def test_scan_is_not_clean_where_the_cost_had_no_say(
+    evidence_of: Callable[[str], Evidence], weightless: dict[str, Any]
+) -> None:
+    """Masks as large as they started hide any backdoor: both settings once passed an attacked network."""
+    finding = NeuralCleanse(budget="quick", **weightless).scan(evidence_of("second.int8-static"))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert re.fullmatch(
+        r"half of the triggers cover \d+\.\d px or more, and the random masks that they start from 128: the cost of "
+        r"the norm made none of them small; lower patience, or raise initial-cost or the budget",
+        finding.reason,
+    )
 
 
 def test_scan_scores_the_poisoned_network_above_the_clean_one(scanned: Callable[[str], Finding]) -> None:

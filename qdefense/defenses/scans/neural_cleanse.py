@@ -22,6 +22,8 @@ Deviations from the paper and its code:
   of fewer than 9 classes: with fewer each start would be shorter than the budget says.
 - `multiplier=1` holds the cost at `initial_cost` once it is reached: inversion under a fixed cost, to which the authors
   of label smoothing (arXiv 2404.12852) address theirs.
+- Where half of the norms are no smaller than those of the random masks that the inversion starts from, the cost had no
+  say (a long patience, a tiny cost): no alarm is NOT_MEASURED then.
 - MAD = 0, too few images or converged classes, or missing gradients give NOT_MEASURED, never "clean".
 """
 
@@ -141,6 +143,9 @@ class NeuralCleanse:
         classes = rank_classes(outcomes, evidence.clean.class_names, compared=plan.compared)
         limit = self.line(evidence.calibrations).threshold.value
         verdict, reason, result = self._judge(classes, comparison, evidence.gradient_blind_nodes, limit)
+        height, width = halves.optimised.images.shape[1:3]
+        if verdict is Verdict.CLEAN and (unweighed := _unweighed(result, height * width / 2)) is not None:
+            verdict, reason = Verdict.NOT_MEASURED, unweighed
         pictures = _pictures(result, [_best(starts[: plan.compared]) for starts in outcomes], halves.held_out)
         result = result.model_copy(update={"pictures": pictures, "restarts": _each_start(outcomes)})
         steps = plan.steps * sum(map(len, outcomes))
@@ -452,6 +457,16 @@ def _refuse_norms(norms: NDArray[np.float64]) -> str | None:
     if len(norms) - censored < MIN_CLASSES:
         return f"{len(norms) - censored} classes converged; at least {MIN_CLASSES} are needed"
     return None
+
+
+def _unweighed(result: ScanResult, start: float) -> str | None:
+    """Why no index says anything: masks start uniform, half of all pixels, and only the cost makes them smaller."""
+    if result.median_norm is None or result.median_norm < start:
+        return None
+    return (
+        f"half of the triggers cover {result.median_norm:.1f} px or more, and the random masks that they start from "
+        f"{start:g}: the cost of the norm made none of them small; lower patience, or raise initial-cost or the budget"
+    )
 
 
 def _refuse_halves(evidence: Evidence, halves: _Halves) -> str | None:
