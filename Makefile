@@ -23,7 +23,7 @@ test: install $(VENV)/dev.stamp
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-real: install $(VENV)/dev.stamp
-	$(BIN)/pytest -m real
+	$(BIN)/pytest -m real --numprocesses 2 --dist worksteal
 
 # The same arithmetic on every machine: the order of a float sum depends on the number of threads.
 test test-real: export OMP_NUM_THREADS ?= 1
