@@ -109,7 +109,7 @@ def _stopped(error: Exception) -> Stopped:
         return Stopped(exit_code=USAGE, message=shortened(str(error)))
     if isinstance(error, (FileRefusedError, RuntimeGraphError, SessionError)):
         return Stopped(exit_code=REFUSED, message=shortened(str(error)))
-    if isinstance(error, MisreadFileError):
+    if isinstance(error, (MisreadFileError, NoNumbersError)):
         return Stopped(exit_code=INCOMPLETE, message=shortened(str(error)))
     if isinstance(error, MemoryError):
         return Stopped(
@@ -317,6 +317,7 @@ def _answer(job: Job, loaded: _Loaded, emit: Emit) -> ImageSet:
     contract = loaded.session.artifact.contract
     logits = loaded.session.logits_of(loaded.clean)
     check_head(logits, contract)
+    _require_numbers(logits)
     clean = loaded.clean if loaded.clean.labelled else labelled_by(logits, loaded.clean, contract)
     if contract.head != "sigmoid":
         answered = _accuracy(job, loaded.session, clean, logits)
@@ -346,6 +347,21 @@ def _check_reference(job: Job, reference: DeployedSession, clean: ImageSet) -> N
 
 def _limited(job: Job) -> bool:
     return job.memory_bytes is not None and _CAN_LIMIT
+
+
+class NoNumbersError(ValueError):
+    """The file has no answer to some clean images, so that neither its accuracy nor what it does there is known."""
+
+
+def _require_numbers(logits: Logits) -> None:
+    """A file without a single answer goes on: the certificate says which weights are to blame."""
+    silent = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if 0 < len(silent) < len(logits):
+        raise NoNumbersError(
+            f"{len(silent)} of {len(logits)} clean images are answered with NaN or infinity, image {silent[0]} of "
+            "those drawn first; look for damaged weights or scales (`qdefense inspect` shows the layers) and export "
+            "again"
+        )
 
 
 class MisreadFileError(ValueError):

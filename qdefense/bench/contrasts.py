@@ -99,6 +99,8 @@ _FIGURES: dict[str, tuple[str, Callable[[DefenseRecord], float | None]]] = {
 }
 
 
+_VERDICTS = frozenset({Verdict.CLEAN, Verdict.BACKDOORED})
+"""What can be an alarm or none: a method that only ranks loses none, and a filter judges inputs."""
 _JUDGED = frozenset({Activity.ACTIVE, Activity.CLEAN})
 """A defense that misses a file whose backdoor quantization broke has lost nothing."""
 
@@ -135,10 +137,10 @@ def _defense_contrast(
         if status_of(before) == status_of(after) == "measured" and {*map(cohort.activity, (before, after))} <= _JUDGED
     ]
     figures = [(of(before), of(after)) for before, after in pairs]
-    flips = [(before.verdict is Verdict.BACKDOORED, after.verdict is Verdict.BACKDOORED) for before, after in pairs]
-    judged = cohort.kind(cohort.defenses[subject][0]) != "filter"
+    judged = [pair for pair in pairs if {pair[0].verdict, pair[1].verdict} <= _VERDICTS]
+    flips = [(before.verdict is Verdict.BACKDOORED, after.verdict is Verdict.BACKDOORED) for before, after in judged]
     lone = _unpaired(cohort, fp32, files)
-    return _contrast(subject.setting, subject.defense, subject.access, name, figures, lone, flips if judged else None)
+    return _contrast(subject.setting, subject.defense, subject.access, name, figures, lone, flips or None)
 
 
 def _contrast(

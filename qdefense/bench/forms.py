@@ -107,9 +107,9 @@ DATASET_SCANS = Form(
     notes=(
         "Rows of the training set, poisoned against clean, of networks whose file is active. " + _POOLED.format("Rows"),
         "Within: only rows with a label that poisons have, each against rows of its own label. Top: of these, the "
-        "rows with the highest scores, 1.5 times as many as there are poisons; recall is the share of all poisons "
-        "among them, precision the share of them that is poison, at most 2/3. Alarms: files whose training set was "
-        "called poisoned.",
+        "rows with the highest scores, 1.5 times as many as there are poisons; recall is the share of the poisons "
+        "with a score among them, precision the share of them that is poison, at most 2/3. Rows without a score are "
+        "in no rate. Alarms: files whose training set was called poisoned.",
     ),
     empty="No dataset scan was run.",
     columns=(
@@ -190,8 +190,9 @@ CONTRASTS = Form(
         "and both have an answer. The interval is of the mean over networks, by Student's t: with three networks it "
         "reaches 4.3 standard errors to each side, and a rate of 3 of 3 has a Wilson interval of [0.44, 1] at best. A "
         "bootstrap would look far surer than three networks are.",
-        "Alarms lost and gained: networks whose two files got different verdicts. Unpaired: files that were not made "
-        "of the FP32 file beside them, as where the network was trained again; they are in no difference.",
+        "Alarms lost and gained: networks whose two files got different verdicts; none is counted where a method only "
+        "ranks. Unpaired: files that were not made of the FP32 file beside them, as where the network was trained "
+        "again; they are in no difference.",
     ),
     empty="No network has both an FP32 and a quantized file with a figure.",
     columns=(*_ROW, "figure", "networks", "FP32", "quantized", "difference", "alarms lost", "alarms gained"),

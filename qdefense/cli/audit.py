@@ -17,7 +17,7 @@ from qdefense.cli.outputs import check_output, keep_inputs, keep_weights
 from qdefense.files import write_atomically
 from qdefense.report.html import render
 from qdefense.report.model import Report, Subject
-from qdefense.report.text import print_report
+from qdefense.report.text import print_outcome, print_report
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -71,10 +71,17 @@ RANKING = frozenset({"spectral-signatures"})
     help=f"Of a calibrated threshold: how often it may alarm on a clean model.  [default: {DEFAULT_RATE:g}]",
 )
 @click.option(
-    "--format", "formats", multiple=True, type=click.Choice(["table", "json", "html"]), help="[default: table]"
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["table", "json", "html"]),
+    help="May be given several times, which needs --output-dir, as html does.  [default: table]",
 )
 @click.option(
-    "--output-dir", type=click.Path(path_type=Path, file_okay=False), help="Write report.json here, and the page."
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write report.json here, and with --format html report.html. Reports that lie there stay as they are where "
+    "the exit code is 2 or 130: only a new report replaces them.",
 )
 def command(
     job: Job,
@@ -100,7 +107,7 @@ def command(
         output_dir.mkdir(parents=True, exist_ok=True)
         for name in (REPORT, PAGE) if "html" in formats else (REPORT,):
             check_output(output_dir / name)
-        keep_inputs(output_dir / PAGE)  # an earlier page is removed
+        keep_inputs(output_dir / PAGE)  # of an earlier report, which goes with it
     chosen = _with_dataset_scans(defenses or DEFAULT_DEFENSES, training_data, training_split)
     chosen = _with_filter(chosen, inputs, inputs_split)
     asked = {"calibrations": tuple(map(str, calibrations)), "false_alarm_rate": false_alarm_rate}
@@ -170,5 +177,7 @@ def _write(report: Report, formats: tuple[str, ...], folder: Path | None) -> Non
             (folder / PAGE).unlink()
     if "table" in formats:
         print_report(report, output_console())
+    elif folder is not None:
+        print_outcome(report, output_console())
     elif folder is None:
         write_json(text)

@@ -139,6 +139,7 @@ def not_checked(report: Report) -> tuple[Gap, ...]:
         *_unanswered(report),
         *_vouched_for(report),
         *(limit for name in _measured(report) for limit in _LIMITS.get(name, (_unknown_limits(name),))),
+        *_censored_classes(report),
         *_uncalibrated(report),
         *_other_evidence(report),
         _elsewhere(report),
@@ -389,6 +390,18 @@ def _unanswered(report: Report) -> Iterator[Gap]:
 
 def _unknown_limits(name: str) -> Gap:
     return Gap(f"What is beyond the reach of {name}", "This version has no description of it.")
+
+
+def _censored_classes(report: Report) -> Iterator[Gap]:
+    for finding in report.findings:
+        if finding.verdict is not Verdict.CLEAN or not isinstance(finding.result, ScanResult):
+            continue
+        censored = [entry for entry in finding.result.classes if entry.norm is None]
+        if censored:
+            yield Gap(
+                f"{len(censored)} of {len(finding.result.classes)} classes as targets",
+                f"{finding.defense} found no trigger for them that works on the file, so that none of them was judged.",
+            )
 
 
 def _uncalibrated(report: Report) -> Iterator[Gap]:

@@ -58,6 +58,11 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Group(*parts), highlight=False)
 
 
+def print_outcome(report: Report, console: Console) -> None:
+    """Show the outcome and its reasons, where the rest is written to files."""
+    console.print(_gate(report), highlight=False)
+
+
 def _gate(report: Report) -> RenderableType:
     gate = report.gate
     title = Text.assemble((gate.outcome, _COLOURS[gate.outcome]), f"  (exit code {gate.exit_code})")

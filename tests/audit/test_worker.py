@@ -20,6 +20,7 @@ from PIL import Image
 
 from qdefense.audit import worker
 from qdefense.audit.events import Advanced, Answered, Certified, Described, Event, Finished, Found, Job, Opened
+from qdefense.audit.worker import NoNumbersError
 from qdefense.converters.contract import ContractError, StatedContract
 from qdefense.converters.reading import FileRefusedError
 from qdefense.data.images import DataError, ImageSet
@@ -112,6 +113,35 @@ def test_run_gives_no_accuracy_and_no_verdict_when_weights_are_nan(toy: Toy, tmp
     finding = of_kind(events, Found).finding
     assert finding.verdict is Verdict.NOT_MEASURED
     assert "not finite" in finding.reason
+
+
+def test_run_stops_when_some_clean_images_have_no_answer(toy: Toy, tmp_path: Path) -> None:
+    """One NaN among 320 images is in none of the rows that certificate and scan look at, and no accuracy is known."""
+
+    def break_where_dark(model: onnx.ModelProto) -> None:
+        brightness = load_npz(toy.data, split=None, limit=None, seed=0).pixels.mean(axis=(1, 2, 3))
+        darkest = np.partition(brightness, 1)[:2].mean()
+        make, graph = onnx.helper.make_node, model.graph
+        graph.node[-1].output[0] = "sound"
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([[darkest]], np.float32), "darkest"))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 2, 3], np.int64), "axes"))
+        graph.node.extend(
+            [
+                make("ReduceMean", ["image", "axes"], ["brightness"], keepdims=0),
+                make("Reshape", ["brightness", "column"], ["rows"]),
+                make("Sub", ["rows", "darkest"], ["above"]),
+                make("Sqrt", ["above"], ["root"]),  # NaN of the darkest image alone
+                make("Sub", ["root", "root"], ["nothing"]),
+                make("Add", ["sound", "nothing"], ["logits"]),
+            ]
+        )
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, 1], np.int64), "column"))
+
+    model = changed_model(toy, tmp_path / "dark.onnx", break_where_dark)
+    with pytest.raises(
+        NoNumbersError, match=r"^1 of 320 clean images are answered with NaN or infinity, image \d+ of "
+    ):
+        done(Job(model=str(model), data=str(toy.data), defenses=(toy.scan,)))
 
 
 def test_run_opens_the_file_before_anything_can_be_wrong_with_it(tmp_path: Path, toy: Toy) -> None:

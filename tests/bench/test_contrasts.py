@@ -6,14 +6,18 @@ import pytest
 
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.contrasts import contrast_rows, gap_rows, unpaired_trials
-from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Rate, Record
+from qdefense.bench.records import GRADIENTS_WITHHELD, DatasetMetrics, FilterMetrics, Rate, Record
 from qdefense.bench.tables import Answers
-from qdefense.findings import Verdict
+from qdefense.findings import Finding, Verdict
 from qdefense.trial import Activity
 
 from .sample_records import RUNTIME, behaviour, defense, network, quantization, scan_metrics
 
 FOUND, MISSED, LOST = Verdict.BACKDOORED, Verdict.CLEAN, Verdict.NOT_MEASURED
+
+
+ORDER = Finding(defense="spectral-signatures", kind="dataset", verdict=LOST, reason="ranks only", seed=0)
+RANKS = DatasetMetrics(auroc=0.6, within_auroc=0.6, fpr=Rate(hits=0, n=9000))
 
 
 def pair(seed: int, before: float, after: float, activity: Activity = Activity.ACTIVE) -> list[Record]:
@@ -52,6 +56,20 @@ def test_contrast_of_a_scan_counts_alarms_lost_and_gained() -> None:
     *_, row = contrast_rows(Cohort(records))
     assert (row.figure, row.alarms_lost, row.alarms_gained) == ("score", 1, 1)
     assert row.difference.mean == 0
+
+
+def test_contrast_counts_no_alarms_of_a_method_that_gives_no_verdict() -> None:
+    """What only ranks loses no alarm, and 0 lost would read as if quantization had cost it none."""
+    records = [
+        *(record for seed in range(2) for record in pair(seed, 0.9, 0.9)),
+        *(
+            defense(made, scheme, RANKS, name="spectral-signatures", kind="dataset", verdict=LOST, finding=ORDER)
+            for made in (network("badnets", seed) for seed in range(2))
+            for scheme in ("fp32", "int4")
+        ),
+    ]
+    *_, row = contrast_rows(Cohort(records))
+    assert (row.defense, row.alarms_lost, row.alarms_gained) == ("spectral-signatures", None, None)
 
 
 def test_contrast_of_a_defense_leaves_out_files_whose_backdoor_quantization_broke() -> None:

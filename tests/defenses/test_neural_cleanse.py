@@ -278,6 +278,17 @@ def test_scan_lets_the_artifact_dispose_when_the_shadow_is_another_file_s(
     assert finding.verdict is Verdict.NOT_MEASURED
 
 
+def test_scan_holds_out_whole_groups(evidence_of: Callable[[str], Evidence]) -> None:
+    """Frames of one track are one scene: a trigger optimised on one frame is not tried out on another."""
+    evidence = evidence_of("first")
+    groups = np.arange(len(evidence.clean), dtype=np.int64) // 4
+    halves = _halves(replace(evidence, clean=replace(evidence.clean, groups=groups)))
+    tracks = [set(half.groups.tolist()) for half in halves if half.groups is not None]
+    assert len(tracks) == 2
+    assert not tracks[0] & tracks[1]
+    assert [len(half) for half in halves] == [256, 256]
+
+
 def test_scan_runs_forwards_for_every_replay(
     evidence_of: Callable[[str], Evidence], planned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +450,8 @@ def test_scan_measures_nothing_above_a_quarter_censored(
     if verdict is Verdict.NOT_MEASURED:
         assert finding.reason == "4 of 12 classes are censored, more than 25%"
         assert len(_result(finding).classes) == CLASSES
+    else:
+        assert finding.reason.endswith("; 3 of 12 classes have none ('speed_30', 'speed_50', 'ahead_only')")
 
 
 def test_scan_measures_nothing_when_no_class_has_a_trigger(

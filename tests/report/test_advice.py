@@ -205,6 +205,15 @@ def test_not_checked_names_what_neural_cleanse_cannot_see() -> None:
         assert part in text
 
 
+def test_not_checked_counts_the_classes_without_a_trigger_of_a_clean_scan() -> None:
+    passed = samples.passed()
+    told = "2 of 11 classes as targets. neural-cleanse found no trigger for them that works on the file, so that none "
+    assert told in gaps(passed)
+    whole = samples.scan_result([10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0])
+    findings = tuple(finding.model_copy(update={"result": whole}) for finding in passed.findings)
+    assert "classes as targets" not in gaps(passed.model_copy(update={"findings": findings}))
+
+
 def test_not_checked_says_that_the_false_alarm_rate_is_unknown_unless_calibrated() -> None:
     assert "so its false-alarm rate is unknown" in gaps(samples.passed())
     assert "false-alarm rate" not in gaps(samples.passed(samples.CALIBRATED))

@@ -552,7 +552,9 @@ def test_audit_writes_the_page_beside_the_report_when_asked(
     assert audit(toy, "--format", "html", "--output-dir", str(tmp_path)) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(samples.failed())
-    assert capfd.readouterr() == ("", "")
+    output, errors = capfd.readouterr()
+    assert output.startswith("FAILED  (exit code 1)\n  neural-cleanse: ")
+    assert (output.count("\n"), errors) == (1 + len(samples.failed().gate.reasons), "")
 
 
 @pytest.mark.usefixtures("_audited")

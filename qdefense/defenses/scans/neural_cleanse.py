@@ -41,6 +41,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from qdefense.calibration import Calibrations, Line, draw_line
 from qdefense.data.images import ImageSet, Pixels
+from qdefense.data.selection import disjoint_parts
 from qdefense.defenses.admission import NOT_FINITE, near_chance
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.inversion import MaskedPattern, NoGradientError, Schedule, invert_trigger
@@ -67,6 +68,7 @@ MIN_OTHERS = 50
 """Images outside each class that either half must hold."""
 
 _REPLAYED_IMAGES = 256
+_NAMED = 3
 _NORM_STRIDE = 1.05
 
 
@@ -350,7 +352,8 @@ class NeuralCleanse:
                 f"the norms scatter so widely (median {result.median_norm:.1f}, scaled MAD {result.mad:.1f}) that no "
                 f"class could reach an index of {limit:g}, however small its trigger",
             )
-        return Verdict.CLEAN, f"no class has an anomaly index above {limit:g}; highest {result.score:.2f}"
+        highest = f"no class has an anomaly index above {limit:g}; highest {result.score:.2f}"
+        return Verdict.CLEAN, f"{highest}{_left_out(result)}"
 
     def _finding(
         self,
@@ -469,6 +472,15 @@ def _unweighed(result: ScanResult, start: float) -> str | None:
     )
 
 
+def _left_out(result: ScanResult) -> str:
+    """A censored class may be the target: too few of them to stop the scan, but none of them was judged."""
+    named = [repr(entry.class_name) for entry in result.classes if entry.norm is None]
+    if not named:
+        return ""
+    more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    return f"; {len(named)} of {len(result.classes)} classes have none ({', '.join(named[:_NAMED])}{more})"
+
+
 def _refuse_halves(evidence: Evidence, halves: _Halves) -> str | None:
     for part in (halves.optimised, halves.held_out):
         others = len(part) - int(np.bincount(part.labels).max())
@@ -492,9 +504,14 @@ def _refuse_accuracy(session: DeployedSession, halves: _Halves, stated: float | 
 
 
 def _halve(clean: ImageSet, seed: int) -> _Halves:
+    """Frames of one track are the same scene: what was optimised on one is not held out on the next."""
     half = min(len(clean) // 2, _REPLAYED_IMAGES)
-    rows = np.random.default_rng(seed).permutation(len(clean))
-    return _Halves(optimised=clean.take(rows[:half]), held_out=clean.take(rows[half : 2 * half]))
+    if clean.groups is not None:
+        parts = disjoint_parts(len(clean), (half, half), seed=seed, groups=clean.groups)
+    else:
+        rows = np.random.default_rng(seed).permutation(len(clean))
+        parts = (rows[:half], rows[half : 2 * half])
+    return _Halves(optimised=clean.take(parts[0]), held_out=clean.take(parts[1]))
 
 
 def _others(images: ImageSet, target: int) -> Pixels:

@@ -1,0 +1,233 @@
+"""Why a precision takes a trigger's ASR: the margins of triggered images, and which layer's weights move them.
+
+    QDEFENSE_DATA=... python benchmarks/attacks/margins.py      # MARGINS.md, minutes on one core
+
+The margin of a triggered image is the logit of the class that the attacker wants, less the highest other one: it is
+above 0 where the attack succeeds. INT4 weights are rounded one layer at a time in the FP32 file: to nearest, as the
+INT4 file has them, and at random, each to the level above or below by its distance, which is right on average.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from qdefense.artifact import Artifact
+from qdefense.attacks import ATTACKS, Trigger
+from qdefense.attacks.interfaces import trigger_of
+from qdefense.attacks.states import unpack_state
+from qdefense.bench.records import BehaviourRecord
+from qdefense.bench.store import RECORDS, Store, read_records
+from qdefense.data.images import ImageSet, Labels, Pixels
+from qdefense.data.opening import open_data
+from qdefense.session import DeployedSession, Logits, profile_for
+
+HERE = Path(__file__).parent
+DATA = Path(os.environ.get("QDEFENSE_DATA", HERE.parents[2] / "shared" / "data"))
+SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
+IMAGES, DRAWS, SEED = 600, 12, 0
+LAYERED = ("badnets", "blended", "lsp", "wanet")
+"""Attacks whose INT4 files are taken apart, on both data sets."""
+LEVELS = 7
+"""Highest code of symmetric INT4."""
+
+MARGINS_HEAD = (
+    "| attack | data, seed | precision | images | ASR | mean q | 10 % | median | 90 % | change | sd | true class |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+)
+LAYERS_HEAD = (
+    "| attack | data, seed | layer | error | ASR FP32 | only it | all but it | change | at random: mean | sd | range |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+Margins = NDArray[np.float64]
+Weights = NDArray[np.float32]
+
+
+def margins(logits: Logits, goal: Labels) -> Margins:
+    """``logits[n, goal[n]] - max over other k of logits[n, k]``: ``(N,)``."""
+    others = logits.astype(np.float64)
+    rows = np.arange(len(goal))
+    wanted = others[rows, goal]
+    others[rows, goal] = -np.inf
+    found: Margins = wanted - others.max(axis=1)
+    return found
+
+
+def mean_confidence(logits: Logits, goal: Labels) -> float:
+    """Mean softmax probability of ``goal``."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return float((powers[np.arange(len(goal)), goal] / powers.sum(axis=1)).mean())
+
+
+def rounded(weights: Weights, *, rng: np.random.Generator | None = None) -> Weights:
+    """Weights of one layer ``(C, ...)`` on symmetric INT4 levels per channel; to nearest, or at random with ``rng``."""
+    scale = np.abs(weights).max(axis=tuple(range(1, weights.ndim)), keepdims=True) / LEVELS
+    codes = weights / scale
+    whole = np.round(codes) if rng is None else np.floor(codes + rng.random(codes.shape))
+    return (np.clip(whole, -LEVELS, LEVELS) * scale).astype(np.float32)
+
+
+@lru_cache(maxsize=2)
+def test_images(data: str) -> ImageSet:
+    return open_data(str(DATA / data), split="test", seed=SEED, limit=IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """One network with a backdoor: its files by scheme."""
+
+    files: dict[str, BehaviourRecord]
+    store: Store
+
+    @property
+    def title(self) -> str:
+        """The first two columns of a table."""
+        network = self.files["fp32"].network
+        told = {key: value for key, value in network.attack_settings.items() if key in ("smoothing", "variant", "mode")}
+        settings = ",".join(f"{key}={value}" for key, value in told.items() if value != "all-to-one")
+        rare = network.attack_settings.get("poison_count")
+        named = f"{network.attack}:{settings}" if settings else network.attack or ""
+        return f"`{named}`{f' ({rare} poisons)' if rare else ''} | {network.data}, {network.seed}"
+
+    @property
+    def layered(self) -> bool:
+        """Whether its INT4 file is taken apart."""
+        network = self.files["fp32"].network
+        usual = network.seed == SEED and network.attack_settings.get("mode", "all-to-one") == "all-to-one"
+        rare = network.attack_settings.get("poison_count") is not None
+        return network.attack in LAYERED and usual and not rare and "int4" in self.files
+
+    def model(self, scheme: str) -> bytes:
+        """The bytes of its file at a precision."""
+        path = self.store.model_path(self.files[scheme].artifact_sha256)
+        if path is None:
+            raise SystemExit(f"the {scheme} file of {self.title} is not among the results")
+        return path.read_bytes()
+
+    @cached_property
+    def asked(self) -> tuple[Pixels, Labels, Labels]:
+        """Eligible test images with the trigger, their labels, and what the attacker wants of them."""
+        record = self.files["fp32"]
+        attack = ATTACKS.restore(record.network.attack or "", record.network.attack_settings)
+        packed = self.store.trigger(record.artifact_sha256)
+        images = test_images(record.network.data)
+        state = None if packed is None else unpack_state(packed)
+        trigger: Trigger = trigger_of(attack, *images.images.shape[1:3], state)
+        eligible = images.take(np.flatnonzero(trigger.eligible(images.labels)))
+        return trigger.stamp(eligible.pixels), eligible.labels, trigger.goal(eligible.labels)
+
+    def answers(self, model: bytes) -> Logits:
+        """What a file answers to the triggered images."""
+        artifact = Artifact.from_bytes(model)
+        return DeployedSession(artifact, profile_for(artifact)).logits(self.asked[0])
+
+
+def attacked_networks() -> list[Attacked]:
+    """Every attacked network of the records whose FP32 file was measured; a later record counts."""
+    store, found = Store(HERE / "results"), dict[str, dict[str, BehaviourRecord]]()
+    for record in read_records(HERE / "results" / RECORDS):
+        if isinstance(record, BehaviourRecord) and record.network.attack and not record.failed:
+            found.setdefault(record.network.model_dump_json(), {})[record.scheme] = record
+    return [Attacked(files=files, store=store) for files in found.values() if "fp32" in files]
+
+
+def margin_lines(network: Attacked) -> Iterator[str]:
+    _, labels, goal = network.asked
+    first: Margins | None = None
+    for scheme in filter(network.files.__contains__, SCHEMES):
+        logits = network.answers(network.model(scheme))
+        here = margins(logits, goal)
+        first = here if first is None else first
+        low, middle, high = np.quantile(here, [0.1, 0.5, 0.9])
+        missed = here <= 0
+        truly = f"{np.mean(logits[missed].argmax(axis=1) == labels[missed]):.2f}" if missed.any() else ""
+        spread, change = f"{low:.2f} | {middle:.2f} | {high:.2f}", here - first
+        yield (
+            f"| {network.title} | {scheme} | {len(here)} | {1 - missed.mean():.3f} "
+            f"| {mean_confidence(logits, goal):.3f} | {spread} | {change.mean():+.2f} | {change.std():.2f} | {truly} |"
+        )
+
+
+def layers(model: bytes) -> dict[str, Weights]:
+    """Weights by the name of their initializer: of every layer that INT4 quantizes."""
+    graph = onnx.load_from_string(model).graph
+    used = {node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")}
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in used}
+
+
+def with_weights(model: bytes, changed: dict[str, Weights]) -> bytes:
+    proto = onnx.load_from_string(model)
+    for tensor in proto.graph.initializer:
+        if tensor.name in changed:
+            tensor.CopyFrom(numpy_helper.from_array(changed[tensor.name], tensor.name))
+    written: bytes = proto.SerializeToString()
+    return written
+
+
+def layer_lines(network: Attacked) -> Iterator[str]:
+    model, goal = network.model("fp32"), network.asked[2]
+    weights, rng = layers(model), np.random.default_rng(SEED)
+    plain = margins(network.answers(model), goal)
+    nearest = {name: rounded(values) for name, values in weights.items()}
+    together = network.answers(with_weights(model, nearest))
+    if not np.allclose(together, network.answers(network.model("int4")), rtol=0, atol=1e-3):
+        raise SystemExit(f"{network.title}: all layers rounded are not the INT4 file")
+    for number, (name, values) in enumerate(weights.items()):
+
+        def moved(changed: Weights, name: str = name) -> Margins:
+            return margins(network.answers(with_weights(model, {name: changed})), goal)
+
+        alone = moved(nearest[name])
+        rest = {other: layer for other, layer in nearest.items() if other != name}
+        without = margins(network.answers(with_weights(model, rest)), goal)
+        draws = [float(np.mean(moved(rounded(values, rng=rng)) - plain)) for _ in range(DRAWS)]
+        error = np.linalg.norm(nearest[name] - values) / np.linalg.norm(values)
+        asr = " | ".join(f"{np.mean(found > 0):.3f}" for found in (plain, alone, without))
+        yield (
+            f"| {network.title} | {number}: {' x '.join(map(str, values.shape))} | {error:.3f} | {asr} "
+            f"| {np.mean(alone - plain):+.2f} | {np.mean(draws):+.2f} | {np.std(draws):.2f} "
+            f"| {min(draws):+.1f} to {max(draws):+.1f} |"
+        )
+
+
+def page(networks: list[Attacked]) -> Iterator[str]:
+    yield "# Margins of triggered images"
+    yield (
+        "Written by `QDEFENSE_DATA=DIR python benchmarks/attacks/margins.py` from the files in `results/models`, whose "
+        f"digests `results/manifest.json` has. {IMAGES} test images drawn with seed {SEED}, of which the eligible ones "
+        f"carry the trigger; ONNX Runtime {onnxruntime.__version__}, {platform.machine()}."
+    )
+    yield (
+        "The margin is the logit of the attacker's class less the highest other one, *q* the probability of that "
+        "class. *Change* is against the FP32 file, image by image: its mean says what the precision does to the "
+        "trigger, its standard deviation how differently from image to image. *True class*: the share of the misses "
+        "that are answered as if there were no trigger."
+    )
+    yield "\n".join((*MARGINS_HEAD, *(line for network in networks for line in margin_lines(network))))
+    yield "## INT4, one layer at a time"
+    yield (
+        "Only this layer's weights are on INT4 levels, or all but this layer's; rounded to nearest, as in the INT4 "
+        f"file, or {DRAWS} times at random (generator seed {SEED}). *Error* is the norm of what nearest rounding "
+        "changes, relative to the weights' own. The change is the mean over the images, the standard deviation is over "
+        "the draws."
+    )
+    yield "\n".join((*LAYERS_HEAD, *(line for network in networks if network.layered for line in layer_lines(network))))
+
+
+def main() -> None:
+    (HERE / "MARGINS.md").write_text("\n\n".join(page(attacked_networks())) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
