@@ -21,7 +21,11 @@ ProgressBar = Callable[[str, int, int], None]
 def data_options(function: F) -> F:
     """``--data``, ``--split`` and ``--limit``."""
     for option in (
-        click.option("--limit", type=click.IntRange(min=1), help="Use this many images, drawn by the seed."),
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            help="Use this many images, drawn by the seed; the certificate needs 256.",
+        ),
         click.option("--split", help="Which split of the data.  [default: test]"),
         click.option(
             "--data", required=True, help="'signs' (built in), or a path; `qdefense data show` says what it is."
