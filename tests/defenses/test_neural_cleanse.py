@@ -185,9 +185,19 @@ def test_scan_is_not_clean_where_the_cost_had_no_say(
     assert finding.verdict is Verdict.NOT_MEASURED
     assert re.fullmatch(
         r"half of the triggers cover \d+\.\d px or more, and the random masks that they start from 128: the cost of "
-        r"the norm made none of them small; lower patience, or raise initial-cost or the budget",
+        r"the norm made few of them small; lower patience, or raise initial-cost or the budget",
         finding.reason,
     )
+
+
+@pytest.mark.parametrize(("lowest", "verdict"), [(58.0, Verdict.CLEAN), (59.0, Verdict.NOT_MEASURED)])
+def test_scan_is_not_clean_where_half_of_the_masks_kept_half_of_their_pixels(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None], lowest: float, verdict: Verdict
+) -> None:
+    """Masks of 16x16 start from 128 px; the medians are 63.5 and 64.5."""
+    planned({target: [lowest + target] for target in range(CLASSES)})
+    finding = NeuralCleanse().scan(evidence_of("first"))
+    assert finding.verdict is verdict, finding.reason
 
 
 def test_scan_scores_the_poisoned_network_above_the_clean_one(scanned: Callable[[str], Finding]) -> None:
