@@ -6,6 +6,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import median
 
 import numpy as np
 
@@ -124,7 +125,14 @@ def _verdict(result: FilterResult, test: RejectionTest, fitted: FittedFilter) ->
     problem = problem or _powerless(test, fitted)
     if problem is not None:
         return Verdict.NOT_MEASURED, problem
-    return Verdict.CLEAN, f"{counted}, {limit}; {_power(test)}. This judges the inputs given, not the model"
+    reach = _reach(fitted.boundary)
+    return Verdict.CLEAN, f"{counted}, {limit}; {_power(test)}; {reach}. This judges the inputs given, not the model"
+
+
+def _reach(boundary: FilterBoundary) -> str:
+    """How far below clean scores the line is: no statistic tells when a low one is too low for any trigger."""
+    middle = median(boundary.held_out_scores)
+    return f"only scores below {boundary.value:.2g} are rejected, the median clean image scores {middle:.2g}"
 
 
 def _problem(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> str | None:

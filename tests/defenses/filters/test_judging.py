@@ -103,8 +103,16 @@ def test_judge_inputs_calls_inputs_clean_in_words_about_them_alone(evidence: Evi
     assert (finding.verdict, finding.reason) == (
         Verdict.CLEAN,
         "1 of 200 inputs rejected, where at most 1.0% of clean ones would be, with 97.5% confidence (p = 0.87 at that "
-        "rate); the fewest that would be an alarm are 7 (3.5%). This judges the inputs given, not the model",
+        "rate); the fewest that would be an alarm are 7 (3.5%); only scores below 0.5 are rejected, the median clean "
+        "image scores 1. This judges the inputs given, not the model",
     )
+
+
+def test_judge_inputs_tells_how_low_a_boundary_is_that_lets_nearly_everything_pass(evidence: Evidence) -> None:
+    """Thousandths of a bit may still catch a perfect trigger, whose entropy is smaller yet: CLEAN, with the figures."""
+    finding = judged(evidence, inputs(*[100] * 200), frr_interval=(0.0, 0.01), value=0.0031)
+    assert finding.verdict is Verdict.CLEAN
+    assert "; only scores below 0.0031 are rejected, the median clean image scores 1. This" in finding.reason
 
 
 def test_judge_inputs_is_not_measured_when_less_poison_than_its_mark_would_be_no_alarm(evidence: Evidence) -> None:
