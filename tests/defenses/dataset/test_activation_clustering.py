@@ -300,6 +300,17 @@ def test_scan_passes_over_a_label_that_has_no_image() -> None:
     finding = ActivationClustering().scan(evidence(without(images, 5, 0)))
     assert finding.verdict is Verdict.CLEAN
     assert result_of(finding).classes[5].reason == "no image carries this label"
+    assert finding.reason.endswith("; 1 of 8 labels have no image: 5 ('zone 5')")
+
+
+def test_scan_says_which_labels_have_no_image() -> None:
+    images, _ = pixel_set()
+    few = replace(images.take(np.flatnonzero(images.labels < 2)), class_names=(*NAMES[:3], "red\x1b[31m", *NAMES[4:]))
+    finding = ActivationClustering(starts=1).scan(evidence(few))
+    assert finding.verdict is Verdict.CLEAN
+    assert finding.reason.endswith(
+        "; 6 of 8 labels have no image: 2 ('zone 2'), 3 ('red\\x1b[31m'), 4 ('zone 4') and 3 more"
+    )
 
 
 def test_scan_still_alarms_when_another_label_has_too_few_images() -> None:
