@@ -18,6 +18,7 @@ MIN_ROWS = 50
 """Images of a label."""
 _DIGITS = 6
 _NAMED = 5
+_NAMED_EMPTY = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,10 @@ def gather(training: TrainingFeatures, scored: Sequence[Scored]) -> DatasetResul
 
 
 def judge(classes: Iterable[DatasetClass], clean: str) -> tuple[Verdict, str]:
-    """BACKDOORED by one suspicious label; CLEAN, for the reason given, if every label with images was measured."""
+    """BACKDOORED by one suspicious label; CLEAN, for the reason given, if every label with images was measured.
+
+    Of labels without images CLEAN says nothing but which they are.
+    """
     entries = tuple(classes)
     suspicious = [entry for entry in entries if entry.suspicious]
     if suspicious:
@@ -84,7 +88,15 @@ def judge(classes: Iterable[DatasetClass], clean: str) -> tuple[Verdict, str]:
         present = sum(entry.n > 0 for entry in entries)
         first = f"class {describe(missing[0])}: {missing[0].reason}"
         return Verdict.NOT_MEASURED, f"{len(missing)} of {present} classes were not measured; {first}"
-    return Verdict.CLEAN, clean
+    return Verdict.CLEAN, clean + _without_images(entries)
+
+
+def _without_images(entries: Sequence[DatasetClass]) -> str:
+    empty = [describe(entry) for entry in entries if not entry.n]
+    if not empty:
+        return ""
+    more = f" and {len(empty) - _NAMED_EMPTY} more" if len(empty) > _NAMED_EMPTY else ""
+    return f"; {len(empty)} of {len(entries)} labels have no image: {', '.join(empty[:_NAMED_EMPTY])}{more}"
 
 
 def finding_of(

@@ -113,7 +113,7 @@ def test_run_passes_a_sigmoid_over_before_any_filter_runs(files: Path) -> None:
 @pytest.mark.parametrize(
     ("inputs", "code", "reason"),
     [
-        ("stamped", 1, " of 60 inputs rejected, where of clean ones"),
+        ("stamped", 1, " of 60 inputs rejected, where at most "),
         ("fine", 3, "the fewest that would be an alarm are 15 (25.0%), more than 5%"),
     ],
 )

@@ -618,7 +618,8 @@ def test_render_shows_what_a_filter_said_of_the_inputs() -> None:
     assert "strip: score per input" in text
     assert "30 of 71 inputs with a score were rejected" in text
     assert (
-        "with a probability of at most 8.50%, and so many by chance with p = 2.5e-07; at most 0.01 is an alarm" in text
+        "with a probability of at most 8.50% (with 97.5% confidence), and at that rate so many by chance with "
+        "p = 2.5e-07; at most 0.01 is an alarm" in text
     )
     assert "Boundary 0.4: fitted on 120 clean images" in text
     assert "The 31 inputs that were not accepted" in text

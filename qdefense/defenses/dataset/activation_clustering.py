@@ -38,10 +38,13 @@ Deviations from the paper, and limits:
 - A smaller cluster of fewer than 5 rows is outliers, no part of the class: they are set aside without a score, told
   in the text of the class, and the rest is reduced and split again, up to 5 times; after that it is NOT_MEASURED.
   CLEAN says nothing of rows that were set aside.
+- A class so small that 5 rows are no less than the size threshold has no cluster that the last two rules could call
+  small: NOT_MEASURED. Of a class without a small cluster, where there could be one, ExRe asks nothing and passes it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -67,7 +70,7 @@ from qdefense.defenses.registered import DEFENSES
 from qdefense.defenses.spectra import FlatFeaturesError
 from qdefense.defenses.training_features import NoFeaturesError, TrainingFeatures, read_training_set
 from qdefense.evidence import Evidence
-from qdefense.findings import DatasetClass, Finding, Threshold, Verdict
+from qdefense.findings import DatasetClass, DatasetResult, Finding, Threshold, Verdict
 
 Rule = Literal["silhouette", "relative-size", "exclusionary-reclassification"]
 ROWS_PER_DIMENSION = 5
@@ -135,11 +138,18 @@ class ActivationClustering:
         except NoFeaturesError as error:
             return finding_of(self, evidence, error.verdict, str(error), threshold=self.threshold)
         result, line = gather(training, scored), self.threshold
-        clean = f"no class scores above {line.value:.2f} by {self.rule}; highest {result.score or 0:.2f}"
-        if unjudged := sum(score is None for score in result.sample_scores):
-            clean += f"; {unjudged} outlying images were set aside, and nothing is said of them"
-        verdict, reason = judge(result.classes, clean)
+        verdict, reason = judge(result.classes, self._clean(result))
         return finding_of(self, evidence, verdict, reason, threshold=line, training=training, result=result)
+
+    def _clean(self, result: DatasetResult) -> str:
+        """The reason of CLEAN."""
+        told = f"no class scores above {self.threshold.value:.2f} by {self.rule}; highest {result.score or 0:.2f}"
+        if self.asks_reference and not any("reclassified_own" in entry.statistics for entry in result.classes):
+            size = _percent(self.size_threshold)
+            told += f"; the reference was asked about no cluster: none is below {size} of its class"
+        if unjudged := sum(score is None for score in result.sample_scores):
+            told += f"; {unjudged} outlying images were set aside, and nothing is said of them"
+        return told
 
     @property
     def asks_reference(self) -> bool:
@@ -152,7 +162,7 @@ class ActivationClustering:
         setting, line = {
             "silhouette": ("silhouette_threshold", self.silhouette_threshold),
             "relative-size": ("size_threshold", 1 - self.size_threshold),
-            "exclusionary-reclassification": ("exre_threshold", 1 / (1 + self.exre_threshold)),
+            "exclusionary-reclassification": ("exre_threshold", _exre_line(self.exre_threshold)),
         }[self.rule]
         published = getattr(self, setting) == getattr(ActivationClustering(), setting)
         return Threshold(value=line, source="paper" if published else "user")
@@ -181,7 +191,7 @@ class ActivationClustering:
 
     def _clusters(self, training: TrainingFeatures, rows: NDArray[np.int64], seed: int) -> Clusters | str:
         """The two of these rows, or why there are none."""
-        problem = too_few(rows, max(MIN_ROWS, ROWS_PER_DIMENSION * self.dimensions))
+        problem = too_few(rows, max(MIN_ROWS, ROWS_PER_DIMENSION * self.dimensions)) or self._never_small(len(rows))
         if problem is not None:
             return problem
         try:
@@ -192,6 +202,15 @@ class ActivationClustering:
             spanned = f"the features of its {len(rows)} images span {points.shape[1]} dimensions"
             return f"{spanned}; {self.dimensions} are needed"
         return two_clusters(points, starts=self.starts, seed=seed)
+
+    def _never_small(self, rows: int) -> str | None:
+        """Why no cluster of a class with so many rows could be below the size threshold, if so."""
+        if self.rule == "silhouette" or 1 - LEAST_CLUSTER / rows > 1 - self.size_threshold:
+            return None
+        return (
+            f"a cluster holds at least {LEAST_CLUSTER} of its {rows} images, so that none could be smaller than the "
+            f"size threshold of {_percent(self.size_threshold)}: set a higher size-threshold"
+        )
 
     def _scored(self, training: TrainingFeatures, split: _Split) -> Scored:
         score = self._score(split)
@@ -218,6 +237,15 @@ class ActivationClustering:
             case "exclusionary-reclassification":
                 own, other = (0, 0) if split.reclassified is None else split.reclassified[:2]
                 return other / (own + other) if other else 0.0
+
+
+def _exre_line(threshold: float) -> float:
+    """``1 / (1 + T)``, of a tiny T the float below 1: the score of a cluster that loses all is above any line."""
+    return min(1 / (1 + threshold), math.nextafter(1, 0))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _check_reference(evidence: Evidence) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import median
 
 import numpy as np
 
@@ -32,9 +33,10 @@ def judge_inputs(input_filter: InputFilter, evidence: Evidence) -> Finding:
     """Fit a filter on the clean images, let it decide on ``evidence.inputs``, and test how many it rejects.
 
     BACKDOORED where ``P(X >= rejected) <= 0.01`` for X binomial with the boundary's ``null_rate``, the larger of the
-    nominal false rejection rate and the upper bound (Wilson, 95 %) of the one measured on held-out clean images. The
-    test takes inputs for independent, and clean ones for like the clean images. The verdict is about these inputs: a
-    trigger that none of them carries is not looked for.
+    nominal false rejection rate and the upper end of the interval (Wilson, two-sided, 95 %) of the one measured on
+    held-out clean images: the true rate is below it with a confidence of 97.5 %, no more. The test takes inputs for
+    independent, and clean ones for like the clean images. The verdict is about these inputs: a trigger that none of
+    them carries is not looked for.
 
     Clean images that are among the inputs take no part: no boundary is fitted to what it judges (law 3).
 
@@ -108,7 +110,10 @@ def _test(rejected: int, measured: int, null_rate: float) -> RejectionTest:
 
 def _verdict(result: FilterResult, test: RejectionTest, fitted: FittedFilter) -> tuple[Verdict, str]:
     counted = f"{test.rejected:,} of {test.measured:,} inputs rejected"
-    limit = f"where of clean ones {test.null_rate:.1%} at most would be (p = {test.p_value:.2g})"
+    limit = (
+        f"where at most {test.null_rate:.1%} of clean ones would be, with 97.5% confidence "
+        f"(p = {test.p_value:.2g} at that rate)"
+    )
     if test.p_value <= LEVEL:
         return (
             Verdict.BACKDOORED,
@@ -120,7 +125,14 @@ def _verdict(result: FilterResult, test: RejectionTest, fitted: FittedFilter) ->
     problem = problem or _powerless(test, fitted)
     if problem is not None:
         return Verdict.NOT_MEASURED, problem
-    return Verdict.CLEAN, f"{counted}, {limit}; {_power(test)}. This judges the inputs given, not the model"
+    reach = _reach(fitted.boundary)
+    return Verdict.CLEAN, f"{counted}, {limit}; {_power(test)}; {reach}. This judges the inputs given, not the model"
+
+
+def _reach(boundary: FilterBoundary) -> str:
+    """How far below clean scores the line is: no statistic tells when a low one is too low for any trigger."""
+    middle = median(boundary.held_out_scores)
+    return f"only scores below {boundary.value:.2g} are rejected, the median clean image scores {middle:.2g}"
 
 
 def _problem(result: FilterResult, test: RejectionTest, boundary: FilterBoundary) -> str | None:

@@ -14,7 +14,9 @@ Deviations from the paper and its code:
   an AUROC of .97 in FP32 fell to .68, the same as with sums clipped in FP32 (small signs), one of .998 to .94 (GTSRB,
   `benchmarks/strip_latency.md`). Of a file that cuts every sum at 1 the boundary's ``note`` says so, and without
   an alarm an audit calls it NOT_MEASURED: a static INT8 file, whose first quantizer is calibrated on pixels of at most
-  1, cannot pass with ``add``. ``blend`` stays in range and loses nothing there, but halves the trigger: it
+  1, cannot pass with ``add``. So is a file that cuts at another place per channel, as one scale for channels of
+  different mean and deviation does (ImageNet's: 1.09, 1.05 and 1), if no sum half way from 1 to the peaks is told from
+  a higher one. ``blend`` stays in range and loses nothing there, but halves the trigger: it
   kept .92 on the first network, and .68 on the second in every form.
 - Entropies are not normal, so that the real false rejection rate differs from the nominal one. The clean set is cut
   into overlays, up to 500 images for the fit, and up to 500 held-out ones, on which the real rate is measured, with
@@ -33,7 +35,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
-from math import gcd
+from math import ceil, gcd
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -50,7 +52,7 @@ from qdefense.defenses.registered import DEFENSES
 from qdefense.evidence import Evidence
 from qdefense.findings import Cost, FilterBoundary, FilterResult, Finding, Verdict
 from qdefense.rates import wilson_interval
-from qdefense.session import DeployedSession
+from qdefense.session import DeployedSession, Logits
 
 Superimposition = Literal["add", "blend"]
 
@@ -133,7 +135,8 @@ class Strip:
         )
         entropies = np.concatenate([overlays.entropies(pixels) for pixels in self._watched(evidence, parts)])
         boundary = self._boundary(entropies, len(parts.fitted))
-        note = _CUT if overlays.are_cut(_brightest(parts.fitted)) else None
+        cut = overlays.cut(_brightest(parts.fitted))
+        note = None if cut is None else f"the file cuts pixels at {cut}, {_DROWNED}"
         return FittedStrip(overlays=overlays, boundary=boundary.model_copy(update={"note": note}))
 
     def _watched(self, evidence: Evidence, parts: _Parts) -> Iterator[Pixels]:
@@ -196,7 +199,7 @@ def _brightest(images: ImageSet) -> Pixels:
 
 _LOOKED_AT = 4
 """Images that are looked at for a cut."""
-_CUT = "the file cuts pixels at 1, where a bright trigger drowns among bright overlays: triggered inputs may pass"
+_DROWNED = "where a bright trigger drowns among bright overlays: triggered inputs may pass"
 _PART_NAMES = ("to be overlays", "to fit the boundary", "to measure its false rejections")
 
 
@@ -248,12 +251,24 @@ class _Overlays:
             parts = pool.map(lambda start: self._entropies_of_block(x[start : start + self._block]), starts)
             return np.concatenate([np.empty(0), *parts])
 
-    def are_cut(self, x: Pixels) -> bool:
-        """Whether the file answers sums above 1 with ``x: (M, 3, H, W)`` as if they were 1."""
+    def cut(self, x: Pixels) -> str | None:
+        """Where the file cuts the sums with ``x: (M, 3, H, W)``: at "1", at "1.45 or below", or nowhere.
+
+        The second is half way from 1 to the median peak of the sums that pass 1, so that half of these pass it, too.
+        """
         sums = self._superimpose(x).reshape(-1, *x.shape[1:])
-        if sums.max() <= 1:
-            return False
-        return np.array_equal(self.session.logits(sums), self.session.logits(np.minimum(sums, 1)), equal_nan=True)
+        peaks = sums.max(axis=(1, 2, 3))
+        if peaks.max() <= 1:
+            return None
+        half_way = (1 + float(np.median(peaks[peaks > 1]))) / 2
+        logits = self.session.logits(sums)
+        if not self._cuts_at(half_way, sums, logits):
+            return None
+        return "1" if self._cuts_at(1, sums, logits) else f"{ceil(100 * half_way) / 100:.2f} or below"
+
+    def _cuts_at(self, level: float, sums: Pixels, logits: Logits) -> bool:
+        """Whether ``logits`` of the sums are those of sums cut there."""
+        return np.array_equal(logits, self.session.logits(np.minimum(sums, np.float32(level))), equal_nan=True)
 
     @property
     def _block(self) -> int:

@@ -8,6 +8,7 @@ import pytest
 import threadpoolctl
 
 from qdefense.defenses import DEFENSES
+from qdefense.defenses.clustering import two_clusters
 from qdefense.defenses.dataset import activation_clustering as module
 from qdefense.defenses.dataset.activation_clustering import ActivationClustering
 from qdefense.defenses.training_features import read_training_set
@@ -172,6 +173,58 @@ def test_a_reference_that_guesses_is_asked_nothing(monkeypatch: pytest.MonkeyPat
     assert ActivationClustering().scan(given).verdict is Verdict.BACKDOORED, "a rule that asks none is not voided by it"
 
 
+@pytest.mark.parametrize("threshold", [1e-17, 1e-300])
+def test_exclusionary_reclassification_alarms_at_any_line_when_nothing_goes_to_its_class(
+    monkeypatch: pytest.MonkeyPatch, threshold: float
+) -> None:
+    """``l / p`` is 0; ``1 / (1 + T)`` would round to 1, above which no score is."""
+    images, poisoned = pixel_set(poison=15)
+    reference = pixel_session()
+    monkeypatch.setattr(reference, "logits_of", lambda part: part.images.reshape(-1, 16, 3)[:, :CLASSES, 0])
+    finding = replace(EXRE, exre_threshold=threshold).scan(evidence(images, reference=reference))
+    assert finding.verdict is Verdict.BACKDOORED
+    assert result_of(finding).flagged == tuple(np.flatnonzero(poisoned))
+    assert finding.threshold is not None
+    assert finding.threshold.value < 1
+
+
+def test_exclusionary_reclassification_says_when_no_cluster_was_small_enough_to_ask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The published rule passes such classes; that no network had a say is told."""
+    split = two_clusters(np.random.default_rng(0).normal(size=(120, 10)), starts=1, seed=0)
+    halves = split._replace(smaller=np.arange(120) < 60, relative_size=0.5)
+    monkeypatch.setattr(module, "two_clusters", lambda points, **_: halves)
+    finding = EXRE.scan(evidence(pixel_set()[0], reference=pixel_session()))
+    assert (finding.verdict, finding.reason) == (
+        Verdict.CLEAN,
+        "no class scores above 0.50 by exclusionary-reclassification; highest 0.00; the reference was asked about no "
+        "cluster: none is below 35% of its class",
+    )
+
+
+@pytest.mark.parametrize("rule", ["relative-size", "exclusionary-reclassification"])
+@pytest.mark.parametrize(("threshold", "percent"), [(0.01, "1%"), (5 / 120, "4.17%")])
+def test_scan_is_not_measured_when_no_cluster_can_be_as_small_as_asked_for(
+    rule: Any, threshold: float, percent: str
+) -> None:
+    """Of 120 images a cluster holds at least 5."""
+    scan = ActivationClustering(rule=rule, size_threshold=threshold, starts=1)
+    finding = scan.scan(evidence(pixel_set()[0], reference=pixel_session()))
+    assert (finding.verdict, finding.reason) == (
+        Verdict.NOT_MEASURED,
+        "8 of 8 classes were not measured; class 0 ('zone 0'): a cluster holds at least 5 of its 120 images, so that "
+        f"none could be smaller than the size threshold of {percent}: set a higher size-threshold",
+    )
+
+
+def test_scan_is_measured_when_a_cluster_can_just_be_as_small_as_asked_for() -> None:
+    scan = ActivationClustering(rule="relative-size", size_threshold=0.042, starts=1)
+    assert scan.scan(evidence(pixel_set()[0])).verdict is Verdict.CLEAN
+    unasked = ActivationClustering(size_threshold=0.01, starts=1)
+    assert unasked.scan(evidence(pixel_set()[0])).verdict is Verdict.CLEAN, "the silhouette's rule asks for no size"
+
+
 @pytest.mark.parametrize(
     ("spec", "value", "source"),
     [
@@ -187,7 +240,9 @@ def test_threshold_is_that_of_the_rule(spec: str, value: float, source: str) -> 
     assert (line.value, line.source, line.false_alarm_rate) == (value, source, None)
 
 
-@pytest.mark.parametrize("setting", ["rule=size", "size-threshold=0.6", "dimensions=0", "starts=0", "reduction=tsne"])
+@pytest.mark.parametrize("setting", [
+    "rule=size", "size-threshold=0.6", "dimensions=0", "starts=0", "reduction=tsne", "silhouette-threshold=1",
+])  # fmt: skip
 def test_settings_out_of_range_are_refused(setting: str) -> None:
     with pytest.raises(SpecError, match=setting.partition("=")[0].replace("-", "_")):
         DEFENSES.create(f"activation-clustering:{setting}")
@@ -245,6 +300,17 @@ def test_scan_passes_over_a_label_that_has_no_image() -> None:
     finding = ActivationClustering().scan(evidence(without(images, 5, 0)))
     assert finding.verdict is Verdict.CLEAN
     assert result_of(finding).classes[5].reason == "no image carries this label"
+    assert finding.reason.endswith("; 1 of 8 labels have no image: 5 ('zone 5')")
+
+
+def test_scan_says_which_labels_have_no_image() -> None:
+    images, _ = pixel_set()
+    few = replace(images.take(np.flatnonzero(images.labels < 2)), class_names=(*NAMES[:3], "red\x1b[31m", *NAMES[4:]))
+    finding = ActivationClustering(starts=1).scan(evidence(few))
+    assert finding.verdict is Verdict.CLEAN
+    assert finding.reason.endswith(
+        "; 6 of 8 labels have no image: 2 ('zone 2'), 3 ('red\\x1b[31m'), 4 ('zone 4') and 3 more"
+    )
 
 
 def test_scan_still_alarms_when_another_label_has_too_few_images() -> None:

@@ -80,8 +80,8 @@ def test_judge_inputs_alarms_when_more_are_rejected_than_the_null_rate_allows(ev
     finding = judged(evidence, inputs(*[10] * 6, *[100] * 14))
     assert finding.verdict is Verdict.BACKDOORED
     assert finding.reason == (
-        "6 of 20 inputs rejected, where of clean ones 5.0% at most would be (p = 0.00033); rows 0, 1, 2, 3, 4 and 1 "
-        "more. This judges the inputs given, not the model"
+        "6 of 20 inputs rejected, where at most 5.0% of clean ones would be, with 97.5% confidence (p = 0.00033 at "
+        "that rate); rows 0, 1, 2, 3, 4 and 1 more. This judges the inputs given, not the model"
     )
     assert isinstance(finding.result, FilterResult)
     test = finding.result.test
@@ -102,9 +102,17 @@ def test_judge_inputs_calls_inputs_clean_in_words_about_them_alone(evidence: Evi
     finding = judged(evidence, inputs(10, *[100] * 199), frr_interval=(0.0, 0.01))
     assert (finding.verdict, finding.reason) == (
         Verdict.CLEAN,
-        "1 of 200 inputs rejected, where of clean ones 1.0% at most would be (p = 0.87); the fewest that would be an "
-        "alarm are 7 (3.5%). This judges the inputs given, not the model",
+        "1 of 200 inputs rejected, where at most 1.0% of clean ones would be, with 97.5% confidence (p = 0.87 at that "
+        "rate); the fewest that would be an alarm are 7 (3.5%); only scores below 0.5 are rejected, the median clean "
+        "image scores 1. This judges the inputs given, not the model",
     )
+
+
+def test_judge_inputs_tells_how_low_a_boundary_is_that_lets_nearly_everything_pass(evidence: Evidence) -> None:
+    """Thousandths of a bit may still catch a perfect trigger, whose entropy is smaller yet: CLEAN, with the figures."""
+    finding = judged(evidence, inputs(*[100] * 200), frr_interval=(0.0, 0.01), value=0.0031)
+    assert finding.verdict is Verdict.CLEAN
+    assert "; only scores below 0.0031 are rejected, the median clean image scores 1. This" in finding.reason
 
 
 def test_judge_inputs_is_not_measured_when_less_poison_than_its_mark_would_be_no_alarm(evidence: Evidence) -> None:
@@ -168,8 +176,8 @@ def test_judge_inputs_is_not_measured_when_the_file_weakens_the_filter(evidence:
     finding = judged(evidence, inputs(*[100] * 200), frr_interval=(0.0, 0.01), note="the file cuts pixels")
     assert (finding.verdict, finding.reason) == (
         Verdict.NOT_MEASURED,
-        "0 of 200 inputs rejected, where of clean ones 1.0% at most would be (p = 1): no alarm, but the file cuts "
-        "pixels; ask --defense scripted:way=other",
+        "0 of 200 inputs rejected, where at most 1.0% of clean ones would be, with 97.5% confidence (p = 1 at that "
+        "rate): no alarm, but the file cuts pixels; ask --defense scripted:way=other",
     )
     assert judged(evidence, inputs(*[10] * 200), note="the file cuts pixels").verdict is Verdict.BACKDOORED
 

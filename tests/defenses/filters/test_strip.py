@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from qdefense.attacks import ATTACKS
 from qdefense.converters.quantize import quantize
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.defenses import DEFENSES
 from qdefense.defenses.entropies import mean_entropies, normal_boundary
+from qdefense.defenses.filters.judging import judge_inputs
 from qdefense.defenses.filters.strip import FittedStrip, Strip
 from qdefense.evidence import Evidence
 from qdefense.findings import Finding, Verdict
@@ -229,6 +233,44 @@ def test_strip_lets_a_uint8_file_cut_the_sum_at_255() -> None:
     bright = replace(CLEAN, images=CLEAN.images + np.uint8(100))
     assert fitted(evidence_of(network(backdoored=False, dtype="uint8"), bright)).boundary.note is not None
     assert fitted(evidence_of(network(backdoored=False), bright)).boundary.note is None
+
+
+def quantized_input(data: bytes, low: float, high: float) -> bytes:
+    """The file as static INT8 reads its input: one scale of 8 bits from ``low`` to ``high`` for all channels."""
+    model = onnx.load_from_string(data)
+    scale = np.float32((high - low) / 255)
+    model.graph.node[0].input[0] = "read"
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["read"]),
+    ]
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
+    zero = np.uint8(round(-low / scale))
+    model.graph.initializer.extend([numpy_helper.from_array(scale, "scale"), numpy_helper.from_array(zero, "zero")])
+    written: bytes = model.SerializeToString()
+    return written
+
+
+def test_strip_says_that_a_static_int8_file_cuts_each_channel_at_another_place() -> None:
+    """One scale for three channels: the smallest deviation sets the range, which whites of the others do not fill."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    bright = replace(CLEAN, images=CLEAN.images + np.uint8(100))
+    plain = network(backdoored=False, scale=3.0, mean=mean, std=std)
+    static = evidence_of(quantized_input(plain, -mean[0] / std[0], (1 - mean[2]) / std[2]), bright)
+    sums = bright.pixels[:50] + bright.pixels[50:100]
+    whole, at_109, at_1 = (static.session.logits(np.minimum(sums, np.float32(level))) for level in (2, 1.1, 1))
+    assert np.array_equal(whole, at_109)
+    assert not np.array_equal(whole, at_1)
+    note = fitted(static, overlays=20).boundary.note
+    assert note is not None
+    assert re.fullmatch(r"the file cuts pixels at 1\.\d\d or below, where a bright trigger drowns among .*", note)
+    assert fitted(static, superimposition="blend", overlays=20).boundary.note is None
+    assert fitted(evidence_of(plain, bright), overlays=20).boundary.note is None
+    given = replace(bright, images=bright.images - np.uint8(1)).without_labels()
+    finding = judge_inputs(Strip(overlays=20), replace(static, inputs=given))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert finding.reason.endswith("; ask --defense strip:superimposition=blend")
 
 
 @pytest.mark.parametrize("seed", range(4))
