@@ -154,7 +154,7 @@ def test_inspect_folds_nothing_in_a_file(
     toy: Toy, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    name = "/backbone/stage3/block2/" * 6
+    name = "/backbone/stage3/block2/" * 5
     lines = ran(capfd, "inspect", renamed(toy, tmp_path / "long.onnx", conv=name)).splitlines()
     assert [line.split()[1] for line in lines if line.startswith(name)] == ["Conv"]
     assert [line for line in lines if line != line.rstrip()] == []
