@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from qdefense.attacks import ATTACKS
-from qdefense.cli import doctor, group, probes, run
+from qdefense.cli import completion, doctor, group, probes, run
 from qdefense.cli.doctor import Check, State
 from qdefense.defenses.registered import DEFENSES
 
@@ -144,6 +144,43 @@ def test_script_completes_a_command_when_the_shell_asks(shell: str) -> None:
 def test_script_completes_an_option_when_the_shell_asks() -> None:
     done = script(_QDEFENSE_COMPLETE="bash_complete", COMP_WORDS="qdefense completion ", COMP_CWORD="2")
     assert done.stdout.split() == ["plain,bash", "plain,fish", "plain,zsh"]
+
+
+NAMES = {
+    "train --attack badn": ["badnets"],
+    "train --attack=badn": ["badnets"],
+    "train --attack = badn": ["badnets"],
+    "train --data signs --attack cas": ["cassock", "cassock-loop"],
+    "audit model.onnx --defense neu": ["neural-cleanse"],
+    "audit model.onnx --defense fine": [],
+    "calibrate a.onnx --defense ": ["neural-cleanse"],
+    "repair a.onnx --method ": ["fine-pruning"],
+    "completion ba": ["bash"],
+}
+
+
+@pytest.mark.parametrize("line", NAMES)
+def test_completion_offers_names_without_importing_the_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    *args, incomplete = line.split(" ")
+    answerer = completion._SHELLS["bash"](group, {}, "qdefense", "_QDEFENSE_COMPLETE")
+    monkeypatch.setattr(answerer, "get_completion_args", lambda: (args, incomplete))
+    if args[0] != "completion":
+        monkeypatch.setattr(type(group), "get_command", None)  # would import torch
+    assert answerer.complete().split() == [f"plain,{name}" for name in NAMES[line]]
+
+
+@pytest.mark.parametrize("shell", COMPLETED)
+def test_script_completes_an_attack_when_the_shell_asks(shell: str) -> None:
+    words = {"COMP_WORDS": "qdefense train --attack badn", "COMP_CWORD": "badn" if shell == "fish" else "3"}
+    done = script(_QDEFENSE_COMPLETE=f"{shell}_complete", **words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(COMPLETED[shell].replace("audit", "badnets"))
+
+
+def test_completion_finds_in_the_source_what_is_registered() -> None:
+    folders = [f"defenses/{kind}" for kind in ("scans", "dataset", "filters", "repairs")]
+    assert tuple(completion.registered_in("attacks")) == ATTACKS.names()
+    assert tuple(completion.registered_in(*folders)) == DEFENSES.names()
 
 
 @pytest.mark.parametrize("shell", COMPLETED)
