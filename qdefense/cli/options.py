@@ -22,6 +22,13 @@ UNLIMITED = 1_000_000
 """Characters in a line: more than any has."""
 
 
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+worker_verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, help="Show tracebacks and what libraries write to stderr."
+)
+"""The same of a command that works in a process of its own, whose stderr is else not shown."""
+
+
 def data_options(function: F) -> F:
     """``--data``, ``--split`` and ``--limit``."""
     for option in (
@@ -36,9 +43,8 @@ def data_options(function: F) -> F:
 
 
 def run_options(function: F) -> F:
-    """``--seed``, ``--threads`` and ``--verbose``."""
+    """``--seed`` and ``--threads``."""
     for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and what libraries write to stderr."),
         click.option(
             "--threads",
             type=click.IntRange(min=1),

@@ -240,13 +240,9 @@ def environment_rows(
     rows = [("runtime", f"onnxruntime {runtime.onnxruntime}, {runtime.machine} {' '.join(runtime.isa)}")]
     if environment.profile is not None:
         profile = environment.profile
-        rows.append(
-            (
-                "session",
-                f"optimization {profile.optimization}, {profile.arithmetic} arithmetic, {profile.threads} threads, "
-                f"batch {profile.batch}",
-            )
-        )
+        threads = f"{profile.threads} thread{'s' * (profile.threads != 1)}"
+        session = f"optimization {profile.optimization}, {profile.arithmetic} arithmetic, {threads}"
+        rows.append(("session", f"{session}, batch {profile.batch}"))
         rows.append(("this CPU", _saturation(environment.saturating_operators, profile)))
         rows += _int4_products(profile, inspection, run)
     if environment.memory_limited is False:

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -125,6 +126,23 @@ def test_every_registered_class_names_its_paper_and_has_defaults(command: str) -
         assert 8 < len(example.paper) < 80
         assert "20" in example.paper, "a paper has a year"
         assert type(example).__doc__
+
+
+# --- verbose ----------------------------------------------------------------------------------------------------------
+
+IN_A_WORKER = {"audit", "calibrate", "inspect", "repair", "shadow"}
+
+
+def test_verbose_is_said_to_show_a_workers_stderr_where_there_is_one() -> None:
+    said: dict[str, str | None] = {}
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        for part in command.commands.values() if isinstance(command, click.Group) else [command]:
+            said.update((name, option.help) for option in part.params if option.name == "verbose")
+    both = "Show tracebacks and what libraries write to stderr."
+    assert {name for name, text in said.items() if text == both} == IN_A_WORKER
+    assert {text for text in said.values() if text != both} == {"Show tracebacks."}
 
 
 # --- completion -------------------------------------------------------------------------------------------------------

@@ -474,7 +474,9 @@ def _environment_text(operators: tuple[str, ...], inspection: Inspection | None 
 def test_environment_rows_say_which_arithmetic_was_used(arithmetic: str, operators: tuple[str, ...], line: str) -> None:
     lines = _environment_text(operators, arithmetic=arithmetic).splitlines()
     assert line in lines
-    assert any(row.startswith(f"session: optimization all, {arithmetic} arithmetic, 1 threads") for row in lines)
+    assert any(row.startswith(f"session: optimization all, {arithmetic} arithmetic, 1 thread, batch ") for row in lines)
+    several = _environment_text((), threads=2).splitlines()
+    assert any("arithmetic, 2 threads, batch " in row for row in several)
 
 
 @pytest.mark.parametrize("level", [1, 4])
