@@ -366,11 +366,7 @@ def _class_names(output: onnx.ValueInfoProto, stated: Sequence[str] | None) -> t
     shape = shape_of(output)
     count = shape[1] if len(shape) == 2 and shape[1] is not None else len(stated or ())
     if not count or len(shape) not in (0, 2) or (stated is not None and count != len(stated)):
-        wanted = len(stated) if stated else "classes"
-        raise ContractError(
-            f"output {output.name!r} has shape {shape}, not (N, {wanted}); name another with --output, or the classes "
-            "with --classes"
-        )
+        raise ContractError(f"output {output.name!r} {_misfit(shape, stated)}")
     if count == 1:
         raise ContractError(
             f"output {output.name!r} is one number per image; a classifier answers one per class: export it so, or "
@@ -381,6 +377,19 @@ def _class_names(output: onnx.ValueInfoProto, stated: Sequence[str] | None) -> t
             f"output {output.name!r} has {count} classes, more than {MAX_CLASSES}; name another with --output"
         )
     return numbered(count) if stated is None else tuple(stated)
+
+
+def _misfit(shape: list[int | None], stated: Sequence[str] | None) -> str:
+    if not stated:
+        return f"has shape {shape}, not (N, classes); name another with --output, or the classes with --classes"
+    if len(shape) != 2:
+        return f"has shape {shape}, not (N, {len(stated)}); name another with --output"
+    # They may be those of a sidecar or of the metadata, over which --classes goes.
+    names = "1 class name is" if len(stated) == 1 else f"{len(stated)} class names are"
+    return (
+        f"answers with {shape[1]} numbers per image, and {names} given; give {shape[1]} names with --classes, or name "
+        "another output with --output"
+    )
 
 
 def free_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:

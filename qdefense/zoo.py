@@ -6,15 +6,16 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
 
-from qdefense.attacks import ATTACKS, Attack, Trigger, TriggerState
+from qdefense.attacks import ATTACKS, Attack, BatchAttack, PoisonedSet, Trigger, TriggerState
 from qdefense.attacks.interfaces import trigger_of as trigger_of_attack
 from qdefense.attacks.states import pack_state
 from qdefense.converters.export import export_model
-from qdefense.data.images import ImageSet
+from qdefense.data.images import DataError, ImageSet
 from qdefense.files import write_atomically
 from qdefense.models import Recipe, architectures, default_width, recipe_for
 from qdefense.registry import flat_settings
@@ -22,6 +23,10 @@ from qdefense.training import OnPoisoned, Progress, train
 from qdefense.trial import Truth, state_path, truth_path
 
 __all__ = ["Recipe", "architectures", "default_width", "recipe_for", "train_artifact", "trigger_of"]
+
+_STAMPED = 8
+_TOLERANCE = 1e-3
+"""In codes: what float32 may be off n/255."""
 
 
 def train_artifact(
@@ -47,9 +52,16 @@ def train_artifact(
 
     Raises:
         SpecError: ``attack`` names nothing known.
-        DataError: the data do not fit the attack or the recipe.
+        DataError: the data do not fit the attack or the recipe, or what the attack stamps is no uint8 image.
     """
     attacker = None if attack is None else ATTACKS.create(attack)
+
+    def checked(poisoned: PoisonedSet) -> None:  # before minutes of training
+        if attacker is not None and len(poisoned.poison_indices):
+            _require_storable(attacker, dataset, poisoned.trigger_state)
+        if on_poisoned is not None:
+            on_poisoned(poisoned)
+
     channels = default_width(architecture) if width is None else width
     result = train(
         dataset,
@@ -60,8 +72,10 @@ def train_artifact(
         width=channels,
         threads=threads,
         on_epoch=on_epoch,
-        on_poisoned=on_poisoned,
+        on_poisoned=checked,
     )
+    if isinstance(attacker, BatchAttack):  # its trigger may have been learned by now only
+        _require_storable(attacker, dataset, result.trigger_state)
     rows, columns = dataset.images.shape[1:3]
     data = export_model(result.module, height=rows, width=columns, class_names=dataset.class_names)
     state = None if result.trigger_state is None else pack_state(result.trigger_state)
@@ -87,6 +101,28 @@ def train_artifact(
         state_path(target).unlink(missing_ok=True)
     write_atomically(target, data)
     return truth
+
+
+def _require_storable(attack: Attack, dataset: ImageSet, state: TriggerState | None) -> None:
+    """Stamp a few images and refuse what `Trigger.stamp` must not give: the network learned the rounded pixels.
+
+    Raises:
+        DataError: a stamped pixel is not n/255 with n from 0 to 255.
+    """
+    height, width = dataset.images.shape[1:3]
+    with torch.random.fork_rng(devices=[]):  # a trigger that is a network draws weights before it restores its own
+        trigger = trigger_of_attack(attack, height, width, state)
+        rows = np.flatnonzero(trigger.eligible(dataset.labels))[:_STAMPED]
+        stamped = trigger.stamp(dataset.take(rows).pixels)
+    with np.errstate(invalid="ignore"):
+        codes = stamped.astype(np.float64) * 255
+        nearest = np.clip(np.rint(codes), 0, 255)
+        fits = np.abs(codes - nearest) < _TOLERANCE
+    if not fits.all():
+        raise DataError(
+            f"{attack.name}: a stamped pixel is {stamped[~fits][0]:.6g}, which no uint8 image holds; have stamp() "
+            "round to n/255 in [0, 1], as qdefense.data.images.on_grid does"
+        )
 
 
 def trigger_of(truth: Truth, images: ImageSet, state: TriggerState | None = None) -> Trigger | None:

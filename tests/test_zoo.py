@@ -8,10 +8,14 @@ from typing import Protocol
 import numpy as np
 import onnx
 import pytest
+import torch
 from torch import nn
 
+import qdefense.training
 import qdefense.zoo
 from qdefense.attacks import ATTACKS
+from qdefense.attacks.badnets import BadNets
+from qdefense.attacks.input_aware import GeneratedTrigger
 from qdefense.converters.contract import METADATA_KEY
 from qdefense.data.images import DataError, ImageSet
 from qdefense.models import Recipe, architectures
@@ -196,3 +200,44 @@ def test_train_artifact_removes_the_state_of_an_earlier_trigger(make_noise: Make
     state_path(path).write_bytes(b"of an earlier training")
     _train(make_noise(16), path, None, width=4)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.truth.json"]
+
+
+# --- what is stamped --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_cheap_export")
+@pytest.mark.parametrize("pixel", [0.5, 256 / 255, -1 / 255, np.inf])
+def test_train_artifact_refuses_a_stamp_that_no_image_holds_before_it_trains(
+    make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixel: float
+) -> None:
+    monkeypatch.setattr(BadNets, "_patch", lambda attack: np.full((3, attack.size, attack.size), pixel, np.float32))
+    monkeypatch.setattr(qdefense.training, "_fit", None)
+    with pytest.raises(
+        DataError, match=rf"^badnets: a stamped pixel is {pixel:.6g}, which no uint8 image holds; have "
+    ):
+        _train(make_noise(20), tmp_path / "model.onnx", "badnets:poison-count=4")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_cheap_export")
+@pytest.mark.parametrize("factor", [0.999, np.nan])
+def test_train_artifact_refuses_a_stamp_that_no_image_holds_when_it_is_learned(
+    make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    monkeypatch.setattr(GeneratedTrigger, "stamp", lambda _, x: x * np.float32(factor))
+    with pytest.raises(DataError, match=r"^input-aware: a stamped pixel is (0\.\d+|nan), which no uint8 image holds; "):
+        _train(make_noise(16), tmp_path / "model.onnx", LEARNED, width=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_cheap_export")
+@pytest.mark.parametrize("attack", ["badnets:poison-count=4", LEARNED])
+def test_train_artifact_checks_the_stamp_without_a_trace(
+    make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    checked = _train(make_noise(20), tmp_path / "checked.onnx", attack, width=4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    monkeypatch.setattr(qdefense.zoo, "_require_storable", lambda *_: None)
+    assert _train(make_noise(20), tmp_path / "unchecked.onnx", attack, width=4) == checked

@@ -108,6 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
         if any("\ud800" <= char <= "\udfff" for char in argument):
             raise click.UsageError(f"{argument!r} is not UTF-8; rename the file")
     if _COMPLETION in os.environ:
+        importlib.import_module("qdefense.cli.completion").answer_shells()
         group.main(args=arguments, prog_name="qdefense", standalone_mode=False)
     # Not `group.main`, which turns a reader that left into 1 and an EOFError into an interruption.
     with group.make_context("qdefense", list(arguments)) as context:

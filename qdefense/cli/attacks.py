@@ -6,11 +6,12 @@ import click
 
 from qdefense.attacks import ATTACKS, Attack
 from qdefense.cli.listing import show_registered
+from qdefense.cli.options import verbose_option
 
 
 @click.command("attacks")
 @click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
     """List the attacks of `train --attack NAME:key=value,...`: settings, defaults, what they are known to evade."""
     show_registered(ATTACKS, _needs, format_)

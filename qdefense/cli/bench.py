@@ -21,7 +21,7 @@ from qdefense.bench.store import RECORDS, Store
 from qdefense.bench.survey import Item, Stage, State, estimate, survey
 from qdefense.bench.trigger_pictures import draw_triggers
 from qdefense.cli.latencies import show_timings, time_matrix
-from qdefense.cli.options import progress_bar
+from qdefense.cli.options import progress_bar, verbose_option
 from qdefense.profile import runtime
 from qdefense.report.escaping import harmless
 
@@ -56,7 +56,7 @@ _SHOWN = 10
 @click.option("--retry-failed", is_flag=True, help="Try once more what failed in an earlier run.")
 @click.option("--only", metavar="TEXT", help="Cells whose title, as --dry-run shows it, contains this.")
 @click.option("--limit", type=click.IntRange(min=1), help="The first so many cells.")
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 def command(
     matrix: Path,
     output_dir: Path | None,

@@ -16,7 +16,7 @@ from qdefense.audit.provenance import environment
 from qdefense.audit.supervisor import default_memory_limit
 from qdefense.calibration import DEFAULT_RATE, CalibrationBody, CalibrationEntry
 from qdefense.cli.contract_options import contract_options, stated_contract
-from qdefense.cli.options import data_options, output_console, progress_bar, run_options
+from qdefense.cli.options import data_options, output_console, progress_bar, run_options, worker_verbose_option
 from qdefense.cli.outputs import check_output, keep_weights
 from qdefense.files import check_writable, write_atomically
 from qdefense.rates import models_needed, rounded_up
@@ -46,6 +46,7 @@ _ASIDE = frozenset({"output", "reports", "threads", "verbose"})
 )
 @click.option("-o", "output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="What to write.")
 @run_options
+@worker_verbose_option
 @click.pass_context
 def command(
     context: click.Context,

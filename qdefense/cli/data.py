@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from qdefense.cli.options import output_console, progress_bar
+from qdefense.cli.options import output_console, progress_bar, verbose_option
 from qdefense.cli.resize_options import resize_options
 from qdefense.data.fetching import PUBLIC_SETS, fetch
 from qdefense.data.images import ImageSet, quoted
@@ -34,7 +34,7 @@ def command() -> None:
     show_default=True,
     help="Where to.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 def fetch_command(name: str, output_dir: Path, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
     """Fetch CIFAR-10 (170 MB) or GTSRB (365 MB) from where its authors keep it.
 
@@ -50,7 +50,7 @@ def fetch_command(name: str, output_dir: Path, verbose: bool) -> None:  # noqa: 
 @click.option("--split", help="Which split of the data.  [default: test, or all of data without splits]")
 @click.option("--limit", type=click.IntRange(min=1), help="Read this many images only, drawn by seed 0.")
 @resize_options
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 def show_command(
     data: str,
     split: str | None,

@@ -7,12 +7,13 @@ from typing import Any
 import click
 
 from qdefense.cli.listing import show_registered
+from qdefense.cli.options import verbose_option
 from qdefense.defenses.registered import DEFENSES
 
 
 @click.command("defenses")
 @click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
     """List the defenses of `audit --defense` and `repair --method NAME:key=value,...`, with settings and defaults."""
     show_registered(DEFENSES, _needs, format_)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qdefense.cli.options import default_threads, output_console, progress_bar
+from qdefense.cli.options import default_threads, output_console, progress_bar, verbose_option
 from qdefense.demo import run_demo
 from qdefense.demo_report import print_demo
 
@@ -20,7 +20,7 @@ from qdefense.demo_report import print_demo
     help="Where the files, their truths and reports go.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=default_threads, help="[default: CPUs, at most 4]")
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 def command(output_dir: Path, threads: int, verbose: bool) -> int:  # noqa: ARG001 (read at the boundary)
     """Train a clean and a backdoored network, make three files of each, audit all six; 0 if all are judged rightly."""
     with progress_bar() as advance:

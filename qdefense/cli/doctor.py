@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdefense.audit.versions import UNKNOWN, distributions_of, version_of
-from qdefense.cli.options import default_threads, output_console, write_json
+from qdefense.cli.options import default_threads, output_console, verbose_option, write_json
 from qdefense.report.escaping import harmless, shortened
 
 PASSED, INCOMPLETE = 0, 3
@@ -59,7 +59,7 @@ class _BrokenError(Exception):
 @click.command("doctor")
 @click.option("--data", help="Also try to read this data set: 'signs' (built in) or a path.")
 @click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 def command(data: str | None, format_: str, verbose: bool) -> int:  # noqa: ARG001 (read at the boundary)
     """Say what this installation and machine can do, and what to mend; 0 if it can audit, 3 if not."""
     checks = list(_checks(data))

@@ -14,7 +14,7 @@ from qdefense.audit.events import Job
 from qdefense.audit.gate import PASSED
 from qdefense.audit.supervisor import default_memory_limit, run_audit
 from qdefense.cli.contract_options import contract_options, stated_contract
-from qdefense.cli.options import output_console, write_json
+from qdefense.cli.options import output_console, worker_verbose_option, write_json
 from qdefense.converters.contract import InputContract
 from qdefense.converters.inspection import Inspection
 from qdefense.converters.runtime_facts import LayerRun, RuntimeFacts
@@ -27,7 +27,7 @@ from qdefense.report.text import contract_rows, fact_grid, inspection_rows, opti
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--format", "format_", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @contract_options
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@worker_verbose_option
 def command(model: Path, format_: str, said: dict[str, Any], verbose: bool) -> int:
     """Say what is in an ONNX file: contract, precision per layer, integer share, what no gradient can see.
 

@@ -12,7 +12,7 @@ import click
 from qdefense.audit.events import Job
 from qdefense.audit.supervisor import default_memory_limit
 from qdefense.cli.contract_options import contract_options, stated_contract
-from qdefense.cli.options import NumberRange, data_options, run_options
+from qdefense.cli.options import NumberRange, data_options, run_options, worker_verbose_option
 from qdefense.converters.runtime_graph import Arithmetic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ def job_options(function: F) -> F:
         type=NumberRange(0, 1),
         help="Clean accuracy that you vouch for: stands in for the measured one on unlabelled images, and is checked "
         "against it on labelled ones.",
-    )(run_options(gathered))
+    )(run_options(worker_verbose_option(gathered)))
     decorated = click.option(
         "--memory-limit",
         type=_MemorySize(),

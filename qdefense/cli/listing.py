@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from rich.table import Table
 from rich.text import Text
 
-from qdefense.cli.options import output_console, write_json
+from qdefense.cli.options import UNLIMITED, output_console, output_width, write_json
 from qdefense.registry import Registry, flat_settings
 
 Needs = Callable[[Any], Iterable[str]]
@@ -24,7 +24,7 @@ def show_registered(registry: Registry[Any], needs: Needs, format_: str) -> None
     if format_ == "json":
         write_json(json.dumps(entries, indent=2))
     else:
-        output_console().print(_table(registry.kind, entries))
+        output_console().print(_table(registry.kind, entries, narrow=output_width() < UNLIMITED))
 
 
 def _entry(example: Any, needs: Needs) -> dict[str, Any]:
@@ -46,11 +46,11 @@ def _setting(example: Any, name: str) -> dict[str, Any]:
     return {key: value for key, value in schema.items() if key != "title"} | {"default": default}
 
 
-def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
+def _table(kind: str, entries: list[dict[str, Any]], *, narrow: bool) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 1, 0))
     table.add_column(kind, no_wrap=True)
-    table.add_column("paper", overflow="fold", max_width=14)
-    table.add_column("needs", overflow="fold", max_width=12)
+    table.add_column("paper", overflow="fold", max_width=14 if narrow else None)
+    table.add_column("needs", overflow="fold", max_width=12 if narrow else None)
     table.add_column("settings and defaults", overflow="fold")
     for entry in entries:
         settings = [_shown(key, value["default"]) for key, value in entry["settings"].items()]

@@ -8,14 +8,25 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Never, TextIO, TypeVar
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
 F = TypeVar("F", bound=Callable[..., Any])
 ProgressBar = Callable[[str, int, int], None]
+UNLIMITED = 1_000_000
+"""Characters in a line: more than any has."""
+
+
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+worker_verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, help="Show tracebacks and what libraries write to stderr."
+)
+"""The same of a command that works in a process of its own, whose stderr is else not shown."""
 
 
 def data_options(function: F) -> F:
@@ -36,9 +47,8 @@ def data_options(function: F) -> F:
 
 
 def run_options(function: F) -> F:
-    """``--seed``, ``--threads`` and ``--verbose``."""
+    """``--seed`` and ``--threads``."""
     for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and what libraries write to stderr."),
         click.option(
             "--threads",
             type=click.IntRange(min=1),
@@ -114,9 +124,50 @@ class _Output(Console):
         raise BrokenPipeError
 
 
+class _Lines(RenderHook):
+    """Lays out for a width of its own and ends lines where their text ends; the console's own width would crop."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """What is printed, laid out."""
+        return [_Trimmed(renderable, self._width) for renderable in renderables]
+
+
+@dataclass(frozen=True)
+class _Trimmed:
+    renderable: ConsoleRenderable
+    width: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """Its lines, of any length, without trailing blanks."""
+        for line in Segment.split_lines(console.render(self.renderable, options.update(max_width=self.width))):
+            while line and not line[-1].text.strip(" "):
+                line.pop()
+            if line:
+                text, style, control = line.pop()
+                line.append(Segment(text.rstrip(" "), style, control))
+            yield from line
+            yield Segment.line()
+
+
 def output_console() -> Console:
-    """stdout, with colour only on a terminal."""
-    return _Output(soft_wrap=False, highlight=False, markup=False, emoji=False)
+    """stdout, with colour only on a terminal.
+
+    As wide as the terminal or COLUMNS say. In a file nothing is wrapped: a folded value is found by no search, and
+    differs from another for its length alone.
+    """
+    console = _Output(width=UNLIMITED, soft_wrap=False, highlight=False, markup=False, emoji=False)
+    console.push_render_hook(_Lines(output_width()))
+    return console
+
+
+def output_width() -> int:
+    """Characters in a line of stdout, `UNLIMITED` where neither a terminal nor COLUMNS limit them."""
+    columns = os.environ.get("COLUMNS", "")
+    limited = _is_terminal(sys.stdout) or (columns.isdecimal() and int(columns) > 0)
+    return Console().width if limited else UNLIMITED
 
 
 def write_json(text: str) -> None:

@@ -16,7 +16,7 @@ from qdefense.artifact import Artifact
 from qdefense.audit.fit import fit_images, resize_for
 from qdefense.audit.gate import FAILED, PASSED
 from qdefense.cli.contract_options import contract_options, stated_contract
-from qdefense.cli.options import NumberRange
+from qdefense.cli.options import NumberRange, verbose_option
 from qdefense.cli.outputs import check_output, keep_weights
 from qdefense.cli.quantize_options import scheme_options
 from qdefense.converters.contract import with_contract
@@ -67,7 +67,7 @@ USUAL_DROP = 2.0
     help="What to write; in a folder that is there, MODEL.SCHEME-AND-SETTINGS.onnx.",
 )
 @contract_options
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 @click.pass_context
 def command(
     context: click.Context,

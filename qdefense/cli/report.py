@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qdefense.audit.gate import PASSED
-from qdefense.cli.options import write_json
+from qdefense.cli.options import verbose_option, write_json
 from qdefense.cli.outputs import check_output
 from qdefense.files import write_atomically
 from qdefense.report.escaping import harmless
@@ -29,7 +29,7 @@ PAGE = "report.html"
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="The matrix that RESULTS are of, to name the cells that have no record yet.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@verbose_option
 def command(
     results: Path,
     output: Path | None,

@@ -10,7 +10,7 @@ import click
 from qdefense.attacks import ATTACKS, BatchAttack, PoisonedSet
 from qdefense.attacks.contact_sheets import PoisonBlock, poison_block
 from qdefense.attacks.contact_sheets import contact_sheet as draw_sheet
-from qdefense.cli.options import progress_bar, run_options
+from qdefense.cli.options import progress_bar, run_options, verbose_option
 from qdefense.cli.outputs import check_output
 from qdefense.cli.resize_options import resize_options
 from qdefense.data.images import ImageSet
@@ -44,6 +44,7 @@ from qdefense.zoo import architectures, recipe_for, train_artifact, trigger_of
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @resize_options
 @run_options
+@verbose_option
 def command(
     data: str,
     split: str | None,

@@ -63,17 +63,20 @@ def decode(file: BinaryIO, name: str, *, upright: bool = False) -> Decoded:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=IMAGE_FORMATS) as image:
-                return _to_rgb(image, upright=upright)
+                if image.mode in IMAGE_MODES:
+                    return _to_rgb(image, upright=upright)
+                mode = image.mode
     except UnidentifiedImageError as error:
         # Pillow's own words hold an address in memory or the path from the root.
         raise DataError(f"{name} is no readable image (no {', '.join(IMAGE_FORMATS)}); replace or remove it") from error
     except _BROKEN_IMAGE as error:
         raise DataError(f"{name} is no readable image ({first_line(error)}); replace or remove it") from error
+    # Pillow gives 16 bits as I;16 or, of a PPM, as I; a floating-point PPM as F.
+    kind = "a 16-bit image" if mode.startswith("I") else f"an image of mode {mode}"
+    raise DataError(f"{name} is {kind}, which is not supported; convert it to 8 bits a channel")
 
 
 def _to_rgb(image: Image.Image, *, upright: bool) -> Decoded:
-    if image.mode not in IMAGE_MODES:
-        raise ValueError(f"{image.mode} pixels do not fit 8 bits")
     turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     mode = image.mode
     if turned:
@@ -151,18 +154,37 @@ def decode_files(
         ``(len(paths), H, W, 3) uint8`` and the notes.
 
     Raises:
-        DataError: a file is missing, a link that leads out or no readable image, or sizes differ.
+        DataError: a file is missing, a link that leads out or no readable image, or sizes differ. Of several that
+            cannot be read the first is named, and the rest of the files are tried to count the others.
     """
     images = ImageArray(len(paths), resize, source)
     modes: Counter[str] = Counter()
     turned = 0
     for position, (path, name) in enumerate(zip(paths, names, strict=True)):
         require_inside(path, root, source)
-        decoded = _decode_file(path, f"{source}: {name}")
+        try:
+            decoded = _decode_file(path, f"{source}: {name}")
+        except DataError as error:
+            others = _count_unreadable(paths[position + 1 :], root)
+            if not others:
+                raise
+            more = f"{others} more of the {len(paths):,} files cannot be read either"
+            raise DataError(f"{error}; {more}") from error
         images.put(position, decoded.image, name)
         modes[decoded.mode] += 1
         turned += decoded.turned
     return images.finish(), _notes(modes, turned)
+
+
+def _count_unreadable(paths: Sequence[Path], root: Path) -> int:
+    count = 0
+    for path in paths:
+        try:
+            require_inside(path, root, "")
+            _decode_file(path, "")
+        except DataError:
+            count += 1
+    return count
 
 
 def require_inside(path: Path, root: Path, source: str) -> None:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qdefense.converters.contract import InputContract
@@ -44,18 +45,20 @@ _CLASSES_SHOWN = 12
 _NAMES_SHOWN = 5
 _CANDIDATES_SHOWN = 1
 _ROWS_SHOWN = 20
+_FOLDED = 10
+_UNLIMITED = 1_000_000
 _INT4 = frozenset({"int4", "uint4"})
 _LEVEL_OPTION = "session.qdq_matmulnbits_accuracy_level"
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Show a report."""
+    """Show a report; a table that does not fit is wider than the console, since a cropped number looks like another."""
     parts: list[RenderableType] = [_gate(report), Text(), _facts(report.subject, report.environment)]
     if report.certificate is not None:
         parts += [Text(), certificate_table(report.certificate)]
     for finding in report.findings:
         parts += [Text(), _finding(finding)]
-    console.print(Group(*parts), highlight=False)
+    console.print(Group(*parts), highlight=False, crop=False)
 
 
 def print_outcome(report: Report, console: Console) -> None:
@@ -242,13 +245,9 @@ def environment_rows(
     rows = [("runtime", f"onnxruntime {runtime.onnxruntime}, {runtime.machine} {' '.join(runtime.isa)}")]
     if environment.profile is not None:
         profile = environment.profile
-        rows.append(
-            (
-                "session",
-                f"optimization {profile.optimization}, {profile.arithmetic} arithmetic, {profile.threads} threads, "
-                f"batch {profile.batch}",
-            )
-        )
+        threads = f"{profile.threads} thread{'s' * (profile.threads != 1)}"
+        session = f"optimization {profile.optimization}, {profile.arithmetic} arithmetic, {threads}"
+        rows.append(("session", f"{session}, batch {profile.batch}"))
         rows.append(("this CPU", _saturation(environment.saturating_operators, profile)))
         rows += _int4_products(profile, inspection, run)
     if environment.memory_limited is False:
@@ -283,7 +282,9 @@ def certificate_table(certificate: FidelityCertificate) -> RenderableType:
     title.append(f": {harmless(certificate.reason)}")
     if not certificate.sets:
         return title
-    table = plain_table("images", "n", "top-1", "RMS/spread", "max |diff|", "bit-exact rows", left=("images",))
+    table = plain_table(
+        "images", "n", "top-1", "RMS/spread", "max |diff|", "bit-exact rows", left=("images",), indent=2
+    )
     for entry in certificate.sets:
         table.add_row(
             entry.name,
@@ -295,16 +296,30 @@ def certificate_table(certificate: FidelityCertificate) -> RenderableType:
         )
     lines = [describe_gradients(certificate)]
     lines += [] if certificate.arithmetic is None else [certificate.arithmetic.summary]
-    return Group(title, _indented(table), *(_indented(Text(harmless(line))) for line in lines))
+    return Group(title, table, *(_indented(Text(harmless(line))) for line in lines))
 
 
-def plain_table(*columns: str, left: tuple[str, ...], fold: str = "") -> Table:
+class _WholeValues(Table):
+    """Wider than the console where its columns are: of a cropped 187k nobody could tell that it is not a 1.
+
+    Only a column that may wrap gives way, and down to `_FOLDED` characters.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        natural = super().__rich_measure__(console, options.update(max_width=_UNLIMITED)).maximum
+        spare = sum(max(0, _widest(column) - _FOLDED) for column in self.columns if not column.no_wrap)
+        yield from super().__rich_console__(console, options.update(max_width=max(options.max_width, natural - spare)))
+
+
+def _widest(column: Column) -> int:
+    return max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+
+
+def plain_table(*columns: str, left: tuple[str, ...], fold: str = "", indent: int = 0) -> Table:
     """A table without lines; of what does not fit the width, only the column ``fold`` gives way."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table = _WholeValues(box=None, header_style="dim", padding=(0, 2, 0, indent), collapse_padding=True)
     for name in columns:
-        table.add_column(
-            name, justify="left" if name in left else "right", no_wrap=name != fold, overflow="fold", min_width=1
-        )
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=name != fold, overflow="fold")
     return table
 
 
@@ -417,7 +432,10 @@ def describe_restarts(result: ScanResult) -> str:
 
 def _classes(result: ScanResult) -> RenderableType:
     table = plain_table(
-        "rank", "class", "norm (px)", "index", "optimised ASR", "held-out ASR", left=("class",), fold="class"
+        *("rank", "class", "norm (px)", "index", "optimised ASR", "held-out ASR"),
+        left=("class",),
+        fold="class",
+        indent=2,
     )
     for entry in result.classes[:_CLASSES_SHOWN]:
         table.add_row(
@@ -430,11 +448,12 @@ def _classes(result: ScanResult) -> RenderableType:
         )
     hidden = len(result.classes) - _CLASSES_SHOWN
     note = [Text(f"  and {hidden} more classes; --format json lists them all", style="dim")] if hidden > 0 else []
-    return Group(_indented(table), *note)
+    return Group(table, *note)
 
 
 def _dataset(result: DatasetResult) -> list[RenderableType]:
-    table = plain_table("class", "images", "score", "flagged", "figures", left=("class", "figures"), fold="figures")
+    columns = ("class", "images", "score", "flagged", "figures")
+    table = plain_table(*columns, left=("class", "figures"), fold="figures", indent=2)
     entries = ranked_classes(result)
     for entry in entries[:_CLASSES_SHOWN]:
         figures = entry.reason if entry.score is None else describe_statistics(entry.statistics)
@@ -447,4 +466,4 @@ def _dataset(result: DatasetResult) -> list[RenderableType]:
         )
     hidden = len(entries) - _CLASSES_SHOWN
     note = [Text(f"  and {hidden} more classes; --format json lists them all", style="dim")] if hidden > 0 else []
-    return [_indented(Text(describe_flagged(result))), _indented(table), *note]
+    return [_indented(Text(describe_flagged(result))), table, *note]

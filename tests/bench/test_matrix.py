@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qdefense.bench.matrix import MatrixError, read_matrix
+from qdefense.bench.matrix import BenchFacts, CalibrationTable, DataTable, Grid, MatrixError, read_matrix
 
 from .conftest import TINY, Desk
 
 NewDesk = Callable[..., Desk]
+
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "bench.md"
+
+
+def test_the_matrix_of_the_guide_loads_and_needs_nothing_but_the_package(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    path = tmp_path / "matrix.toml"
+    path.write_text(block, encoding="utf-8")
+    matrix = read_matrix(path)
+    assert [table.path for table in matrix.data.values()] == ["signs"]
+    assert [table.train_limit for table in matrix.data.values()] == [2000]
+    assert all("none" in grid.attacks and len(grid.attacks) > 1 and grid.defenses for grid in matrix.grid)
+
+
+def test_the_guide_tells_every_key_of_a_matrix_and_no_other() -> None:
+    _, _, section = GUIDE.read_text(encoding="utf-8").partition("\n## The matrix\n")
+    tables = {
+        "[bench]": BenchFacts,
+        "[data.NAME]": DataTable,
+        "[calibrations.NAME]": CalibrationTable,
+        "[[grid]]": Grid,
+    }
+    told: dict[str, set[str]] = {}
+    table = ""
+    for line in section.partition("\n## ")[0].splitlines():
+        _, *cells = line.split("|")
+        if cells and (names := re.findall(r"`([^`]+)`", cells[1])):
+            table = cells[0].strip(" `") or table
+            told.setdefault(table, set()).update(names)
+    assert told == {table: set(model.model_fields) for table, model in tables.items()}
 
 
 def test_defaults(new_desk: NewDesk) -> None:

@@ -1050,7 +1050,8 @@ case(
 case(
     "--classes are too few",
     2,
-    "output 'logits' has shape [None, 8], not (N, 2); name another with --output, or the classes with --classes",
+    "output 'logits' answers with 8 numbers per image, and 2 class names are given; give 8 names with --classes, or "
+    "name another output with --output",
     changed(options=["--classes", "a,b"]),
 )
 case(

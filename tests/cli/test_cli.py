@@ -137,6 +137,29 @@ def test_inspect_folds_only_the_layers_name_when_it_is_long(
     assert "…" not in text
 
 
+@pytest.mark.parametrize("columns", [1, 20, 40])
+def test_inspect_crops_no_value_when_the_terminal_is_narrow(
+    toy: Toy, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "/backbone/stage3/block2/" * 4
+    lines = ran(capfd, "inspect", renamed(toy, tmp_path / "long.onnx", conv=name)).splitlines()
+    head = next(place for place, line in enumerate(lines) if line.startswith("layer "))
+    values = ["Conv", "float32", "float32", "float", "41.5k", "162", "no"]
+    assert lines[head + 1].split() == [name[:10], *values]
+    assert name in "".join(line.split(" ")[0] for line in lines[head + 1 :])
+
+
+def test_inspect_folds_nothing_in_a_file(
+    toy: Toy, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "/backbone/stage3/block2/" * 5
+    lines = ran(capfd, "inspect", renamed(toy, tmp_path / "long.onnx", conv=name)).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith(name)] == ["Conv"]
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
 def test_inspect_shows_names_as_text_when_they_are_hostile(
     toy: Toy, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

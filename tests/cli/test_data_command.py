@@ -63,6 +63,20 @@ def test_show_keeps_the_digest_on_one_line_of_80_columns(capfd: Capture, monkeyp
     assert f"digest {open_data('signs', limit=5).digest}" in text.splitlines()
 
 
+@pytest.mark.parametrize("colour", ["FORCE_COLOR", "NO_COLOR"])
+def test_show_neither_wraps_nor_pads_in_a_file(
+    tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch, colour: str
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setenv(colour, "1")
+    names = [f"{letter * 29} {letter * 29}" for letter in "abcde"]
+    write_images(tmp_path / "set", {f"{name}/x.png": (4, 5) for name in names})
+    assert run(["data", "show", str(tmp_path / "set")]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if ", ".join(map(repr, names)) in line] != []
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
 def test_show_reads_the_split_named(capfd: Capture) -> None:
     assert shown(capfd, "show", "signs", "--split", "train", "--limit", "9").startswith("data signs train\n")
 

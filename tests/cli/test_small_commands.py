@@ -14,11 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from qdefense.attacks import ATTACKS
-from qdefense.cli import doctor, group, probes, run
+from qdefense.cli import completion, doctor, group, probes, run
 from qdefense.cli.doctor import Check, State
 from qdefense.defenses.registered import DEFENSES
 
@@ -127,6 +128,23 @@ def test_every_registered_class_names_its_paper_and_has_defaults(command: str) -
         assert type(example).__doc__
 
 
+# --- verbose ----------------------------------------------------------------------------------------------------------
+
+IN_A_WORKER = {"audit", "calibrate", "inspect", "repair", "shadow"}
+
+
+def test_verbose_is_said_to_show_a_workers_stderr_where_there_is_one() -> None:
+    said: dict[str, str | None] = {}
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        for part in command.commands.values() if isinstance(command, click.Group) else [command]:
+            said.update((name, option.help) for option in part.params if option.name == "verbose")
+    both = "Show tracebacks and what libraries write to stderr."
+    assert {name for name, text in said.items() if text == both} == IN_A_WORKER
+    assert {text for text in said.values() if text != both} == {"Show tracebacks."}
+
+
 # --- completion -------------------------------------------------------------------------------------------------------
 
 COMPLETED = {"bash": "plain,audit\n", "zsh": "plain\naudit\n", "fish": "plain,audit"}
@@ -144,6 +162,43 @@ def test_script_completes_a_command_when_the_shell_asks(shell: str) -> None:
 def test_script_completes_an_option_when_the_shell_asks() -> None:
     done = script(_QDEFENSE_COMPLETE="bash_complete", COMP_WORDS="qdefense completion ", COMP_CWORD="2")
     assert done.stdout.split() == ["plain,bash", "plain,fish", "plain,zsh"]
+
+
+NAMES = {
+    "train --attack badn": ["badnets"],
+    "train --attack=badn": ["badnets"],
+    "train --attack = badn": ["badnets"],
+    "train --data signs --attack cas": ["cassock", "cassock-loop"],
+    "audit model.onnx --defense neu": ["neural-cleanse"],
+    "audit model.onnx --defense fine": [],
+    "calibrate a.onnx --defense ": ["neural-cleanse"],
+    "repair a.onnx --method ": ["fine-pruning"],
+    "completion ba": ["bash"],
+}
+
+
+@pytest.mark.parametrize("line", NAMES)
+def test_completion_offers_names_without_importing_the_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    *args, incomplete = line.split(" ")
+    answerer = completion._SHELLS["bash"](group, {}, "qdefense", "_QDEFENSE_COMPLETE")
+    monkeypatch.setattr(answerer, "get_completion_args", lambda: (args, incomplete))
+    if args[0] != "completion":
+        monkeypatch.setattr(type(group), "get_command", None)  # would import torch
+    assert answerer.complete().split() == [f"plain,{name}" for name in NAMES[line]]
+
+
+@pytest.mark.parametrize("shell", COMPLETED)
+def test_script_completes_an_attack_when_the_shell_asks(shell: str) -> None:
+    words = {"COMP_WORDS": "qdefense train --attack badn", "COMP_CWORD": "badn" if shell == "fish" else "3"}
+    done = script(_QDEFENSE_COMPLETE=f"{shell}_complete", **words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(COMPLETED[shell].replace("audit", "badnets"))
+
+
+def test_completion_finds_in_the_source_what_is_registered() -> None:
+    folders = [f"defenses/{kind}" for kind in ("scans", "dataset", "filters", "repairs")]
+    assert tuple(completion.registered_in("attacks")) == ATTACKS.names()
+    assert tuple(completion.registered_in(*folders)) == DEFENSES.names()
 
 
 @pytest.mark.parametrize("shell", COMPLETED)

@@ -432,10 +432,20 @@ NAME_THE_CLASSES = "; name another with --output, or the classes with --classes"
         (
             _scores(["N", 3, 4, 4]),
             {"class_names": "abc"},
-            f"output 'logits' has shape [None, 3, 4, 4], not (N, 3){NAME_THE_CLASSES}",
+            "output 'logits' has shape [None, 3, 4, 4], not (N, 3); name another with --output",
         ),
         (_scores([3]), {}, f"output 'logits' has shape [3], not (N, classes){NAME_THE_CLASSES}"),
-        (_model(), {"class_names": "ab"}, f"output 'logits' has shape [None, 3], not (N, 2){NAME_THE_CLASSES}"),
+        (
+            _model(),
+            {"class_names": "ab"},
+            "output 'logits' answers with 3 numbers per image, and 2 class names are given; give 3 names with "
+            "--classes, or name another output with --output",
+        ),
+        (
+            _model(),
+            {"class_names": "a"},
+            "output 'logits' answers with 3 numbers per image, and 1 class name is given; give 3 names",
+        ),
         (_scores(["N", 1]), {}, "output 'logits' is one number per image; a classifier answers one per class"),
         (_scores(None), {"class_names": "a"}, "output 'logits' is one number per image; a classifier answers one per "),
         (_scores(["N", 65_537]), {}, "output 'logits' has 65537 classes, more than 65536"),
@@ -505,7 +515,7 @@ NO_CONTRACT = f"metadata '{METADATA_KEY}' is not a contract: "
     [
         ({"input_name": "x"}, "the contract names the input 'x', the graph has ['image']; name one of them"),
         ({"output_name": "y"}, "the contract names the output 'y', the graph has ['logits']; name one of them"),
-        ({"class_names": ["a", "b"]}, "output 'logits' has shape [None, 3], not (N, 2)"),
+        ({"class_names": ["a", "b"]}, "output 'logits' answers with 3 numbers per image, and 2 class names are given"),
         ({"class_names": []}, "output 'logits' has shape [None, 3], not (N, classes)"),
         ({"class_names": ["a", "b", "a"]}, f"{NO_CONTRACT}class_names: class 'a' is named twice; export the model"),
         ({"colour": "RGB"}, f"{NO_CONTRACT}colour: there is no such entry; export the model again or remove"),

@@ -85,8 +85,8 @@ def test_export_model_raises_and_leaves_the_module_alone_when_the_class_names_do
     with pytest.raises(ExportError) as caught:
         export_model(module, height=4, width=4, class_names=("a", "b", "c"))
     assert str(caught.value) == (
-        "the exported graph does not fit what was asked for: output 'logits' has shape [None, 2], not (N, 3); "
-        "name another with --output, or the classes with --classes"
+        "the exported graph does not fit what was asked for: output 'logits' answers with 2 numbers per image, "
+        "and 3 class names are given; give 2 names with --classes, or name another output with --output"
     )
     assert module.training
     assert module.norm.training

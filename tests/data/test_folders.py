@@ -233,8 +233,40 @@ def test_load_folders_names_the_file_when_it_may_not_be_read(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(DataError, match=r"'a/0.png' cannot be opened \(Permission denied\); check its permissions$"):
+    others = "5 more of the 6 files cannot be read either"
+    with pytest.raises(
+        DataError, match=rf"'a/0.png' cannot be opened \(Permission denied\); check its permissions; {others}$"
+    ):
         load(tmp_path)
+
+
+def test_load_folders_says_that_sixteen_bits_are_too_many(tmp_path: Path, write_image: WriteImage) -> None:
+    write_classes(tmp_path, write_image)
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "b" / "1.png")
+    message = r": 'b/1.png' is a 16-bit image, which is not supported; convert it to 8 bits a channel$"
+    with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+def test_load_folders_counts_the_others_when_several_images_are_broken(
+    tmp_path: Path, write_image: WriteImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path, write_image)
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "a" / "1.png")
+    for name in ("a/2.png", "b/0.png"):
+        (tmp_path / name).write_bytes(b"broken")
+    opened: list[Path] = []
+    plain = Path.open
+
+    def counted(path: Path, mode: str) -> object:
+        opened.append(path)
+        return plain(path, mode)
+
+    monkeypatch.setattr(Path, "open", counted)
+    message = r"'a/1.png' is a 16-bit image, .*; 2 more of the 6 files cannot be read either$"
+    with pytest.raises(DataError, match=message):
+        load(tmp_path)
+    assert len(opened) == len(set(opened)) == 6
 
 
 def test_load_folders_shortens_and_escapes_hostile_names(tmp_path: Path, write_image: WriteImage) -> None:

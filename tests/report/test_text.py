@@ -236,6 +236,19 @@ def test_print_report_keeps_tables_whole_when_the_terminal_has_columns(width: in
     assert "…" not in text
 
 
+@pytest.mark.parametrize("width", [1, 30, 50])
+def test_print_report_crops_no_number_when_the_terminal_is_narrow(width: int) -> None:
+    body = golden("failed")
+    body["findings"][0]["result"]["classes"][0]["class_name"] = "a very long name of a class " * 3
+    narrow, wide = (shown(Report.model_validate(body), width=columns).splitlines() for columns in (width, 200))
+    tails = [line.split()[-4:] for line in wide if line.startswith("     1  ")]
+    assert tails == [["1.1", "6.42", "1.000", "1.000"]]
+    assert [line.split()[-4:] for line in narrow if line.startswith("     1  ")] == tails
+    (certified,) = (line for line in wide if line.startswith("  images "))
+    place = wide.index(certified)
+    assert wide[place + 1].split() in [line.split() for line in narrow]
+
+
 def test_print_report_folds_only_the_class_when_its_name_is_long() -> None:
     body = golden("failed")
     body["findings"][0]["result"]["classes"][0]["class_name"] = "a very long name of a class " * 3
@@ -461,7 +474,9 @@ def _environment_text(operators: tuple[str, ...], inspection: Inspection | None 
 def test_environment_rows_say_which_arithmetic_was_used(arithmetic: str, operators: tuple[str, ...], line: str) -> None:
     lines = _environment_text(operators, arithmetic=arithmetic).splitlines()
     assert line in lines
-    assert any(row.startswith(f"session: optimization all, {arithmetic} arithmetic, 1 threads") for row in lines)
+    assert any(row.startswith(f"session: optimization all, {arithmetic} arithmetic, 1 thread, batch ") for row in lines)
+    several = _environment_text((), threads=2).splitlines()
+    assert any("arithmetic, 2 threads, batch " in row for row in several)
 
 
 @pytest.mark.parametrize("level", [1, 4])
