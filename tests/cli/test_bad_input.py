@@ -1579,8 +1579,10 @@ def test_bad_input_gives_its_code_and_one_line_and_leaves_nothing_half_written_w
     written = {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(written) == {REPORT, PAGE}
     if reporting and code in (3, 4):
-        assert (output, errors) == ("", "")
         gate = json.loads(written[REPORT])["gate"]
+        assert output.startswith(f"{gate['outcome']}  (exit code {code})\n  ")
+        assert not CONTROL.search(output)
+        assert errors == ""
         message = gate["reasons"][0]
         assert gate["exit_code"] == code
         assert written[PAGE].rstrip().endswith(b"</html>")
