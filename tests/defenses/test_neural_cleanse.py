@@ -176,12 +176,9 @@ def test_scan_raises_no_alarm_when_the_network_is_the_clean_one(
     assert finding.reason == f"no class has an anomaly index above 2; highest {result.score:.2f}"
 
 
-@pytest.mark.parametrize("weightless", [{"patience": 1000}, {"multiplier": 1.0, "initial_cost": 1e-9}])
-def test_scan_is_not_clean_where_the_cost_had_no_say(
-    evidence_of: Callable[[str], Evidence], weightless: dict[str, Any]
-) -> None:
-    """Masks as large as they started hide any backdoor: both settings once passed an attacked network."""
-    finding = NeuralCleanse(budget="quick", **weightless).scan(evidence_of("second.int8-static"))
+def test_scan_is_not_clean_where_the_cost_had_no_say(evidence_of: Callable[[str], Evidence]) -> None:
+    """Masks as large as they started hide any backdoor: this setting once passed an attacked network."""
+    finding = NeuralCleanse(budget="quick", patience=1000).scan(evidence_of("second.int8-static"))
     assert finding.verdict is Verdict.NOT_MEASURED
     assert re.fullmatch(
         r"half of the triggers cover \d+\.\d px or more, and the random masks that they start from 128: the cost of "
