@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +27,12 @@ class NoSplitError(DataError):
 def quoted(name: str) -> str:
     """A foreign name for a message: in quotes, escaped, at most 60 characters of it."""
     return repr(name[:60])
+
+
+def first_few(texts: Sequence[str], most: int) -> str:
+    """The first so many of a list, and how many more there are."""
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return f"{', '.join(texts[:most])}{more}"
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from qdefense.data.images import first_few
 from qdefense.defenses.interfaces import DatasetScan
 from qdefense.defenses.training_features import TrainingFeatures
 from qdefense.evidence import Evidence
@@ -95,8 +96,7 @@ def _without_images(entries: Sequence[DatasetClass]) -> str:
     empty = [describe(entry) for entry in entries if not entry.n]
     if not empty:
         return ""
-    more = f" and {len(empty) - _NAMED_EMPTY} more" if len(empty) > _NAMED_EMPTY else ""
-    return f"; {len(empty)} of {len(entries)} labels have no image: {', '.join(empty[:_NAMED_EMPTY])}{more}"
+    return f"; {len(empty)} of {len(entries)} labels have no image: {first_few(empty, _NAMED_EMPTY)}"
 
 
 def finding_of(

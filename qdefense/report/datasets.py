@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from qdefense.data.images import first_few
 from qdefense.findings import DatasetClass, DatasetResult
 
 ROWS_SHOWN = 20
@@ -36,8 +37,7 @@ def describe_flagged(result: DatasetResult) -> str:
         return f"no row of {total:,} training images is flagged"
     suspected = all(entry.suspicious for entry in result.classes if entry.flagged)
     kind = "flagged" if suspected else "ranked highest of their class, which by itself says nothing of poison"
-    more = f" and {len(rows) - ROWS_SHOWN:,} more" if len(rows) > ROWS_SHOWN else ""
-    return f"{len(rows):,} of {total:,} training images {kind}: rows {', '.join(map(str, rows[:ROWS_SHOWN]))}{more}"
+    return f"{len(rows):,} of {total:,} training images {kind}: rows {first_few([*map(str, rows)], ROWS_SHOWN)}"
 
 
 def describe_statistics(statistics: Mapping[str, float]) -> str:

@@ -16,6 +16,7 @@ from qdefense.converters.contract import InputContract
 from qdefense.converters.inspection import Inspection
 from qdefense.converters.runtime_facts import LevelEffect, RuntimeFacts
 from qdefense.converters.weighted_operators import INT8_ACTIVATIONS
+from qdefense.data.images import first_few
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import (
     DatasetResult,
@@ -391,8 +392,7 @@ def describe_filter(result: FilterResult) -> list[str]:
     for decision, word in (("reject", "rejected"), ("unmeasured", "without a score")):
         rows = [str(row) for row, made in enumerate(result.decisions) if made == decision]
         if rows:
-            more = f" and {len(rows) - _ROWS_SHOWN:,} more" if len(rows) > _ROWS_SHOWN else ""
-            lines.append(f"{word}: rows {', '.join(rows[:_ROWS_SHOWN])}{more}")
+            lines.append(f"{word}: rows {first_few(rows, _ROWS_SHOWN)}")
     return lines
 
 

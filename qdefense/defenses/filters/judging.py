@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 
-from qdefense.data.images import ImageSet
+from qdefense.data.images import ImageSet, first_few
 from qdefense.defenses.interfaces import FittedFilter, InputFilter
 from qdefense.evidence import Evidence
 from qdefense.findings import Cost, FilterBoundary, FilterResult, Finding, RejectionTest, Verdict
@@ -213,4 +213,4 @@ def _power(test: RejectionTest) -> str:
 
 def _rows(result: FilterResult) -> str:
     rows = [str(row) for row, decision in enumerate(result.decisions) if decision == "reject"]
-    return ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else "")
+    return first_few(rows, _NAMED)

@@ -40,7 +40,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.calibration import Calibrations, Line, draw_line
-from qdefense.data.images import ImageSet, Pixels
+from qdefense.data.images import ImageSet, Pixels, first_few
 from qdefense.data.selection import disjoint_parts
 from qdefense.defenses.admission import NOT_FINITE, near_chance
 from qdefense.defenses.interfaces import Need
@@ -481,8 +481,7 @@ def _left_out(result: ScanResult) -> str:
     named = [repr(entry.class_name) for entry in result.classes if entry.norm is None]
     if not named:
         return ""
-    more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-    return f"; {len(named)} of {len(result.classes)} classes have none ({', '.join(named[:_NAMED])}{more})"
+    return f"; {len(named)} of {len(result.classes)} classes have none ({first_few(named, _NAMED)})"
 
 
 def _refuse_halves(evidence: Evidence, halves: _Halves) -> str | None:
@@ -508,7 +507,10 @@ def _refuse_accuracy(session: DeployedSession, halves: _Halves, stated: float | 
 
 
 def _halve(clean: ImageSet, seed: int) -> _Halves:
-    """Frames of one track are the same scene: what was optimised on one is not held out on the next."""
+    """Frames of one track are the same scene: what was optimised on one is not held out on the next.
+
+    Without groups the rows are those that measured answers rest on, which `disjoint_parts` would draw otherwise.
+    """
     half = min(len(clean) // 2, _REPLAYED_IMAGES)
     if clean.groups is not None:
         parts = disjoint_parts(len(clean), (half, half), seed=seed, groups=clean.groups)
