@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
+from types import FrameType
 
 import click
 from click.shell_completion import CompletionItem
@@ -37,7 +39,7 @@ _COMMANDS = {
 _EPILOG = (
     "Exit codes: 0 every required check ran and passed; 1 a finding, or a refused quantization or repair; 2 usage, or "
     "data that do not fit the model; 3 incomplete: something required was not measured; 4 the file was refused; 130 "
-    "interrupted."
+    "interrupted (Ctrl-C, SIGTERM, SIGHUP)."
 )
 
 
@@ -78,7 +80,15 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is signal.SIG_DFL:  # nohup's choice stands
+            signal.signal(ending, _interrupt)
     sys.exit(run(sys.argv[1:]))
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """What a job runner or a closed terminal sends ends the work as Ctrl-C does, its worker processes too."""
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str]) -> int:

@@ -407,12 +407,22 @@ def gone(process: psutil.Process) -> bool:
     return False
 
 
-@pytest.mark.parametrize("to_group", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [
+        pytest.param(os.kill, signal.SIGINT, id="Ctrl-C"),
+        pytest.param(os.killpg, signal.SIGINT, id="Ctrl-C to the group"),
+        pytest.param(os.kill, signal.SIGTERM, id="a job runner"),
+        pytest.param(os.kill, signal.SIGHUP, id="a closed terminal"),
+    ],
+)
 def test_audit_exits_130_and_leaves_no_worker_when_interrupted(
-    started: Callable[[], tuple[subprocess.Popen[bytes], psutil.Process]], to_group: bool
+    started: Callable[[], tuple[subprocess.Popen[bytes], psutil.Process]],
+    send: Callable[[int, int], None],
+    number: signal.Signals,
 ) -> None:
     process, worker = started()
-    (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
+    send(process.pid, number)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output, errors) == (130, b"", b"interrupted\n")
     assert not worker.is_running()
