@@ -63,7 +63,8 @@ def decode(file: BinaryIO, name: str, *, upright: bool = False) -> Decoded:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=IMAGE_FORMATS) as image:
-                if image.mode in IMAGE_MODES:
+                deep = _has_16_bits(image)
+                if image.mode in IMAGE_MODES and not deep:
                     return _to_rgb(image, upright=upright)
                 mode = image.mode
     except UnidentifiedImageError as error:
@@ -71,9 +72,17 @@ def decode(file: BinaryIO, name: str, *, upright: bool = False) -> Decoded:
         raise DataError(f"{name} is no readable image (no {', '.join(IMAGE_FORMATS)}); replace or remove it") from error
     except _BROKEN_IMAGE as error:
         raise DataError(f"{name} is no readable image ({first_line(error)}); replace or remove it") from error
-    # Pillow gives 16 bits as I;16 or, of a PPM, as I; a floating-point PPM as F.
-    kind = "a 16-bit image" if mode.startswith("I") else f"an image of mode {mode}"
+    # Pillow gives 16 bits of gray as I;16 or, of a PPM, as I; a floating-point PPM as F.
+    kind = "a 16-bit image" if deep or mode.startswith("I") else f"an image of mode {mode}"
     raise DataError(f"{name} is {kind}, which is not supported; convert it to 8 bits a channel")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether Pillow would cut colours to 8 bits a channel without a word; how they lie in the file tells."""
+    return any(
+        tile.args[1] > 255 if tile.codec_name == "ppm" else str(tile.args).endswith(";16B")
+        for tile in getattr(image, "tile", [])
+    )
 
 
 def _to_rgb(image: Image.Image, *, upright: bool) -> Decoded:

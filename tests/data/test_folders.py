@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +248,44 @@ def test_load_folders_says_that_sixteen_bits_are_too_many(tmp_path: Path, write_
     message = r": 'b/1.png' is a 16-bit image, which is not supported; convert it to 8 bits a channel$"
     with pytest.raises(DataError, match=message):
         load(tmp_path)
+
+
+def png_of_16_bits(channels: int, colour_type: int) -> bytes:
+    """One 4 x 4 image; Pillow writes none with colours."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    row = b"\0" + struct.pack(f">{4 * channels}H", *[0x1280] * (4 * channels))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 4)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        pytest.param("1.png", png_of_16_bits(3, 2), id="RGB"),
+        pytest.param("1.png", png_of_16_bits(4, 6), id="RGBA"),
+        pytest.param("1.png", png_of_16_bits(2, 4), id="gray with alpha"),
+        pytest.param("1.ppm", b"P6 4 4 65535\n" + b"\x12\x80" * 48, id="PPM"),
+    ],
+)
+def test_load_folders_refuses_colours_of_16_bits_that_pillow_would_cut(
+    tmp_path: Path, write_image: WriteImage, name: str, body: bytes
+) -> None:
+    write_classes(tmp_path, write_image)
+    (tmp_path / "b" / "1.png").unlink()
+    (tmp_path / "b" / name).write_bytes(body)
+    with pytest.raises(DataError, match=f"'b/{name}' is a 16-bit image, which is not supported"):
+        load(tmp_path)
+
+
+def test_load_folders_reads_a_ppm_of_8_bits(tmp_path: Path, write_image: WriteImage) -> None:
+    write_classes(tmp_path, write_image)
+    for path in tmp_path.rglob("*.png"):
+        path.with_suffix(".ppm").write_bytes(b"P6 4 4 100\n" + b"\x32" * 48)
+        path.unlink()
+    assert np.all(load(tmp_path).images == 128)
 
 
 def test_load_folders_counts_the_others_when_several_images_are_broken(
