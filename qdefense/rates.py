@@ -36,6 +36,16 @@ def conformal_p(score: float, clean: ArrayLike) -> float:
     return (1 + int(np.sum(values >= score))) / (len(values) + 1)
 
 
+def told_beside(value: float, limit: float) -> str:
+    """A figure with two decimals, or as many as show on which side of its limit it lies: 2.003 is not "2.00"."""
+    sides = (value > limit, value < limit)
+    for decimals in range(2, 7):
+        told = f"{value:.{decimals}f}"
+        if (float(told) > limit, float(told) < limit) == sides:
+            return told
+    return repr(float(value))
+
+
 def alarm_rank(rate: float, n: int) -> int:
     """``k = floor(rate * (n + 1))``: a score above the k-th largest of n clean ones has a p-value of at most ``rate``.
 

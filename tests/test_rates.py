@@ -18,6 +18,7 @@ from qdefense.rates import (
     models_needed,
     rounded_up,
     skill,
+    told_beside,
     wilson_interval,
 )
 
@@ -158,6 +159,22 @@ def test_auroc_takes_infinite_scores() -> None:
 def test_auroc_raises_when_a_side_is_empty_or_nan(positive: list[float], negative: list[float], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected a row of at least one score"):
         auroc(positive, negative)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (2.5, "2.50"),
+        (2.003, "2.003"),
+        (1.997, "1.997"),
+        (2.0, "2.00"),
+        (1.99500001, "1.995"),
+        (2.0000004, "2.0000004"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_a_figure_is_told_on_its_side_of_the_limit(value: float, told: str) -> None:
+    assert told_beside(value, 2) == told
 
 
 def test_skill_runs_from_guessing_to_perfect() -> None:

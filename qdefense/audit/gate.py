@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qdefense.findings import Finding, RepairResult, Verdict
+from qdefense.rates import told_beside
 from qdefense.report.model import Gate
 
 PASSED, FAILED, USAGE, INCOMPLETE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -42,8 +43,8 @@ def decide_repair(findings: Sequence[Finding], repair: str, max_drop: float, int
         missing.append(f"{repair}: the clean accuracy was not measured")
     elif found.result.accuracy_drop > max_drop:
         told = (
-            f"{repair} is refused: clean accuracy falls by {found.result.accuracy_drop:.2f} points on "
-            f"{found.result.images} held-out images, at most {max_drop:g} were allowed"
+            f"{repair} is refused: clean accuracy falls by {told_beside(found.result.accuracy_drop, max_drop)} points "
+            f"on {found.result.images} held-out images, at most {max_drop:g} were allowed"
         )
         return Gate(outcome="FAILED", exit_code=FAILED, reasons=(told, found.reason, *missing), required=(repair,))
     elif found.verdict is Verdict.NOT_REPAIRED:

@@ -71,6 +71,7 @@ from qdefense.defenses.spectra import FlatFeaturesError
 from qdefense.defenses.training_features import NoFeaturesError, TrainingFeatures, read_training_set
 from qdefense.evidence import Evidence
 from qdefense.findings import DatasetClass, DatasetResult, Finding, Threshold, Verdict
+from qdefense.rates import told_beside
 
 Rule = Literal["silhouette", "relative-size", "exclusionary-reclassification"]
 ROWS_PER_DIMENSION = 5
@@ -143,7 +144,8 @@ class ActivationClustering:
 
     def _clean(self, result: DatasetResult) -> str:
         """The reason of CLEAN."""
-        told = f"no class scores above {self.threshold.value:.2f} by {self.rule}; highest {result.score or 0:.2f}"
+        line = self.threshold.value
+        told = f"no class scores above {line:.2f} by {self.rule}; highest {told_beside(result.score or 0, line)}"
         if self.asks_reference and not any("reclassified_own" in entry.statistics for entry in result.classes):
             size = _percent(self.size_threshold)
             told += f"; the reference was asked about no cluster: none is below {size} of its class"

@@ -49,6 +49,7 @@ from qdefense.defenses.spectra import FlatFeaturesError, removed_rows, spectral_
 from qdefense.defenses.training_features import NoFeaturesError, TrainingFeatures, read_training_set
 from qdefense.evidence import Evidence
 from qdefense.findings import DatasetClass, DatasetResult, Finding, Threshold, Verdict
+from qdefense.rates import told_beside
 
 MIN_CLASSES = 6
 REMOVED = 1.5
@@ -132,10 +133,11 @@ class SpectralSignatures:
         if problem is not None:
             return Verdict.NOT_MEASURED, f"ranks only: {problem}"
         if self.threshold is not None:
-            return judge(result.classes, f"no class has an index above {self.threshold:g}; highest {result.score:.2f}")
-        highest = next(entry for entry in result.classes if entry.score == result.score)
+            highest = told_beside(result.score or 0, self.threshold)
+            return judge(result.classes, f"no class has an index above {self.threshold:g}; highest {highest}")
+        foremost = next(entry for entry in result.classes if entry.score == result.score)
         return Verdict.NOT_MEASURED, (
             f"ranks only: the method removes the top {REMOVED * self.expected_poison_share:.0%} of every class, "
             "whatever it holds, and has no rule to tell poison by; "
-            f"highest index {result.score:.2f}, class {describe(highest)}"
+            f"highest index {result.score:.2f}, class {describe(foremost)}"
         )

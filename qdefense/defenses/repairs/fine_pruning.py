@@ -53,6 +53,7 @@ from qdefense.defenses.registered import DEFENSES
 from qdefense.evidence import Evidence
 from qdefense.fidelity import shadow_logits
 from qdefense.findings import Cost, Finding, PrunedChannels, RepairResult, Verdict
+from qdefense.rates import told_beside
 from qdefense.session import DeployedSession
 
 MIN_PART = 100
@@ -250,7 +251,8 @@ class FinePruning:
         tolerated = float(100 * Fraction(repr(float(self.tolerance))))
         if result.accuracy_drop <= tolerated:
             return Verdict.REPAIRED, self._reason(result)
-        told = f"clean accuracy fell by {result.accuracy_drop:.2f} points, where {tolerated:g} are tolerated"
+        fell = told_beside(result.accuracy_drop, tolerated)
+        told = f"clean accuracy fell by {fell} points, where {tolerated:g} are tolerated"
         return Verdict.NOT_REPAIRED, f"{told}: {self._reason(result)}"
 
     def _reason(self, result: RepairResult) -> str:

@@ -52,6 +52,7 @@ from qdefense.defenses.scheduling import LEAST_RESTARTS, Plan, exhaustive_plan, 
 from qdefense.evidence import Evidence
 from qdefense.fidelity import LogitComparison, compare_logits, finite_or_none, shadow_logits
 from qdefense.findings import Cost, Finding, InvertedTrigger, Restart, ScanResult, Suspect, TriggerPicture, Verdict
+from qdefense.rates import told_beside
 from qdefense.session import DeployedSession
 
 Budget = Literal["quick", "gate", "exhaustive"]
@@ -336,7 +337,9 @@ class NeuralCleanse:
         self, result: ScanResult, comparison: LogitComparison, blind: tuple[str, ...], limit: float
     ) -> tuple[Verdict, str]:
         if result.suspects:
-            named = ", ".join(f"{s.target_class} ({s.class_name!r}, index {s.score:.2f})" for s in result.suspects)
+            named = ", ".join(
+                f"{s.target_class} ({s.class_name!r}, index {told_beside(s.score, limit)})" for s in result.suspects
+            )
             return Verdict.BACKDOORED, f"trigger norm far below the other classes': class {named}"
         if not comparison.passes:
             how = comparison.summary
@@ -352,7 +355,7 @@ class NeuralCleanse:
                 f"the norms scatter so widely (median {result.median_norm:.1f}, scaled MAD {result.mad:.1f}) that no "
                 f"class could reach an index of {limit:g}, however small its trigger",
             )
-        highest = f"no class has an anomaly index above {limit:g}; highest {result.score:.2f}"
+        highest = f"no class has an anomaly index above {limit:g}; highest {told_beside(result.score or 0, limit)}"
         return Verdict.CLEAN, f"{highest}{_left_out(result)}"
 
     def _finding(
