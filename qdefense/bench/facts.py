@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from qdefense.bench.cohort import NO_ATTACK
+from qdefense.bench.figures import rounded
 from qdefense.bench.records import SCHEMA_VERSION
 from qdefense.bench.summary import BenchReport
 from qdefense.bench.tables import DatasetRow, FilterRow, RepairRow, ScanRow
+from qdefense.bench.timing_records import PLAIN
 
 
 def omissions(report: BenchReport) -> tuple[str, ...]:
@@ -24,6 +26,7 @@ def _sentences(report: BenchReport) -> Iterator[str]:
         yield "No defense was run."
     yield from (text.format(count) for count, text in _counts(report, rows) if count)
     yield from _without_twins(report, rows)
+    yield from _paces(report)
     majors = {version.partition(".")[0] for version in report.environment.schema_versions}
     if majors - {SCHEMA_VERSION.partition(".")[0]}:
         yield "Some records are of another major version of the schema, and may say other things than they seem to."
@@ -102,6 +105,28 @@ def _cause(row: ScanRow | DatasetRow | FilterRow | RepairRow, rows: _Rows) -> st
     return "clean networks were measured " + " and ".join(told for name, told in _PARTS.items() if name in parts)
 
 
+def _paces(report: BenchReport) -> Iterator[str]:
+    """Milliseconds of two files say nothing of the files where the machine had another pace."""
+    files = [row for row in report.latency if row.variant == PLAIN]
+    unknown = sum(row.yardstick_ms is None for row in files)
+    if unknown:
+        yield (
+            f"Files timed without a yardstick: {unknown}. Whether the machine ran at one pace is unknown: compare each "
+            "with its own variants, not with another file."
+        )
+    paces: defaultdict[str, list[float]] = defaultdict(list)
+    for row in files:
+        if row.yardstick_ms is not None:
+            paces[f"{row.setting.place}, {row.runtime}"].append(row.yardstick_ms)
+    for place, found in paces.items():
+        if max(found) > _ONE_PACE * min(found):
+            yield (
+                f"{place}: files were timed while the machine ran at different paces (yardstick {rounded(min(found))} "
+                f"to {rounded(max(found))} ms): compare multiples of the yardstick, not milliseconds."
+            )
+
+
+_ONE_PACE = 1.1
 _PARTS = {
     "runtime": "on another CPU or ONNX Runtime",
     "evaluation": "under other rules, revisions or test images",

@@ -249,12 +249,14 @@ LATENCY = Form(
         "alone, measured in turns, with its 95 % bootstrap interval. Throughput: images per second with many images a "
         "call. Peak memory: the largest resident size of a process that did nothing else, a filter's fit included. Of "
         "networks that differ only in seed and attack one is timed. Load: processes that wanted a CPU, before and "
-        "after; where it was more than there are CPUs, read the figures with care.",
+        "after; where it was more than there are CPUs, read the figures with care. Yardstick: the median time in "
+        "milliseconds of a fixed product of matrices, in turns with the calls of one image. Files whose yardsticks "
+        "differ were timed while the machine ran at different paces: compare multiples of it, not milliseconds.",
     ),
     empty="No latency was measured: `qdefense bench --latency` writes latency.jsonl.",
     columns=(
         *("variant", "attack", "file", "seed", "p50", "p90", "p99", "added"),
-        *("images per second", "images a call", "peak memory", "load", "runtime"),
+        *("images per second", "images a call", "peak memory", "load", "yardstick", "runtime"),
     ),
 )
 UNANSWERED = Form(

@@ -37,6 +37,8 @@ from qdefense.defenses import FittedFilter
 from qdefense.session import DeployedSession, runtime
 
 Variant = Callable[[Pixels], object]
+_YARDSTICK = "yardstick"
+_YARDSTICK_SIDE = 256
 _STATUS = Path("/proc/self/status")
 
 
@@ -67,7 +69,8 @@ def measure_latency(
     """Time variants on ``x: (N, 3, H, W) float32 in [0, 1]``: one row a call, then ``batch`` rows a call.
 
     Each round calls every variant once on the same rows, the next ones of ``x`` each round; the first variant is the
-    base of what the others add. ``profile.batch`` of the session says how many rows the runtime gets at once.
+    base of what the others add. ``profile.batch`` of the session says how many rows the runtime gets at once. Calls of
+    one row take turns with the `yardstick`, too.
 
     Raises:
         ValueError: there is no variant, or ``x`` has fewer than ``batch`` rows.
@@ -78,17 +81,32 @@ def measure_latency(
             f"{len(variants)} variants, batches of {batch} from {len(x)} images; give at least one of each"
         )
     before = psutil.getloadavg()
-    single = _scenario(variants, x, rows=1, rounds=chosen.single_stream, warm_up=chosen.warm_up, seed=seed)
-    offline = _scenario(variants, x, rows=batch, rounds=chosen.offline, warm_up=chosen.warm_up, seed=seed)
+    measured = {**variants, _YARDSTICK: yardstick()}
+    one_by_one = time_in_turns(measured, x, rows=1, rounds=chosen.single_stream, warm_up=chosen.warm_up)
+    pace = median_estimate(one_by_one.pop(_YARDSTICK).wall, seed=seed)
+    many = time_in_turns(variants, x, rows=batch, rounds=chosen.offline, warm_up=chosen.warm_up)
     return LatencyRecord(
         artifact_sha256=session.artifact.sha256,
         profile=session.profile,
         threads=threads,
         seed=seed,
-        single_stream=single,
-        offline=offline,
+        single_stream=_scenario(one_by_one, rows=1, rounds=chosen.single_stream, warm_up=chosen.warm_up, seed=seed),
+        offline=_scenario(many, rows=batch, rounds=chosen.offline, warm_up=chosen.warm_up, seed=seed),
         machine=Machine(runtime=runtime(), cpus=_cpus(), load_before=before, load_after=psutil.getloadavg()),
+        yardstick_ms=_interval(pace),
     )
+
+
+def yardstick() -> Variant:
+    """Work that is alike for every file: a product of two square float32 matrices, on the threads that torch may use.
+
+    What it took tells files apart from the hours in which they were timed: a shared machine's pace changes by more than
+    most files differ.
+    """
+    import torch  # noqa: PLC0415 (a process that measures its memory must not hold it)
+
+    ones = torch.ones(_YARDSTICK_SIDE, _YARDSTICK_SIDE)
+    return lambda _x: ones @ ones
 
 
 class Timings(NamedTuple):
@@ -140,10 +158,7 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def _scenario(
-    variants: Mapping[str, Variant], x: Pixels, *, rows: int, rounds: int, warm_up: int, seed: int
-) -> Scenario:
-    spent = time_in_turns(variants, x, rows=rows, rounds=rounds, warm_up=warm_up)
+def _scenario(spent: Mapping[str, Timings], *, rows: int, rounds: int, warm_up: int, seed: int) -> Scenario:
     base, *others = spent
     return Scenario(
         rows=rows,

@@ -48,7 +48,7 @@ from qdefense.bench.tables import (
 from qdefense.bench.timing_records import FileLatency
 from qdefense.bench.timings import LatencyRow, latency_rows
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 """1.1: ``budgets``."""
 
 

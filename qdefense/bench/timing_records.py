@@ -89,6 +89,10 @@ class LatencyRecord(_Record):
     single_stream: Scenario
     offline: Scenario
     machine: Machine
+    yardstick_ms: Interval | None = Field(
+        default=None,
+        description="work that is alike for every file, timed in turns with the calls of one image: the machine's pace",
+    )
     memory: tuple[PeakMemory, ...] = ()
 
 

@@ -29,6 +29,8 @@ class LatencyRow(Row):
     load: tuple[float, float] | None
     """Processes that wanted a CPU in the minute before, and in the last one."""
     runtime: str
+    yardstick_ms: float | None
+    """The machine's pace meanwhile: what the same fixed work took; null of older records."""
 
 
 def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[LatencyRow, ...]:
@@ -71,6 +73,7 @@ def _rows_of(latency: FileLatency, setting: Setting, seed: int, filters: Mapping
             peak_bytes=peaks.get(timing.name),
             load=_load(latency.machine),
             runtime=told_runtime(latency.machine.runtime),
+            yardstick_ms=None if latency.yardstick_ms is None else latency.yardstick_ms.value,
         )
         for timing in latency.single_stream.variants
     ]

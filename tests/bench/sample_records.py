@@ -402,6 +402,7 @@ def latency(record: BehaviourRecord, milliseconds: float) -> dict[str, Any]:
         "seed": 0,
         "single_stream": scenario(1),
         "offline": scenario(64),
+        "yardstick_ms": {"value": 0.25, "low": 0.24, "high": 0.26},
         "memory": [{"name": "session", "peak_bytes": 150 * 2**20, "before_bytes": 90 * 2**20}],
     }
 

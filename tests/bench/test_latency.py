@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qdefense.artifact import Artifact
-from qdefense.bench.latency import deployed_variants, measure_latency, peak_memory, time_in_turns
+from qdefense.bench.latency import deployed_variants, measure_latency, peak_memory, time_in_turns, yardstick
 from qdefense.bench.timing_records import PLAIN, LatencyRecord, Rounds
 from qdefense.findings import FilterBoundary, FilterResult
 from qdefense.session import DeployedSession, profile_for
@@ -90,6 +90,25 @@ def test_measure_latency_gives_every_figure_of_both_scenarios(clock: Clock, sess
     assert added.ratio.low <= added.ratio.value <= added.ratio.high
     assert (record.artifact_sha256, record.profile) == (session.artifact.sha256, session.profile)
     assert record.threads == 2
+
+
+def test_measure_latency_times_a_yardstick_in_turns_with_the_calls_of_one_image(
+    clock: Clock, session: DeployedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("qdefense.bench.latency.yardstick", lambda: clock.worker(0.0005, calls, "yardstick"))
+    variants = {PLAIN: clock.worker(0.001, calls, PLAIN)}
+    record = measure_latency(session, variants, X, batch=4, rounds=Rounds(single_stream=2, offline=1, warm_up=0))
+    assert [name for name, _ in calls] == [PLAIN, "yardstick", PLAIN, "yardstick", PLAIN]
+    assert record.yardstick_ms is not None
+    assert record.yardstick_ms.value == pytest.approx(0.5)
+    assert [one.name for one in record.single_stream.variants] == [PLAIN]
+    assert record.single_stream.added == ()
+
+
+def test_the_yardstick_takes_time_of_its_own() -> None:
+    spent = time_in_turns({"yardstick": yardstick(), "nothing": len}, X, rows=1, rounds=9, warm_up=1)
+    assert min(spent["yardstick"].wall) > max(np.median(spent["nothing"].wall), 0.01)
 
 
 def test_measure_latency_records_the_machine_and_its_load(session: DeployedSession) -> None:

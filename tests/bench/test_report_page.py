@@ -17,7 +17,7 @@ from qdefense.bench.figures import changed, counted, decimals, percents, rounded
 from qdefense.bench.markdown import escaped, render_markdown
 from qdefense.bench.page import MOST_TRIGGERS, render_bench
 from qdefense.bench.plots import SIDE, cost_charts, roc_panels, series_of
-from qdefense.bench.records import Rate
+from qdefense.bench.records import BehaviourRecord, Rate
 from qdefense.bench.sheets import heat_of, sheets_of
 from qdefense.bench.store import StoreError, read_latencies
 from qdefense.bench.summary import BenchReport, read_results, summarise
@@ -271,6 +271,32 @@ def test_latency_is_optional_and_joined_to_its_file(tmp_path: Path, whole: tuple
     assert row.added_ms.value == pytest.approx(59 * 0.9)
     assert row.setting.precision == "fp32"
     assert row.offline_rows == 64
+
+
+def paces(folder: Path, *yardsticks: float | None) -> str:
+    """What is said of files that were timed beside these yardsticks."""
+    records = [record for record in samples.matrix(data=("gtsrb",), seeds=1) if isinstance(record, BehaviourRecord)]
+    timed = samples.latencies(records)[: len(yardsticks)]
+    for line, value in zip(timed, yardsticks, strict=True):
+        line["yardstick_ms"] = None if value is None else {"value": value, "low": value, "high": value}
+    results = read_results(samples.write(folder, records, timed=timed))
+    return " ".join(omissions(summarise(results, Cohort(results.records))))
+
+
+def test_page_says_when_files_were_timed_at_different_paces(tmp_path: Path) -> None:
+    assert "yardstick" not in paces(tmp_path, 0.25, 0.27)
+    differ = (
+        "files were timed while the machine ran at different paces (yardstick 0.250 to 0.280 ms): compare multiples of "
+        "the yardstick, not milliseconds."
+    )
+    assert differ in paces(tmp_path, 0.25, 0.28)
+    assert differ in paces(tmp_path, 0.28, None, 0.25)
+
+
+def test_page_says_when_nobody_knows_the_pace(tmp_path: Path) -> None:
+    told = paces(tmp_path, None, 0.25, None)
+    assert "Files timed without a yardstick: 2. Whether the machine ran at one pace is unknown" in told
+    assert "different paces" not in told
 
 
 def test_latency_of_an_unknown_file_is_in_no_table(tmp_path: Path) -> None:
