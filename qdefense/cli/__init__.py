@@ -80,7 +80,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
-    for ending in (signal.SIGTERM, signal.SIGHUP):
+    for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
         if signal.getsignal(ending) is signal.SIG_DFL:  # nohup's choice stands
             signal.signal(ending, _interrupt)
     sys.exit(run(sys.argv[1:]))
