@@ -248,9 +248,14 @@ class Watched:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            # a shell's background jobs ignore SIGINT, and so would the tests run in one
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+            preexec_fn=_as_in_a_shell,  # noqa: PLW1509
         )
+
+
+def _as_in_a_shell() -> None:
+    """A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the tests run in one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def outside_volatile(text: bytes) -> bytes:
