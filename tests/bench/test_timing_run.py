@@ -16,6 +16,7 @@ from qdefense.bench.cells import plan_cells
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.making import replica_of
 from qdefense.bench.matrix import read_matrix
+from qdefense.bench.measuring import Bench, fit_filter
 from qdefense.bench.plots import cost_charts, series_of
 from qdefense.bench.running import sources_of
 from qdefense.bench.sheets import sheets_of
@@ -24,7 +25,8 @@ from qdefense.bench.summary import BenchReport, read_results, summarise
 from qdefense.bench.timing_records import PLAIN, FileLatency, PeakMemory
 from qdefense.cli import run
 from qdefense.data.npz import SPLIT_KEYS
-from qdefense.findings import Verdict
+from qdefense.defenses import FittedFilter
+from qdefense.findings import Finding, Verdict
 from qdefense.session import SessionError
 
 from ..defenses.filters.corner_nets import images, network  # noqa: TID252 (networks in closed form)
@@ -135,6 +137,24 @@ def test_times_the_first_network_plain_and_behind_every_filter_that_can_be_fitte
     assert f"{TITLE}: strip:overlays=100 is left out: {TOO_FEW}" in errors
     assert f"not measured: {TITLE}/strip:overlays=100: {TOO_FEW}" in out
     assert (bench.results / RECORDS).read_bytes() == before
+
+
+def test_a_filter_is_fitted_on_few_images_or_on_all_where_few_do_not_do(
+    bench: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[tuple[str, int]] = []
+
+    def watched(laid: Bench) -> FittedFilter | Finding:
+        asked = laid.task.trial.cell.defense
+        assert asked is not None
+        fits.append((asked.text, len(laid.seen)))
+        return fit_filter(laid)
+
+    monkeypatch.setattr("qdefense.bench.timing_run.fit_filter", watched)
+    monkeypatch.setattr("qdefense.bench.timing_run.FITTED_IMAGES", 130)
+    timed(bench)
+    few, many = ("strip:overlays=20", 130), ("strip:overlays=100", 160)
+    assert fits == [few, ("strip:overlays=100", 130), many, few]  # and once more for the memory of what could be fitted
 
 
 def test_a_damaged_file_is_told_and_not_timed(bench: Desk, capfd: Capture) -> None:
