@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,14 @@ from qdefense.registry import Registry
 
 REGISTRY = Registry("gadget", "{package}")
 """
+
+
+@pytest.mark.parametrize("registry", ["qdefense.defenses.DEFENSES", "qdefense.attacks.ATTACKS"])
+def test_nobody_waits_for_libraries_that_one_of_all_entries_needs(registry: str) -> None:
+    module, _, name = registry.rpartition(".")
+    loaded = "bool({'sklearn', 'scipy'} & set(sys.modules))"
+    code = f"import sys; from {module} import {name}; {name}.names(); sys.exit({loaded})"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False, timeout=120).returncode == 0
 
 
 @pytest.fixture

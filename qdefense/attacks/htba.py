@@ -29,7 +29,6 @@ import torch
 from PIL import Image
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as settings
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from qdefense.attacks.badnets import PatchTrigger, require_room
@@ -116,6 +115,8 @@ class HiddenTrigger:
         return shuffled(dataset, rng, images=images, labels=dataset.labels, poisons=rows)
 
     def _collided(self, images: ImageSet, stamped: Pixels, surrogate: Surrogate) -> Pixels:
+        from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 (a second, which no other attack should wait for)
+
         with one_thread():
             goals = surrogate.features(torch.from_numpy(stamped))
 

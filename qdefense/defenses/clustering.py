@@ -6,9 +6,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn import config_context
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
 
 from qdefense.defenses.spectra import Matrix, principal_coordinates
 
@@ -70,6 +67,8 @@ def two_clusters(points: Matrix, *, starts: int, seed: int) -> Clusters:
         starts: of k-means; the one with the smallest distances to its centres counts.
         seed: of the starts, and of the sample for the silhouette.
     """
+    from sklearn.cluster import KMeans  # noqa: PLC0415 (seconds, which no other defense should wait for)
+
     fitted = KMeans(n_clusters=2, n_init=starts, random_state=seed).fit(points)
     smaller = fitted.labels_ == np.argmin(np.bincount(fitted.labels_, minlength=2))
     distances = fitted.transform(points)
@@ -83,6 +82,9 @@ def two_clusters(points: Matrix, *, starts: int, seed: int) -> Clusters:
 
 
 def _silhouette(points: Matrix, smaller: NDArray[np.bool_], seed: int) -> float:
+    from sklearn import config_context  # noqa: PLC0415
+    from sklearn.metrics import silhouette_score  # noqa: PLC0415
+
     rows = np.random.default_rng(seed).permutation(len(points))[:SILHOUETTE_ROWS]
     rows = np.union1d(rows, np.flatnonzero(smaller)[:2])  # one cluster alone has no silhouette
     with config_context(working_memory=_MEBIBYTES):

@@ -134,6 +134,8 @@ class ActivationClustering:
             if self.asks_reference:
                 _check_reference(evidence)
             training = read_training_set(evidence, self.name)
+            import sklearn.cluster  # noqa: F401, PLC0415 (a limit holds for the libraries that are loaded)
+
             with threadpool_limits(1):  # the order of sums, and so the report, must not depend on the threads
                 scored = self._score_classes(training, evidence)
         except NoFeaturesError as error:
