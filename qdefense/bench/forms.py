@@ -255,8 +255,8 @@ LATENCY = Form(
     ),
     empty="No latency was measured: `qdefense bench --latency` writes latency.jsonl.",
     columns=(
-        *("variant", "attack", "file", "seed", "p50", "p90", "p99", "added"),
-        *("images per second", "images a call", "peak memory", "load", "yardstick", "runtime"),
+        *("variant", "attack", "file", "seed", "p50", "p90", "p99", "added", "yardstick"),
+        *("images per second", "images a call", "peak memory", "load", "runtime"),
     ),
 )
 UNANSWERED = Form(

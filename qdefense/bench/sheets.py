@@ -387,9 +387,9 @@ def _latency_cells(row: LatencyRow) -> list[Cell]:
         *_text(row.variant, row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, "", "session")),
         *_text(row.seed, *map(rounded, (row.p50_ms, row.p90_ms, row.p99_ms)), _interval(row.added_ms, "+")),
+        *_text(NOTHING if row.yardstick_ms is None else rounded(row.yardstick_ms)),
         *_text(_interval(row.rows_per_second), row.offline_rows, peak),
-        *_text(NOTHING if row.load is None else f"{row.load[0]:.1f} to {row.load[1]:.1f}"),
-        *_text(NOTHING if row.yardstick_ms is None else rounded(row.yardstick_ms), row.runtime),
+        *_text(NOTHING if row.load is None else f"{row.load[0]:.1f} to {row.load[1]:.1f}", row.runtime),
     ]
 
 
