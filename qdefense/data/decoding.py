@@ -79,9 +79,10 @@ def decode(file: BinaryIO, name: str, *, upright: bool = False) -> Decoded:
 
 def _has_16_bits(image: Image.Image) -> bool:
     """Whether Pillow would cut colours to 8 bits a channel without a word; how they lie in the file tells."""
+    layouts = [(tile.codec_name, tile.args) for tile in getattr(image, "tile", [])]
     return any(
-        tile.args[1] > 255 if tile.codec_name == "ppm" else str(tile.args).endswith(";16B")
-        for tile in getattr(image, "tile", [])
+        args[1] > 255 if codec in {"ppm", "ppm_plain"} and isinstance(args, tuple) else str(args).endswith(";16B")
+        for codec, args in layouts
     )
 
 

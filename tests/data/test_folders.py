@@ -268,6 +268,7 @@ def png_of_16_bits(channels: int, colour_type: int) -> bytes:
         pytest.param("1.png", png_of_16_bits(4, 6), id="RGBA"),
         pytest.param("1.png", png_of_16_bits(2, 4), id="gray with alpha"),
         pytest.param("1.ppm", b"P6 4 4 65535\n" + b"\x12\x80" * 48, id="PPM"),
+        pytest.param("1.ppm", b"P3 4 4 65535\n" + b"4736 " * 48, id="plain PPM"),
     ],
 )
 def test_load_folders_refuses_colours_of_16_bits_that_pillow_would_cut(
@@ -280,12 +281,22 @@ def test_load_folders_refuses_colours_of_16_bits_that_pillow_would_cut(
         load(tmp_path)
 
 
-def test_load_folders_reads_a_ppm_of_8_bits(tmp_path: Path, write_image: WriteImage) -> None:
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        pytest.param(b"P6 4 4 100\n" + b"\x32" * 48, 128, id="PPM"),
+        pytest.param(b"P3 4 4 255\n" + b"50 " * 48, 50, id="plain PPM"),
+        pytest.param(b"P1 4 4\n" + b"1 " * 16, 0, id="plain bits"),
+    ],
+)
+def test_load_folders_reads_portable_maps_of_8_bits(
+    tmp_path: Path, write_image: WriteImage, body: bytes, value: int
+) -> None:
     write_classes(tmp_path, write_image)
     for path in tmp_path.rglob("*.png"):
-        path.with_suffix(".ppm").write_bytes(b"P6 4 4 100\n" + b"\x32" * 48)
+        path.with_suffix(".ppm").write_bytes(body)
         path.unlink()
-    assert np.all(load(tmp_path).images == 128)
+    assert np.all(load(tmp_path).images == value)
 
 
 def test_load_folders_counts_the_others_when_several_images_are_broken(
