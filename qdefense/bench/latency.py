@@ -90,8 +90,8 @@ def measure_latency(
         profile=session.profile,
         threads=threads,
         seed=seed,
-        single_stream=_scenario(one_by_one, rows=1, rounds=chosen.single_stream, warm_up=chosen.warm_up, seed=seed),
-        offline=_scenario(many, rows=batch, rounds=chosen.offline, warm_up=chosen.warm_up, seed=seed),
+        single_stream=_scenario(one_by_one, rows=1, warm_up=chosen.warm_up, seed=seed),
+        offline=_scenario(many, rows=batch, warm_up=chosen.warm_up, seed=seed),
         machine=Machine(runtime=runtime(), cpus=_cpus(), load_before=before, load_after=psutil.getloadavg()),
         yardstick_ms=_interval(pace),
     )
@@ -158,11 +158,11 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def _scenario(spent: Mapping[str, Timings], *, rows: int, rounds: int, warm_up: int, seed: int) -> Scenario:
+def _scenario(spent: Mapping[str, Timings], *, rows: int, warm_up: int, seed: int) -> Scenario:
     base, *others = spent
     return Scenario(
         rows=rows,
-        rounds=rounds,
+        rounds=len(spent[base].wall),
         warm_up=warm_up,
         variants=tuple(_timing(name, timings, rows, seed) for name, timings in spent.items()),
         added=tuple(

@@ -133,7 +133,8 @@ class SpectralSignatures:
         if problem is not None:
             return Verdict.NOT_MEASURED, f"ranks only: {problem}"
         if self.threshold is not None:
-            highest = told_beside(result.score or 0, self.threshold)
+            assert result.score is not None  # noqa: S101 (there is an index, or a problem)
+            highest = told_beside(result.score, self.threshold)
             return judge(result.classes, f"no class has an index above {self.threshold:g}; highest {highest}")
         foremost = next(entry for entry in result.classes if entry.score == result.score)
         return Verdict.NOT_MEASURED, (
