@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils import deterministic
 
+import qdefense.training
 from qdefense.attacks import BatchAttack, DataAttack, PoisonedSet
 from qdefense.attacks.badnets import BadNets, PatchTrigger
 from qdefense.attacks.interfaces import LabelPolicy
@@ -62,6 +65,22 @@ def test_train_gives_the_same_bits_when_the_process_has_other_threads(make_noise
     assert _weights(first) == _weights(second)
 
 
+@pytest.mark.parametrize("architecture", ["resnet8", "preactresnet18", "mobilenetv2"])
+def test_train_reads_no_memory_before_it_is_written(
+    make_noise: MakeNoise, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained() -> bytes:
+        recipe = replace(RECIPE, epochs=1, batch_size=8)
+        return _weights(
+            train(make_noise(16), architecture=architecture, recipe=recipe, attack=None, seed=0, width=8, threads=1)
+        )
+
+    unfilled = trained()
+    # torch's own switch stays on, and memory that no operator has written yet holds NaN
+    monkeypatch.setattr(qdefense.training, "deterministic", SimpleNamespace(fill_uninitialized_memory=True))
+    assert trained() == unfilled
+
+
 @pytest.mark.parametrize("diverges", [False, True])
 @pytest.mark.parametrize(("strict", "lenient"), [(False, False), (True, False), (True, True)])
 def test_train_restores_the_state_of_torch(make_noise: MakeNoise, strict: bool, lenient: bool, diverges: bool) -> None:
@@ -80,6 +99,7 @@ def test_train_restores_the_state_of_torch(make_noise: MakeNoise, strict: bool, 
             assert torch.equal(torch.random.get_rng_state(), generator)
             assert torch.get_num_threads() == 3
         assert torch.are_deterministic_algorithms_enabled() is strict
+        assert deterministic.fill_uninitialized_memory
         assert torch.is_deterministic_algorithms_warn_only_enabled() is lenient
     finally:
         torch.use_deterministic_algorithms(False)
