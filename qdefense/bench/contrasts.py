@@ -43,14 +43,17 @@ class ContrastRow(Row):
     defense: str | None
     access: Access
     figure: str
-    fp32: Spread
-    value: Spread
-    difference: Difference
+    fp32: Spread | None
+    value: Spread | None
+    difference: Difference | None
+    """Null where no network has the figure on both files."""
     unpaired: int
     """Files that stand beside an FP32 file which they were not made of, as far as records say: in no figure."""
     alarms_lost: int | None
     """Networks whose FP32 file raised the alarm and whose quantized file was called clean; null where none is asked."""
     alarms_gained: int | None
+    answers_lost: int | None = None
+    """Networks that the defense has an answer for in FP32 and none once quantized: in no figure, and no alarm lost."""
 
 
 class Step(Row):
@@ -61,7 +64,7 @@ class Step(Row):
     auroc: float | None
     """Of a scan: active files against clean twins."""
     figure: Spread | None
-    """Of a scan: its score; of the others: AUROC of samples or inputs."""
+    """Of a scan: its score; of the others: AUROC of rows within their label, or of inputs."""
 
 
 class GapRow(Row):
@@ -94,7 +97,7 @@ class GapRow(Row):
 
 _FIGURES: dict[str, tuple[str, Callable[[DefenseRecord], float | None]]] = {
     "scan": ("score", score_of),
-    "dataset": ("AUROC of rows", auroc_of),
+    "dataset": ("AUROC within the label", auroc_of),
     "filter": ("AUROC of inputs", auroc_of),
 }
 
@@ -107,17 +110,16 @@ _JUDGED = frozenset({Activity.ACTIVE, Activity.CLEAN})
 
 def contrast_rows(cohort: Cohort) -> tuple[ContrastRow, ...]:
     """Behaviour, then every scan and filter; a network counts where both its files are there, and active or clean."""
-    rows: list[ContrastRow] = []
+    rows: list[ContrastRow | None] = []
     for setting in sorted(cohort.behaviours, key=rank_of):
         fp32, files = cohort.behaviours.get(cohort.baseline(setting), ()), cohort.behaviours[setting]
         pairs, lone = _descended(cohort, fp32, files), _unpaired(cohort, fp32, files)
         for name, figure in _BEHAVIOUR.items():
             figures = [(figure(one), figure(other)) for one, other in pairs]
-            rows += _contrast(setting, None, "session", name, figures, lone)
+            rows.append(_contrast(setting, None, "session", name, figures, lone))
     for kind, (name, of) in _FIGURES.items():
-        for subject in subjects_of(cohort, kind):
-            rows += _defense_contrast(cohort, subject, name, of)
-    return tuple(rows)
+        rows += (_defense_contrast(cohort, subject, name, of) for subject in subjects_of(cohort, kind))
+    return tuple(row for row in rows if row is not None)
 
 
 _BEHAVIOUR: dict[str, Callable[[BehaviourRecord], float | None]] = {
@@ -128,19 +130,20 @@ _BEHAVIOUR: dict[str, Callable[[BehaviourRecord], float | None]] = {
 
 def _defense_contrast(
     cohort: Cohort, subject: Subject, name: str, of: Callable[[DefenseRecord], float | None]
-) -> Iterable[ContrastRow]:
+) -> ContrastRow | None:
     base = subject._replace(setting=cohort.baseline(subject.setting))
     fp32, files = cohort.defenses.get(base, ()), cohort.defenses[subject]
-    pairs = [
-        (before, after)
-        for before, after in _descended(cohort, fp32, files)
-        if status_of(before) == status_of(after) == "measured" and {*map(cohort.activity, (before, after))} <= _JUDGED
+    there = [pair for pair in _descended(cohort, fp32, files) if {*map(cohort.activity, pair)} <= _JUDGED]
+    answered = [(before, after) for before, after in there if status_of(before) == "measured"]
+    pairs = [(before, after) for before, after in answered if status_of(after) == "measured"]
+    flips = [
+        (before.verdict is Verdict.BACKDOORED, after.verdict is Verdict.BACKDOORED)
+        for before, after in pairs
+        if {before.verdict, after.verdict} <= _VERDICTS
     ]
     figures = [(of(before), of(after)) for before, after in pairs]
-    judged = [pair for pair in pairs if {pair[0].verdict, pair[1].verdict} <= _VERDICTS]
-    flips = [(before.verdict is Verdict.BACKDOORED, after.verdict is Verdict.BACKDOORED) for before, after in judged]
-    lone = _unpaired(cohort, fp32, files)
-    return _contrast(subject.setting, subject.defense, subject.access, name, figures, lone, flips or None)
+    lone, lost = _unpaired(cohort, fp32, files), len(answered) - len(pairs)
+    return _contrast(subject.setting, subject.defense, subject.access, name, figures, lone, flips, lost)
 
 
 def _contrast(
@@ -150,24 +153,25 @@ def _contrast(
     name: str,
     figures: Sequence[tuple[float | None, float | None]],
     lone: int,
-    flips: Sequence[tuple[bool, bool]] | None = None,
-) -> Iterable[ContrastRow]:
+    flips: Sequence[tuple[bool, bool]] = (),
+    answers_lost: int | None = None,
+) -> ContrastRow | None:
+    """``None`` of FP32 files, and where there is nothing to tell."""
     whole = [pair for pair in figures if is_known(pair[0]) and is_known(pair[1])]
-    change = difference(whole)
-    before, after = spread(one for one, _ in whole), spread(other for _, other in whole)
-    if setting.precision == FP32 or change is None or before is None or after is None:
-        return
-    yield ContrastRow(
+    if setting.precision == FP32 or not (whole or answers_lost):
+        return None
+    return ContrastRow(
         setting=setting,
         defense=defense,
         access=access,
         figure=name,
-        fp32=before,
-        value=after,
-        difference=change,
+        fp32=spread(one for one, _ in whole),
+        value=spread(other for _, other in whole),
+        difference=difference(whole),
         unpaired=lone,
-        alarms_lost=None if flips is None else sum(before and not after for before, after in flips),
-        alarms_gained=None if flips is None else sum(after and not before for before, after in flips),
+        alarms_lost=sum(before and not after for before, after in flips) if flips else None,
+        alarms_gained=sum(after and not before for before, after in flips) if flips else None,
+        answers_lost=answers_lost,
     )
 
 

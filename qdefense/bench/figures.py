@@ -13,12 +13,17 @@ _VERY_MANY = 200
 
 
 def counted(rate: Proportion | None) -> str:
-    """``3/3 [0.44, 1.00]``; of many, the rate as well: ``1,467/1,500 = 0.978 [0.969, 0.984]``."""
+    """``3/3 [0.44, 1.00]``; of many, the rate as well: ``1,467/1,500 = 0.978 [0.969, 0.984]``.
+
+    Rows and inputs of several networks: ``1,069/1,416 = 0.755 (0.689 to 0.811)``, lowest and highest network.
+    """
     if rate is None:
         return NOTHING
     digits = 3 if rate.n > _VERY_MANY else 2
     value = f" = {rate.value:.{digits}f}" if rate.n > _MANY else ""
-    return f"{rate.hits:,}/{rate.n:,}{value} [{rate.low:.{digits}f}, {rate.high:.{digits}f}]"
+    low, high = (f"{margin:.{digits}f}" for margin in rate.margins)
+    beside = f"[{low}, {high}]" if rate.networks == 1 else f"({low} to {high})"
+    return f"{rate.hits:,}/{rate.n:,}{value} {beside}"
 
 
 def percents(figure: Spread | None) -> str:

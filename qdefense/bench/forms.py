@@ -30,12 +30,14 @@ MATRIX = Form(
     id="matrix",
     title="The matrix",
     notes=(
-        "AUROC of a scan is of active files against clean networks at the same precision; of a dataset scan and a "
-        "filter it is of rows and inputs, mean over networks (lowest to highest). TPR is of active files and what "
-        "belongs to them, FPR of clean: hits/n [Wilson interval, 95 %]. A repair has no AUROC: it shows ASR and clean "
-        "accuracy before and after. Every cell links to its records.",
-        "Few networks say little: 3 of 3 have an interval of [0.44, 1.00], and 0 of 3 one of [0.00, 0.56]. Counts of "
-        "rows and inputs are pooled over networks; those of one network are not independent of each other.",
+        "AUROC of a scan is of active files against clean networks at the same precision; of a filter it is of inputs, "
+        "of a dataset scan of the rows within the label that the poison has, mean over networks (lowest to highest). "
+        "TPR is of active files and what belongs to them, FPR of clean: of files and of one network hits/n [Wilson "
+        "interval, 95 %], of the rows or inputs of several networks (lowest to highest). A repair has no AUROC: it "
+        "shows ASR and clean accuracy before and after. Every cell links to its records.",
+        "Few networks say little: 3 of 3 have an interval of [0.44, 1.00], and 0 of 3 one of [0.00, 0.56]. Rows and "
+        "inputs of one network are not independent of each other, and the clean ones are the same for all networks: "
+        "no interval of theirs is that of another network.",
     ),
     empty="No defense was run.",
     columns=("defense", "attack"),
@@ -98,15 +100,18 @@ SCANS = Form(
     ),
 )
 _POOLED = (
-    "AUROC: mean over networks (lowest to highest). TPR and FPR: counts pooled over networks. {} of one network are "
-    "not independent of each other, so that these intervals are too narrow for another network: see the range."
+    "AUROC: mean over networks (lowest to highest). TPR and FPR: of one network hits/n [Wilson interval, 95 %]; counts "
+    "of several are pooled, with the lowest and the highest network. {} of one network are not independent of each "
+    "other, so that no interval of theirs is that of another network."
 )
 DATASET_SCANS = Form(
     id="dataset-scans",
     title="Dataset scans",
     notes=(
         "Rows of the training set, poisoned against clean, of networks whose file is active. " + _POOLED.format("Rows"),
-        "Within: only rows with a label that poisons have, each against rows of its own label. Top: of these, the "
+        "Within: only rows with a label that poisons have, each against rows of its own label. Scores are made within "
+        "a label: the AUROC of all rows compares what no method claims to compare. Attenuated, dormant: within. Top: "
+        "of the rows within, the "
         "rows with the highest scores, 1.5 times as many as there are poisons; recall is the share of the poisons "
         "with a score among them, precision the share of them that is poison, at most 2/3. Rows without a score are "
         "in no rate. Alarms: files whose training set was called poisoned.",
@@ -191,11 +196,22 @@ CONTRASTS = Form(
         "reaches 4.3 standard errors to each side, and a rate of 3 of 3 has a Wilson interval of [0.44, 1] at best. A "
         "bootstrap would look far surer than three networks are.",
         "Alarms lost and gained: networks whose two files got different verdicts; none is counted where a method only "
-        "ranks. Unpaired: files that were not made of the FP32 file beside them, as where the network was trained "
-        "again; they are in no difference.",
+        "ranks. Answers lost: networks that the defense could measure in FP32 and no longer once quantized. Unpaired: "
+        "files that were not made of the FP32 file beside them, as where the network was trained again. Neither are in "
+        "any difference.",
     ),
     empty="No network has both an FP32 and a quantized file with a figure.",
-    columns=(*_ROW, "figure", "networks", "FP32", "quantized", "difference", "alarms lost", "alarms gained"),
+    columns=(
+        *_ROW,
+        "figure",
+        "networks",
+        "FP32",
+        "quantized",
+        "difference",
+        "alarms lost",
+        "alarms gained",
+        "answers lost",
+    ),
 )
 GAPS = Form(
     id="gaps",
@@ -203,7 +219,8 @@ GAPS = Form(
     notes=(
         "The same networks, of an attack those whose quantized file is active: the defense on the FP32 file, on the "
         "shadow of the quantized file, on the quantized file itself, and on it without any gradients. Each column: "
-        "trials with an answer, alarms, AUROC, and the figure that is lost: a scan's score, else AUROC per network.",
+        "trials with an answer, alarms, AUROC, and the figure that is lost: a scan's score, else AUROC per network (of "
+        "rows within their label).",
         "Signal loss is the fall of that figure from the FP32 session to the quantized session: the numeric loss (to "
         "the shadow) and the runtime loss (from the shadow to the session) together. API loss is what the missing "
         "gradients alone take: files measured on the session and, for want of gradients, no longer. Losses are "

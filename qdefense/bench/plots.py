@@ -172,7 +172,7 @@ def _filter_points(report: BenchReport) -> dict[str, list[_Point]]:
             y = (row.auroc.mean, row.auroc.low, row.auroc.high)
             points["AUROC"].append(_point(row.setting, name, added, y))
         if added is not None and row.access == "session" and row.tpr is not None:
-            points["TPR"].append(_point(row.setting, name, added, (row.tpr.value, row.tpr.low, row.tpr.high)))
+            points["TPR"].append(_point(row.setting, name, added, (row.tpr.value, *row.tpr.margins)))
     return points
 
 

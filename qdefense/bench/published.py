@@ -130,9 +130,7 @@ def published_rows(cohort: Cohort) -> tuple[PublishedRow, ...]:
 def _row(subject: Subject, records: Sequence[DefenseRecord]) -> PublishedRow:
     told = [_fires(record) for record in records]
     known = [fires for fires in told if fires is not None]
-    lacking = sum(
-        status_of(record) != "measured" and fires is False for record, fires in zip(records, told, strict=True)
-    )
+    lacking = sum(map(_is_missed_unanswered, records, told))
     return PublishedRow(
         setting=subject.setting,
         defense=subject.defense,
@@ -156,6 +154,11 @@ def _fires(record: DefenseRecord) -> bool | None:
         return None if norms is None else published_neural_cleanse(norms)
     silent = status_of(record) != "measured" or (record.defense == "strip" and _cannot_fire(record))
     return False if silent else None
+
+
+def _is_missed_unanswered(record: DefenseRecord, fires: bool | None) -> bool:
+    """Whether it is for want of an answer that nothing is detected: norms that were found are judged by the rule."""
+    return fires is False and status_of(record) != "measured" and not norms_of(record)
 
 
 def norms_of(record: DefenseRecord) -> list[float] | None:

@@ -155,7 +155,7 @@ def _matrix_cell(row: DefenseRow) -> Cell:
         ]
     else:
         area, told = _area(row)
-        lines = [f"AUROC {told}", f"TPR {counted(row.tpr)}", f"FPR {counted(row.fpr)}"]
+        lines = [told, f"TPR {counted(row.tpr)}", f"FPR {counted(row.fpr)}"]
     if not row.answers.measured:
         lines = [_why_empty(row)]
     return Cell(lines=(*lines, *_lacking(row.answers)), group=group, heat=None if area is None else heat_of(area))
@@ -181,9 +181,12 @@ def _arrow(name: str, before: Spread | None, after: Spread | None) -> str:
 
 
 def _area(row: ScanRow | DatasetRow | FilterRow) -> tuple[float | None, str]:
+    """The AUROC that the tint is of, and how it is told: of a scan with its files, of rows within their label."""
     if isinstance(row, ScanRow):
-        return row.auroc, single(row.auroc, 2)
-    return None if row.auroc is None else row.auroc.mean, decimals(row.auroc, 2)
+        files = "" if row.auroc is None else " of {} and {} files".format(*row.scored)
+        return row.auroc, f"AUROC {single(row.auroc, 2)}{files}"
+    figure, where = (row.within_auroc, " within") if isinstance(row, DatasetRow) else (row.auroc, "")
+    return None if figure is None else figure.mean, f"AUROC{where} {decimals(figure, 2)}"
 
 
 def _lacking(answers: Answers) -> list[str]:
@@ -326,13 +329,16 @@ def _figure_cell(row: BudgetRow, figure: BudgetFigure) -> Cell:
 def _contrast_cells(row: ContrastRow) -> list[Cell]:
     behaviour = row.defense is None
     written = percents if behaviour else decimals
-    flips = (NOTHING if count is None else str(count) for count in (row.alarms_lost, row.alarms_gained))
+    told = (
+        NOTHING if count is None else str(count) for count in (row.alarms_lost, row.alarms_gained, row.answers_lost)
+    )
+    networks = 0 if row.difference is None else row.difference.n
     return [
         *_text("the file itself" if row.defense is None else f"{row.defense}{access_of(row.access)}"),
         *_text(row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, row.defense or "", row.access)),
-        *_text(row.figure, f"{row.difference.n}{_unpaired(row)}", written(row.fp32), written(row.value)),
-        *_text(changed(row.difference, percent=behaviour), *flips),
+        *_text(row.figure, f"{networks}{_unpaired(row)}", written(row.fp32), written(row.value)),
+        *_text(changed(row.difference, percent=behaviour), *told),
     ]
 
 

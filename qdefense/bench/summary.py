@@ -48,8 +48,8 @@ from qdefense.bench.tables import (
 from qdefense.bench.timing_records import FileLatency
 from qdefense.bench.timings import LatencyRow, latency_rows
 
-SCHEMA_VERSION = "1.2"
-"""1.1: ``budgets``."""
+SCHEMA_VERSION = "1.3"
+"""1.1: ``budgets``. 1.3: lowest and highest network of pooled rates, ``answers_lost``, AUROC of rows within a label."""
 
 
 class Missing(Row):

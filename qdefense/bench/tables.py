@@ -37,17 +37,32 @@ class Row(BaseModel):
 
 
 class Proportion(Row):
-    """``hits`` of ``n``, with Wilson's interval of 95 %."""
+    """``hits`` of ``n``, with Wilson's interval of 95 %, which takes them for independent.
+
+    Rows and inputs of several networks are not: a network answers much alike, and its clean ones are the same images.
+    """
 
     hits: int
     n: int
     low: float
     high: float
+    networks: int = 1
+    """Whose rows or inputs are pooled; 1 also of a rate of files."""
+    lowest: float | None = None
+    """The rate of one network, where several are pooled."""
+    highest: float | None = None
 
     @property
     def value(self) -> float:
         """The rate."""
         return self.hits / self.n
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        """What to show beside the rate: the interval, or lowest and highest network where several are pooled."""
+        if self.lowest is None or self.highest is None:
+            return self.low, self.high
+        return self.lowest, self.highest
 
 
 class Spread(Row):
@@ -129,6 +144,7 @@ class DatasetRow(_DefenseRow):
     """A `DatasetScan`; AUROC per network, rates of rows pooled over networks."""
 
     auroc: Spread | None
+    """Of all rows, whatever their label, though scores are made within a label."""
     within_auroc: Spread | None
     tpr: Proportion | None
     fpr: Proportion | None
@@ -175,12 +191,16 @@ def is_known(value: float | None) -> TypeGuard[float]:
 
 def proportion(rates: Iterable[Rate | None]) -> Proportion | None:
     """Counts pooled; ``None`` of nothing."""
-    known = [rate for rate in rates if rate is not None]
-    hits, n = sum(rate.hits for rate in known), sum(rate.n for rate in known)
-    if not n:
+    known = [rate for rate in rates if rate is not None and rate.n]
+    if not known:
         return None
+    hits, n = sum(rate.hits for rate in known), sum(rate.n for rate in known)
     low, high = wilson_interval(hits, n)
-    return Proportion(hits=hits, n=n, low=low, high=high)
+    found = Proportion(hits=hits, n=n, low=low, high=high, networks=len(known))
+    if len(known) == 1:
+        return found
+    values = [rate.hits / rate.n for rate in known]
+    return found.model_copy(update={"lowest": min(values), "highest": max(values)})
 
 
 def _is_first(one: ScanMetrics) -> bool | None:
@@ -387,8 +407,10 @@ def alarms(records: Iterable[DefenseRecord]) -> Proportion | None:
 
 
 def auroc_of(record: DefenseRecord) -> float | None:
-    """The AUROC of samples or inputs; of a scan, which has one score per file, none."""
-    return record.metrics.auroc if isinstance(record.metrics, DatasetMetrics | FilterMetrics) else None
+    """The AUROC of inputs, or of rows within their label, whose scores compare with no other label's."""
+    if isinstance(record.metrics, DatasetMetrics):
+        return record.metrics.within_auroc
+    return record.metrics.auroc if isinstance(record.metrics, FilterMetrics) else None
 
 
 def score_of(record: DefenseRecord) -> float | None:

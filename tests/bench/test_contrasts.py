@@ -82,9 +82,28 @@ def test_contrast_of_a_defense_leaves_out_files_whose_backdoor_quantization_brok
     assert (row.defense, row.difference.n) == ("neural-cleanse", 1)
 
 
-def test_contrast_needs_an_answer_on_both_files() -> None:
-    records = [*pair(0, 0.9, 0.9), scanned(0, "fp32", 3.0), scanned(0, "int4", 3.0, LOST)]
-    assert all(row.defense is None for row in contrast_rows(Cohort(records)))
+def test_contrast_needs_an_answer_on_both_files_and_counts_those_that_quantization_took() -> None:
+    lost = [*pair(0, 0.9, 0.9), scanned(0, "fp32", 3.0), scanned(0, "int4", 3.0, LOST)]
+    *_, row = contrast_rows(Cohort(lost))
+    assert (row.defense, row.difference, row.fp32, row.value) == ("neural-cleanse", None, None, None)
+    assert (row.answers_lost, row.alarms_lost, row.alarms_gained) == (1, None, None)
+    kept = [*pair(1, 0.9, 0.9), scanned(1, "fp32", 3.0), scanned(1, "int4", 3.5)]
+    *_, row = contrast_rows(Cohort([*lost, *kept]))
+    assert row.difference is not None
+    assert (row.difference.n, row.answers_lost, row.alarms_lost) == (1, 1, 0)
+    gained = [*pair(0, 0.9, 0.9), scanned(0, "fp32", 3.0, LOST), scanned(0, "int4", 3.0)]
+    assert all(row.defense is None for row in contrast_rows(Cohort(gained)))
+
+
+def test_contrast_of_a_dataset_scan_compares_rows_of_one_label() -> None:
+    """Its scores are made within a label: the order of all rows is nobody's claim."""
+    records: list[Record] = [record for seed in range(2) for record in pair(seed, 0.9, 0.9)]
+    for scheme, within, pooled in (("fp32", 0.6, 0.9), ("int4", 0.8, 0.5)):
+        metrics = DatasetMetrics(auroc=pooled, within_auroc=within, fpr=Rate(hits=0, n=9000))
+        records += [defense(network("badnets", seed), scheme, metrics, name="ac", kind="dataset") for seed in range(2)]
+    *_, row = contrast_rows(Cohort(records))
+    assert row.difference is not None
+    assert (row.figure, row.difference.mean) == ("AUROC within the label", pytest.approx(0.2))
 
 
 def retrained(seed: int) -> list[Record]:

@@ -93,6 +93,12 @@ def test_published_row_in_part_decided_by_the_criterion() -> None:
     assert row.decided_by == "the criterion alone, in part"
 
 
+def test_published_rule_judges_norms_whatever_was_made_of_them_here() -> None:
+    """A scan whose norms scatter is not measured here, and has them all: nothing is missed for want of an answer."""
+    (row,) = published_rows(Cohort([scan([70.0, 90.0, 95.0, 120.0, 150.0], Verdict.NOT_MEASURED)]))  # type: ignore[list-item]
+    assert (row.answers.not_measured, row.detected, row.counted_as_missed, row.decided_by) == (1, 0, 0, "the norms")
+
+
 @pytest.mark.parametrize(
     ("n", "detected", "decider"), [(1000, 0, "the criterion alone"), (5, None, "not in the records")]
 )

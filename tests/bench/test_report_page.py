@@ -54,6 +54,18 @@ def test_counted_says_counts_and_interval() -> None:
     assert counted(None) == "n/a"
 
 
+def test_counted_says_the_range_of_networks_in_place_of_an_interval() -> None:
+    told = counted(proportion([Rate(hits=382, n=500), Rate(hits=345, n=500)]))
+    assert told == "727/1,000 = 0.727 (0.690 to 0.764)"
+
+
+def test_matrix_says_what_its_aurocs_are_of(tree: Element) -> None:
+    (table, *_) = (one for one in tree.all("table") if one.attributes.get("class") == "matrix")
+    told = {kind: [cell.text for cell in table.all("td") if kind in cell.text] for kind in (" files", "AUROC within")}
+    assert all(re.search(r"AUROC \d\.\d\d of \d and \d files", text) for text in told[" files"])
+    assert all(told.values())
+
+
 def test_means_say_their_range_where_there_is_one() -> None:
     assert percents(Spread(mean=0.979, low=0.971, high=0.985, n=3)) == "97.9 % (97.1 to 98.5)"
     assert decimals(Spread(mean=0.979, low=0.979, high=0.979, n=1)) == "0.979"

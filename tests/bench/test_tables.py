@@ -85,6 +85,17 @@ def test_proportion_pools_counts_and_has_the_wilson_interval_of_three_of_three()
     assert (pooled.low, pooled.high) == (pytest.approx(0.4385, abs=1e-4), 1.0)
 
 
+def test_proportion_of_several_networks_has_the_lowest_and_the_highest_and_shows_no_interval() -> None:
+    pooled = proportion([Rate(hits=0, n=500), Rate(hits=500, n=500), Rate(hits=0, n=0), None])
+    assert pooled is not None
+    assert (pooled.hits, pooled.n, pooled.networks) == (500, 1000, 2)
+    assert pooled.margins == (pooled.lowest, pooled.highest) == (0.0, 1.0)
+    alone = proportion([Rate(hits=250, n=500)])
+    assert alone is not None
+    assert (alone.networks, alone.lowest, alone.highest) == (1, None, None)
+    assert alone.margins == (alone.low, alone.high) == (pytest.approx(0.4563, abs=1e-4), pytest.approx(0.5437, abs=1e-4))
+
+
 def test_rates_and_means_of_nothing_are_none() -> None:
     assert proportion([]) is None
     assert proportion([None, Rate(hits=0, n=0)]) is None
