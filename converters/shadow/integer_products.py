@@ -17,7 +17,7 @@ from qdefense.converters.shadow.convolutions import convolve
 from qdefense.converters.shadow.registry import Mode, Node
 from qdefense.converters.shadow.rounding import Range, inside, round_product, value_of
 from qdefense.converters.shadow.saturation import OverflowingPairs, overflowing_pairs, saturation_error
-from qdefense.converters.shadow.windows import Window
+from qdefense.converters.shadow.windows import Window, slid
 
 # float32 holds every integer up to here, so a sum whose terms stay below it is exact in any order
 _EXACT_IN_FLOAT32 = 2**24
@@ -121,11 +121,9 @@ class IntegerConvolution:
 def _patches(codes: Tensor, sliding: Window) -> Tensor:
     """What each output sees of padded codes, in the order of the kernels: ((kh, kw, cin), (N, out...))."""
     rank = len(sliding.kernel)
-    for axis, (extent, stride, dilation) in enumerate(zip(sliding.extent, sliding.strides, sliding.dilations)):
-        codes = codes.unfold(2 + axis, extent, stride)[..., ::dilation]
     outputs, cells = range(2, 2 + rank), range(2 + rank, 2 + 2 * rank)
     depth = math.prod(sliding.kernel) * codes.shape[1]
-    return codes.permute(*cells, 1, 0, *outputs).reshape(depth, -1)
+    return slid(codes, sliding).permute(*cells, 1, 0, *outputs).reshape(depth, -1)
 
 
 class _ConvolveAndRound(Function):

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from onnx import helper
 from torch import Tensor
-from torch.nn import functional
 
 from qdefense.converters.lone_operator import run_alone
-from qdefense.converters.shadow.windows import Window
+from qdefense.converters.shadow.windows import Window, slid
 
 _BLOCKS = (16, 8)
 _POINTWISE_CHANNELS = 128
@@ -161,23 +160,24 @@ def _as_product(x: Tensor, weight: Tensor, sliding: Window, groups: int) -> Tens
     matrices = weight.flatten(1).chunk(groups)
     rows = []
     for part in torch.split(x, images):
-        windows = [
-            functional.unfold(group, sliding.kernel, sliding.dilations, 0, sliding.strides)
-            for group in part.chunk(groups, 1)
-        ]
-        rows.append(torch.cat([_product(*pair) for pair in zip(matrices, windows, strict=True)], 1))
+        windows = [_windows(group, sliding) for group in part.contiguous().chunk(groups, 1)]
+        sums = torch.cat([_product(*pair, columns) for pair in zip(matrices, windows, strict=True)])
+        rows.append(sums.reshape(len(weight), len(part), columns).movedim(1, 0))
     return torch.cat(rows).reshape(len(x), len(weight), *sizes)
 
 
-def _product(matrix: Tensor, windows: Tensor) -> Tensor:
-    """(O, K) times (N, K, L), the sums of `_depth_at_once` products each added as one."""
-    columns = windows.shape[2]
+def _windows(x: Tensor, sliding: Window) -> Tensor:
+    """What each place of padded images sees: (C kh kw, N oh ow)."""
+    seen = slid(x, sliding).permute(1, 4, 5, 0, 2, 3)
+    return seen.reshape(math.prod(seen.shape[:3]), -1)
+
+
+def _product(matrix: Tensor, windows: Tensor, columns: int) -> Tensor:
+    """(O, K) times (K, N L) of N images with L = `columns` places, `_depth_at_once` products of a sum added as one."""
     depth = _depth_at_once(columns, matrix.shape[1])
-    flat = windows.movedim(1, 0).flatten(1)
-    pairs = zip(torch.split(matrix, depth, 1), torch.split(flat, depth), strict=True)
+    pairs = zip(torch.split(matrix, depth, 1), torch.split(windows, depth), strict=True)
     chained = _quads if len(matrix) == 1 and matrix.shape[1] % _QUAD <= 1 else _chain
-    sums = _added([chained(left, right) for left, right in pairs])
-    return sums.reshape(len(sums), len(windows), columns).movedim(1, 0)
+    return _added([chained(left, right) for left, right in pairs])
 
 
 def _depth_at_once(columns: int, depth: int) -> int:

@@ -74,6 +74,15 @@ class Window:
         return tuple(found)
 
 
+def slid(x: Tensor, sliding: Window) -> Tensor:
+    """What the window sees at each place of padded `x`: (N, C, ...), a view of shape (N, C, outputs..., kernel...)."""
+    for axis, (extent, stride, dilation) in enumerate(
+        zip(sliding.extent, sliding.strides, sliding.dilations, strict=True)
+    ):
+        x = x.unfold(2 + axis, extent, stride)[..., ::dilation]
+    return x
+
+
 def window(node: Node, kernel: Sequence[int] | None = None) -> Window:
     """The window of a node; convolutions take the kernel's size from their weights.
 
