@@ -8,7 +8,7 @@ import numpy as np
 
 from qdefense.artifact import Artifact
 from qdefense.data.images import ImageSet
-from qdefense.rates import MIN_SKILL, skill
+from qdefense.rates import MIN_SKILL, chance_of, skill
 from qdefense.session import DeployedSession, profile_for
 
 
@@ -55,10 +55,11 @@ def accuracy_drop(before: Artifact, after: Artifact, clean: ImageSet) -> Accurac
     drop = AccuracyDrop(
         right_before=count_right(before, clean), right_after=count_right(after, clean), images=len(clean)
     )
-    if skill(drop.before, before.contract.classes) < MIN_SKILL:
+    chance = chance_of(before.contract.classes, clean.labels)
+    if skill(drop.before, chance) < MIN_SKILL:
         raise NotMeasuredError(
             f"the FP32 file is right on {drop.before:.1%} of {len(clean)} images, near chance "
-            f"({1 / before.contract.classes:.1%}), so that a drop could not be seen: wrong labels, order or pixels?"
+            f"({chance:.1%}), so that a drop could not be seen: wrong labels, order or pixels?"
         )
     return drop
 

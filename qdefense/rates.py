@@ -16,10 +16,15 @@ MIN_SKILL = 0.25
 """Below it a model is taken for one that guesses."""
 
 
-def skill(accuracy: float, classes: int) -> float:
-    """How far an accuracy is from guessing to perfect: ``(accuracy - 1/K) / (1 - 1/K)``; needs ``classes >= 2``."""
-    chance = 1 / classes
-    return (accuracy - chance) / (1 - chance)
+def chance_of(classes: int, labels: ArrayLike | None = None) -> float:
+    """What knowing nothing gets right: ``max(1/K, share of the commonest of labels: (N,))``; 1/K without labels."""
+    counts = np.bincount(np.asarray([] if labels is None else labels, dtype=np.int64))
+    return max(1 / classes, int(counts.max(initial=0)) / max(int(counts.sum()), 1))
+
+
+def skill(accuracy: float, chance: float) -> float:
+    """How far an accuracy is from guessing to perfect: ``(accuracy - chance) / (1 - chance)``; 0 where chance is 1."""
+    return (accuracy - chance) / (1 - chance) if chance < 1 else 0.0
 
 
 def conformal_p(score: float, clean: ArrayLike) -> float:

@@ -13,6 +13,7 @@ from qdefense.rates import (
     alarm_rank,
     auroc,
     binomial_tail,
+    chance_of,
     conformal_p,
     least_alarm,
     models_needed,
@@ -178,7 +179,15 @@ def test_a_figure_is_told_on_its_side_of_the_limit(value: float, told: str) -> N
 
 
 def test_skill_runs_from_guessing_to_perfect() -> None:
-    assert [skill(accuracy, 4) for accuracy in (0.25, 0.4375, 1.0, 0.0)] == [0.0, 0.25, 1.0, -1 / 3]
+    assert [skill(accuracy, 1 / 4) for accuracy in (0.25, 0.4375, 1.0, 0.0)] == [0.0, 0.25, 1.0, -1 / 3]
+    assert skill(1.0, 1.0) == 0.0
+
+
+def test_chance_is_what_the_commonest_label_alone_gives() -> None:
+    assert chance_of(4) == chance_of(4, []) == 0.25
+    assert chance_of(4, [0, 1, 2, 3]) == 0.25
+    assert chance_of(4, [2, 2, 2, 3]) == 0.75
+    assert chance_of(2, [1, 1]) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,16 @@ def fit_images(contract: InputContract, clean: ImageSet) -> ImageSet:
     return _renumbered(contract, clean) if contract.named else clean
 
 
+def once_each(clean: ImageSet) -> ImageSet:
+    """The first of images that repeat each other: the others are no evidence, and stand on both sides of a split."""
+    rows = clean.first_appearances
+    if len(rows) == len(clean):
+        return clean
+    note = f"{len(clean) - len(rows):,} of {len(clean):,} images repeat another one and are left out"
+    kept = clean.take(rows)
+    return replace(kept, notes=(*kept.notes, note))
+
+
 def _renumbered(contract: InputContract, clean: ImageSet) -> ImageSet:
     """By name where the names are the same ones; else the numbers are taken to mean the same classes."""
     if clean.class_names == contract.class_names:

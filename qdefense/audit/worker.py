@@ -31,7 +31,7 @@ from qdefense.audit.events import (
     Rewritten,
     Stopped,
 )
-from qdefense.audit.fit import fit_images, labelled_by, resize_for
+from qdefense.audit.fit import fit_images, labelled_by, once_each, resize_for
 from qdefense.audit.gate import INCOMPLETE, REFUSED, USAGE
 from qdefense.audit.provenance import conditions_of, environment
 from qdefense.calibration import (
@@ -191,7 +191,7 @@ class _Loaded:
 def _load(job: Job, data: str, artifact: Artifact, emit: Emit) -> _Loaded:
     """Everything that a user can get wrong, up to the point where the file is let in."""
     read = open_data(data, split=job.split, limit=job.limit, seed=job.seed, resize=resize_for(artifact.contract))
-    clean = fit_images(artifact.contract, read)
+    clean = once_each(fit_images(artifact.contract, read))
     defenses = _create_defenses(job.defenses)
     repairs = [] if job.repair is None else [_create_repair(job.repair)]
     training_set = _training_set(job, artifact.contract, defenses)
@@ -383,7 +383,7 @@ def _check_reading(job: Job, answered: Answered, classes: int) -> None:
         return
     better = answered.candidates[0] if answered.candidates else None
     if better is not None and gain(better) > MISREAD_MARGIN:
-        if skill(better.accuracy, classes) < MIN_SKILL:
+        if skill(better.accuracy, 1 / classes) < MIN_SKILL:
             raise MisreadFileError(
                 f"clean accuracy on {better.images} images is {better.own_accuracy:.1%}, and {better.accuracy:.1%} at "
                 f"best as other files are driven, where guessing gives {1 / classes:.1%}; check the labels and how the "

@@ -9,12 +9,14 @@ from pathlib import Path
 import click
 
 from qdefense.audit.events import Job
+from qdefense.audit.gate import USAGE
 from qdefense.audit.supervisor import run_audit
 from qdefense.calibration import DEFAULT_RATE
 from qdefense.cli.job_options import job_options
 from qdefense.cli.options import NumberRange, output_console, progress_bar, write_json
 from qdefense.cli.outputs import check_output, keep_inputs, keep_weights
-from qdefense.files import write_atomically
+from qdefense.files import reason_of, write_atomically
+from qdefense.report.escaping import harmless, shortened
 from qdefense.report.html import render
 from qdefense.report.model import Report, Subject
 from qdefense.report.text import print_outcome, print_report
@@ -135,8 +137,7 @@ def command(
             command=("qdefense", *sys.argv[1:]),
             verbose=verbose,
         )
-    _write(report, formats or ("table",), output_dir)
-    return report.gate.exit_code
+    return _tell(report, formats or ("table",), output_dir)
 
 
 def _weights_beside(model: Path) -> Iterable[str]:
@@ -167,17 +168,32 @@ def _with_filter(chosen: tuple[str, ...], data: str | None, split: str | None) -
     return chosen if data is None or readers else (*chosen, FILTERS[0])
 
 
-def _write(report: Report, formats: tuple[str, ...], folder: Path | None) -> None:
+def _tell(report: Report, formats: tuple[str, ...], folder: Path | None) -> int:
+    """Write and print; the exit code is the report's, but 2 in place of 0 where it could not be written.
+
+    A folder that went away, or is full, does not take the verdict with it: it is printed all the same.
+    """
     text = report.model_dump_json(indent=2)
+    failure = None
     if folder is not None:
-        write_atomically(folder / REPORT, f"{text}\n".encode())
-        if "html" in formats:
-            write_atomically(folder / PAGE, render(report).encode())
-        elif (folder / PAGE).is_file():  # of an earlier report, which this one has replaced
-            (folder / PAGE).unlink()
-    if "table" in formats:
-        print_report(report, output_console())
-    elif folder is not None:
-        print_outcome(report, output_console())
-    elif folder is None:
+        page = render(report).encode() if "html" in formats else None
+        try:
+            _write(folder, f"{text}\n".encode(), page)
+        except OSError as error:
+            failure = error
+    if folder is None and "table" not in formats:
         write_json(text)
+    else:
+        (print_report if "table" in formats else print_outcome)(report, output_console())
+    if failure is None:
+        return report.gate.exit_code
+    click.echo(f"error: {harmless(shortened(reason_of(failure)))}", err=True)
+    return report.gate.exit_code or USAGE
+
+
+def _write(folder: Path, text: bytes, page: bytes | None) -> None:
+    write_atomically(folder / REPORT, text)
+    if page is not None:
+        write_atomically(folder / PAGE, page)
+    elif (folder / PAGE).is_file():  # of an earlier report, which this one has replaced
+        (folder / PAGE).unlink()

@@ -105,6 +105,12 @@ class ImageSet:
         hasher.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
         return hasher.hexdigest()
 
+    @property
+    def first_appearances(self) -> NDArray[np.int64]:
+        """Rows whose pixels no row before them has, in order."""
+        digests = [hashlib.sha256(image.tobytes()).digest() for image in self.images]
+        return np.sort(np.unique(np.array(digests, dtype="S32"), return_index=True)[1]).astype(np.int64)
+
     def without_labels(self) -> ImageSet:
         """The same images, of which nobody has said what they show."""
         return replace(self, labels=np.full(len(self), -1, dtype=np.int64), class_names=(), labelled=False)

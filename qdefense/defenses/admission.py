@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from qdefense.rates import MIN_SKILL, skill
+from numpy.typing import ArrayLike
+
+from qdefense.rates import MIN_SKILL, chance_of, skill
 
 NOT_FINITE = "the session's logits on clean images are not finite (NaN or infinite weights?)"
 
 
-def near_chance(accuracy: float, classes: int) -> str | None:
-    """Why a file of this clean accuracy cannot be judged: it guesses, or is read wrongly; None where it can."""
-    if skill(accuracy, classes) < MIN_SKILL:
-        return f"clean accuracy {accuracy:.1%} is near chance ({1 / classes:.1%}): wrong labels, order or pixels?"
-    return None
+def near_chance(accuracy: float, classes: int, labels: ArrayLike | None = None) -> str | None:
+    """Why a file of this clean accuracy cannot be judged: it guesses, or is read wrongly; None where it can.
+
+    ``labels: (N,)`` are those that the accuracy is of, None where somebody vouches for it.
+    """
+    chance = chance_of(classes, labels)
+    if skill(accuracy, chance) >= MIN_SKILL:
+        return None
+    if chance > 1 / classes and skill(accuracy, 1 / classes) >= MIN_SKILL:
+        return (
+            f"clean accuracy {accuracy:.1%} is little more than answering the commonest class alone gives "
+            f"({chance:.1%}): give images of all classes"
+        )
+    return f"clean accuracy {accuracy:.1%} is near chance ({1 / classes:.1%}): wrong labels, order or pixels?"

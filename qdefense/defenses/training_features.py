@@ -13,7 +13,7 @@ from qdefense.data.images import ImageSet, Labels
 from qdefense.evidence import Evidence
 from qdefense.features import FeatureError, Features, find_penultimate, penultimate_features
 from qdefense.findings import Verdict
-from qdefense.rates import MIN_SKILL, skill
+from qdefense.rates import MIN_SKILL, chance_of, skill
 from qdefense.session import DeployedSession, Logits
 
 
@@ -112,7 +112,7 @@ def _check(features: Features, logits: Logits, images: ImageSet) -> None:
             Verdict.NOT_MEASURED, f"features or logits of {broken} of {len(images)} training images are not finite"
         )
     accuracy = float(np.mean(logits.argmax(axis=1) == images.labels))
-    if skill(accuracy, len(images.class_names)) < MIN_SKILL:
+    if skill(accuracy, chance_of(len(images.class_names), images.labels)) < MIN_SKILL:
         raise NoFeaturesError(
             Verdict.NOT_MEASURED,
             f"the model agrees with {accuracy:.1%} of the training labels, little more than by chance: it was trained "

@@ -287,7 +287,7 @@ def _near_chance(report: Report) -> Iterator[Step]:
     accuracy, data = report.subject.clean_accuracy, report.subject.data
     if accuracy is None or accuracy.source == "stated" or data is None or data.classes < 2:
         return
-    if skill(accuracy.value, data.classes) < MIN_SKILL:
+    if skill(accuracy.value, 1 / data.classes) < MIN_SKILL:
         yield Step(
             "The model is hardly better than chance on these images. Check that they are of the model's own task, that "
             "the labels are numbered as its classes are, and that pixels reach it as in training."

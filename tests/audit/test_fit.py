@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdefense.audit.fit import fit_images, labelled_by, resize_for
+from qdefense.audit.fit import fit_images, labelled_by, once_each, resize_for
 from qdefense.converters.contract import InputContract
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.resizing import Resize
@@ -103,3 +103,15 @@ def test_labelled_by_takes_the_answers_for_labels_and_stays_marked(images: Image
     found = labelled_by(logits, unlabelled(images), contract())
     assert found.labels.tolist() == [3, 1, 0, 2, 2, 1, 0, 3]
     assert (found.labels.dtype, found.class_names, found.labelled) == (np.int64, NAMES, False)
+
+
+def test_once_each_leaves_out_images_that_repeat_another(images: ImageSet) -> None:
+    assert once_each(images) is images
+    found = once_each(images.take(np.array([3, 1, 3, 0, 1, 3])))
+    np.testing.assert_array_equal(found.images, images.images[[3, 1, 0]])
+    np.testing.assert_array_equal(found.labels, images.labels[[3, 1, 0]])
+    assert found.notes == ("3 of 6 images repeat another one and are left out",)
+
+
+def test_once_each_has_nothing_to_say_of_no_images(images: ImageSet) -> None:
+    assert len(once_each(images.take(np.array([], dtype=np.int64)))) == 0

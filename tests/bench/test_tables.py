@@ -93,7 +93,7 @@ def test_proportion_of_several_networks_has_the_lowest_and_the_highest_and_shows
     alone = proportion([Rate(hits=250, n=500)])
     assert alone is not None
     assert (alone.networks, alone.lowest, alone.highest) == (1, None, None)
-    assert alone.margins == (alone.low, alone.high) == (pytest.approx(0.4563, abs=1e-4), pytest.approx(0.5437, abs=1e-4))
+    assert alone.margins == (alone.low, alone.high) == pytest.approx((0.4563, 0.5437), abs=1e-4)
 
 
 def test_rates_and_means_of_nothing_are_none() -> None:

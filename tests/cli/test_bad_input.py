@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import io
 import json
 import os
-import pathlib
 import pickle
 import re
 import stat
@@ -445,17 +443,6 @@ sys.addaudithook(kill)
 def killed(given: Given) -> list[str]:
     given.worker_runs(KILLED)
     return given.audit()
-
-
-def full(given: Given) -> list[str]:
-    def fill_up(self: Path, data: bytes) -> int:
-        with self.open("wb") as stream:
-            stream.write(data[:10])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-
-    command = given.audit(given.file("model.onnx", ""))
-    given.monkeypatch.setattr(pathlib.Path, "write_bytes", fill_up)
-    return command
 
 
 # --- the cases: what is asked for -------------------------------------------------------------------------------------
@@ -1208,7 +1195,6 @@ case(
     "html and several formats need --output-dir; one text format alone goes to stdout",
     lambda given: [*given.audit(), "--format", "html"],
 )
-case("the disk is full", 2, "{out}/report.json: No space left on device; check the path and its permissions", full)
 case(
     "the file's name is hostile",
     4,

@@ -175,9 +175,12 @@ def test_audit_exits_2_before_any_work_when_a_file_has_the_folders_name(toy: Toy
     assert "is a file." in capfd.readouterr().err
 
 
-def test_audit_exits_2_and_leaves_nothing_half_written_when_the_disk_fills_up(
-    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+@pytest.mark.parametrize(("model", "code", "told"), [("clean", 2, "PASSED"), ("empty", 4, "REFUSED")])
+def test_audit_tells_its_answer_and_leaves_nothing_half_written_when_the_disk_fills_up(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture, model: str, code: int, told: str
 ) -> None:
+    """A verdict is not lost with its report, and no pass is without one."""
+
     def fill_up(self: Path, data: bytes) -> int:
         with self.open("wb") as stream:
             stream.write(data[:10])
@@ -185,11 +188,15 @@ def test_audit_exits_2_and_leaves_nothing_half_written_when_the_disk_fills_up(
 
     empty = tmp_path / "empty.onnx"
     empty.touch()
+    file = {"clean": toy.clean, "empty": empty}[model]
     monkeypatch.setattr(pathlib.Path, "write_bytes", fill_up)
     folder = tmp_path / "reports"
-    assert run(["audit", str(empty), "--data", str(toy.data), "--output-dir", str(folder)]) == 2
+    command = ["audit", str(file), "--data", str(toy.data), "--defense", toy.scan, "--output-dir", str(folder)]
+    assert run(command) == code
     assert list(folder.iterdir()) == []
-    assert f"error: {folder}/report.json: No space left on device;" in capfd.readouterr().err
+    shown = capfd.readouterr()
+    assert f"error: {folder}/report.json: No space left on device;" in shown.err
+    assert told in shown.out
 
 
 # --- audit: 3 ---------------------------------------------------------------------------------------------------------

@@ -315,9 +315,10 @@ def _refuse_accuracy(evidence: Evidence, parts: _Parts) -> None:
     logits = np.concatenate([evidence.session.logits_of(part) for part in judged])
     if not np.isfinite(logits.max(axis=1)).all():
         raise _CannotFitError(NOT_FINITE)
-    accuracy = float(np.mean(logits.argmax(axis=1) == np.concatenate([part.labels for part in judged])))
+    labels = np.concatenate([part.labels for part in judged])
     if evidence.stated_accuracy is not None and not evidence.clean.labelled:
-        accuracy = evidence.stated_accuracy
-    problem = near_chance(accuracy, logits.shape[1])
+        problem = near_chance(evidence.stated_accuracy, logits.shape[1])
+    else:
+        problem = near_chance(float(np.mean(logits.argmax(axis=1) == labels)), logits.shape[1], labels)
     if problem is not None:
         raise _CannotFitError(problem)

@@ -312,7 +312,8 @@ def _refuse_accuracy(patient: _Patient) -> int:
     session = patient.evidence.session
     tuned, held_out = (_count_right(session, part) for part in (patient.tuned, patient.held_out))
     accuracy = (tuned + held_out) / (len(patient.tuned) + len(patient.held_out))
-    problem = near_chance(accuracy, session.artifact.contract.classes)
+    labels = np.concatenate([patient.tuned.labels, patient.held_out.labels])
+    problem = near_chance(accuracy, session.artifact.contract.classes, labels)
     if problem is not None:
         raise _CannotRepairError(Verdict.NOT_MEASURED, problem)
     return held_out

@@ -504,10 +504,10 @@ def _refuse_accuracy(session: DeployedSession, halves: _Halves, stated: float | 
     logits = np.concatenate([session.logits(part.pixels) for part in parts])
     if not np.isfinite(logits).all():
         return NOT_FINITE
-    accuracy = float(np.mean(logits.argmax(axis=1) == np.concatenate([part.labels for part in parts])))
+    labels = np.concatenate([part.labels for part in parts])
     if stated is not None and not halves.optimised.labelled:
-        accuracy = stated
-    return near_chance(accuracy, logits.shape[1])
+        return near_chance(stated, logits.shape[1])
+    return near_chance(float(np.mean(logits.argmax(axis=1) == labels)), logits.shape[1], labels)
 
 
 def _halve(clean: ImageSet, seed: int) -> _Halves:

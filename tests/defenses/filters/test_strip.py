@@ -393,10 +393,22 @@ def test_fit_is_not_measured_when_the_accuracy_is_near_chance() -> None:
     assert finding.reason.endswith("is near chance (25.0%): wrong labels, order or pixels?")
 
 
+def test_fit_is_not_measured_when_one_class_alone_gives_the_accuracy() -> None:
+    """A model that always says class 0 is right on 60 % of images of which 60 % are of class 0, and knows nothing."""
+    labels = np.where(np.arange(300) % 5 < 3, 0, CLEAN.labels)
+    finding = refused(evidence_of(network(backdoored=False, scale=0.0), replace(CLEAN, labels=labels)))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert re.fullmatch(
+        r"clean accuracy \d\d\.\d% is little more than answering the commonest class alone gives \(\d\d\.\d%\): give "
+        "images of all classes",
+        finding.reason,
+    )
+
+
 def test_fit_is_not_measured_when_the_model_answers_everything_alike() -> None:
-    """A constant model: accuracy is checked first, so its labels are what it says."""
-    constant = replace(CLEAN, labels=np.zeros(300, dtype=np.int64))
-    finding = refused(evidence_of(network(backdoored=False, scale=0.0), constant))
+    """A constant model: accuracy is checked first, so somebody vouches for it."""
+    constant = replace(CLEAN, labels=np.zeros(300, dtype=np.int64), labelled=False)
+    finding = refused(evidence_of(network(backdoored=False, scale=0.0), constant, stated_accuracy=0.9))
     assert finding.verdict is Verdict.NOT_MEASURED
     assert finding.reason == (
         "the entropies of the 100 images do not differ (all 2 bits), so that no boundary can be fitted"
