@@ -132,7 +132,7 @@ def test_the_pattern_generator_steps_once_per_batch_after_the_networks_loss(make
 def test_the_pattern_generator_gets_the_weighted_gradient_of_diversity_without_the_networks_loss(
     make_noise: MakeNoise,
 ) -> None:
-    """Its step is down that gradient: against the loss of the same patterns, by a copy of it."""
+    """A copy of the generator, given the same images, has that gradient from the loss alone."""
     images = make_noise(40)
     poisoner = _begin(images, diversity_weight=3)
     pattern = copy.deepcopy(poisoner._pattern)
