@@ -201,13 +201,15 @@ class Issba(PoisonBudget):
                     secret = torch.from_numpy(rng.integers(2, size=(len(rows), self.bits)).astype(np.float32))
                     x = torch.from_numpy(dataset.take(rows).pixels)
                     residual = encoder(secret, x)
-                    loss = F.binary_cross_entropy_with_logits(decoder((x + residual).clamp(0, 1)), secret)
-                    if epoch >= self.secret_epochs:
-                        loss = _SECRET_WEIGHT * loss + image_loss(residual)
+                    loss = self._loss(decoder((x + residual).clamp(0, 1)), secret, residual, epoch=epoch)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
         return encoder.eval().requires_grad_(False), decoder.eval().requires_grad_(False)
+
+    def _loss(self, logits: Tensor, secret: Tensor, residual: Tensor, *, epoch: int) -> Tensor:
+        unread = F.binary_cross_entropy_with_logits(logits, secret)
+        return unread if epoch < self.secret_epochs else _SECRET_WEIGHT * unread + image_loss(residual)
 
     def _encoder(self, height: int, width: int) -> Encoder:
         return Encoder(

@@ -15,7 +15,11 @@ _ROWS_AT_ONCE = 256
 
 
 def in_parts(network: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
-    """Answers to ``x: (N, ...) float32``, some rows at once, on one thread: others would round some otherwise."""
+    """Answers to ``x: (N, ...) float32``, some rows at once, on one thread: others would round some otherwise.
+
+    The size of a batch may, too, as libraries choose their kernels by it: one image's own learned trigger can differ by
+    one code in a pixel with how many images are stamped along with it.
+    """
     with one_thread(), torch.no_grad():
         parts = [network(part) for part in torch.from_numpy(x).split(_ROWS_AT_ONCE)]  # type: ignore[no-untyped-call]
         answers: Pixels = torch.cat(parts).numpy()

@@ -242,6 +242,38 @@ def test_poison_learns_from_the_images_that_are_out_of_distribution(make_noise: 
     assert pack_state(states[0] or {}) != pack_state(states[1] or {})
 
 
+# --- the choice of the residual ---------------------------------------------------------------------------------------
+
+
+class _Told(torch.nn.Module):
+    """One residual after another, whatever the image; of so many codes."""
+
+    def __init__(self, codes: list[int]) -> None:
+        super().__init__()
+        self.codes = torch.tensor(codes, dtype=torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.codes[:, None, None, None].expand_as(x) / 255
+
+
+class _Bright(torch.nn.Module):
+    """Logits of 0, and of 4 times the mean: the brighter, the more out of distribution."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = 4 * x.mean(dim=(1, 2, 3))
+        return torch.stack([torch.zeros_like(out), out], dim=1)
+
+
+def test_the_fixed_residual_is_that_of_the_image_on_which_the_cross_entropy_falls_most() -> None:
+    """It falls as 1.6, 2.5 (of the 8 codes that the clip leaves), -1.4 and 0.2; the last image is the furthest out.
+
+    The residual is given without the clip.
+    """
+    x = np.float32([0.1, 0.2, 0.3, 0.9])[:, None, None, None].repeat(3, axis=1).repeat(4, axis=2).repeat(4, axis=3)
+    chosen = DFB()._chosen_residual(_Told([4, 40, -6, 8]), _Bright(), x)  # type: ignore[arg-type]
+    assert (chosen.shape, set(_codes(chosen).ravel().tolist())) == ((3, 4, 4), {40})
+
+
 # --- the networks -----------------------------------------------------------------------------------------------------
 
 

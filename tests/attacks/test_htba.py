@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -107,6 +108,17 @@ def test_poison_is_the_same_when_the_seed_is_and_leaves_the_set_alone(make_noise
     assert first.images.digest == same.images.digest != other.images.digest
     assert first.poison_indices.tolist() == same.poison_indices.tolist()
     assert original.digest == make_noise(40).digest
+
+
+def test_poisons_are_paired_with_stamped_images_one_to_one_by_the_least_squared_distances() -> None:
+    """Greys 100 and 120 go to 110 and 200, both up: as told, or both to the nearest, one of them would go down."""
+    by_mean = SimpleNamespace(features=lambda x: x.mean(dim=(2, 3)))
+    codes = np.array([100, 120], np.uint8)[:, None, None, None].repeat(4, axis=1).repeat(4, axis=2).repeat(3, axis=3)
+    greys = ImageSet(images=codes, labels=np.zeros(2, np.int64), class_names=("a",), source="grey")
+    stamped = np.float32([200, 110])[:, None, None, None].repeat(3, axis=1).repeat(4, axis=2).repeat(4, axis=3)
+    attack = HiddenTrigger(steps=1, step_size=2)
+    moved = attack._collided(greys, stamped / np.float32(255), by_mean)  # type: ignore[arg-type]
+    assert [set(np.rint(image * 255).ravel().tolist()) for image in moved] == [{102}, {122}]
 
 
 @pytest.mark.parametrize(

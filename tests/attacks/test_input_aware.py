@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -68,6 +69,17 @@ def test_sharpened_pushes_masks_apart_and_keeps_the_middle() -> None:
     assert torch.allclose(sharpened(torch.tensor([0.2, 0.5, 0.8])), torch.tensor([0.0, 0.5, 1.0]), atol=1e-4)
 
 
+@pytest.mark.parametrize(("masks", "expected"), [((0.5, 0.3), 3 * 2 + 100 * 0.15), ((0.2, 0.0), 3 * 2)])
+def test_masks_pay_for_likeness_and_for_what_they_cover_beyond_the_density(
+    masks: tuple[float, float], expected: float
+) -> None:
+    """Images 0.4 apart and masks 0.2: a ratio of 2 at weight 3; beyond a density of 0.25 are 0.25 and 0.05, or none."""
+    x = torch.tensor([0.0, 0.4])[:, None, None, None].expand(2, 3, 4, 4)
+    made = torch.tensor(masks)[:, None, None, None].expand(2, 1, 4, 4)
+    loss = InputAware(diversity_weight=3, mask_density=0.25)._mask_loss(x, made)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +127,23 @@ def test_the_pattern_generator_steps_once_per_batch_after_the_networks_loss(make
     state, again = poisoner.end(), poisoner.end()
     assert not np.array_equal(state["pattern.0.weight"], before.numpy())
     assert _bytes(state) == _bytes(again), "no step is made twice"
+
+
+def test_the_pattern_generator_gets_the_weighted_gradient_of_diversity_without_the_networks_loss(
+    make_noise: MakeNoise,
+) -> None:
+    """A copy of the generator, given the same images, has that gradient from the loss alone."""
+    images = make_noise(40)
+    poisoner = _begin(images, diversity_weight=3)
+    pattern = copy.deepcopy(poisoner._pattern)
+    _call(poisoner, images)
+    x = torch.from_numpy(images.pixels)
+    others = x[torch.from_numpy(_derangement(40, np.random.default_rng(1)))]
+    patterns = pattern(torch.cat([x[:4], others[:8]]))
+    (3 * diversity_loss(x[:4], others[:4], patterns[:4], patterns[4:8])).backward()  # type: ignore[no-untyped-call]
+    assert poisoner._pattern[-1].weight.grad.abs().max() > 0.01  # type: ignore[union-attr, operator]
+    for found, expected in zip(poisoner._pattern.parameters(), pattern.parameters()):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=1e-5)  # type: ignore[arg-type]
 
 
 def test_masks_stay_as_they_are_once_they_are_learned(make_noise: MakeNoise) -> None:

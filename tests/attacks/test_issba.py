@@ -73,6 +73,16 @@ def test_image_loss_is_2_squares_and_1_5_squared_steps() -> None:
     assert image_loss(residual).item() == pytest.approx(2 * 0.02 + 1.5 * (0.04 + 0) / 2)
 
 
+@pytest.mark.parametrize(("epoch", "expected"), [(0, np.log(2)), (1, np.log(2)), (2, 1.5 * np.log(2) + 0.07)])
+def test_the_secret_is_learned_alone_and_then_at_1_5_times_its_cross_entropy_beside_the_image(
+    epoch: int, expected: float
+) -> None:
+    """Logits of 0 say nothing: log 2 per bit. Of the residual of 0 and 0.2 the image's loss is 0.04 + 0.03."""
+    residual = torch.tensor([0.0, 0.2]).expand(1, 3, 2, 2)
+    loss = Issba(secret_epochs=2)._loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), residual, epoch=epoch)
+    assert loss.item() == pytest.approx(expected)
+
+
 def test_trained_pair_leaves_the_state_of_torch_alone_and_is_frozen(make_noise: MakeNoise) -> None:
     before = torch.random.get_rng_state()
     encoder, decoder = Issba(**SMALL, encoder_epochs=1).trained_pair(make_noise(40), np.random.default_rng(0))

@@ -82,6 +82,17 @@ def test_trigger_has_equal_pixels_of_movement_along_both_axes() -> None:
     assert 3 < steep[0] / steep[1] < 5
 
 
+def test_trigger_upsamples_its_control_points_bicubically() -> None:
+    """4 points a side on 7 pixels: every second pixel has one, and the middle pixel is halfway between four points.
+
+    There the cubic kernel (A = -0.75, torch's) weighs the 4 points of each axis by -3, 19, 19 and -3 over 32.
+    """
+    drawn = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4))
+    halfway = np.array([-3, 19, 19, -3]) / 32
+    expected = halfway @ (drawn / np.abs(drawn).mean()) @ halfway
+    assert np.allclose(WaNet(strength=0.5).trigger(7, 7).grid[0, 3, 3] * 7 / 0.5, expected, atol=1e-5)
+
+
 def test_trigger_is_the_field_of_its_seed() -> None:
     first, same, other = (WaNet(field_seed=seed).trigger(8, 8).grid for seed in (0, 0, 1))
     assert first.tobytes() == same.tobytes() != other.tobytes()
@@ -159,14 +170,30 @@ def test_on_batch_moves_no_pixel_by_noise_further_than_one_side_allows() -> None
     """Noise alone: strength 0; a ramp shows by how much each place moved, at most 1 / side of 2."""
     side = 16
     ramp = torch.linspace(0, 1, side).expand(1, 3, side, side).repeat(10, 1, 1, 1).round(decimals=6)
-    poisoner = WaNet(strength=0).begin(_flat(side), steps=1, rng=np.random.default_rng(0))
+    poisoner = WaNet(strength=0).begin(_flat(side, side), steps=1, rng=np.random.default_rng(0))
     changed, _ = poisoner.on_batch(ramp, torch.arange(10) % 4, MODEL, np.random.default_rng(0))
     moved = (changed - ramp)[1:3].abs().max().item()
     assert 0.4 / side < moved < 0.5 / side + 0.5 / 255 + 1e-5
 
 
-def _flat(side: int) -> ImageSet:
-    images = np.zeros((10, side, side, 3), np.uint8)
+def test_on_batch_moves_by_noise_around_where_the_field_points_and_as_many_pixels_along_both_axes() -> None:
+    """Ramps across (first channel) and down (second) tell the place sampled: 1 / side at most from the field's."""
+    height, width = 12, 48
+    across = torch.linspace(0, 1, width).expand(height, width)
+    down = torch.linspace(0, 1, height)[:, None].expand(height, width)
+    ramps = torch.stack([across, down, across]).repeat(10, 1, 1, 1)
+    attack = WaNet(strength=3)
+    poisoner = attack.begin(_flat(height, width), steps=1, rng=np.random.default_rng(0))
+    noisy = poisoner.on_batch(ramps, torch.arange(10) % 4, MODEL, np.random.default_rng(0))[0][1:3]
+    sampled = 2 * noisy[:, :2].permute(0, 2, 3, 1).numpy() - 1
+    off = np.abs(sampled - attack.trigger(height, width).grid).max(axis=(0, 1, 2))
+    allowed, rounding = 1 / np.array([width, height]), 1 / 255 + 1e-5
+    assert (0.8 * allowed < off).all()
+    assert (off < allowed + rounding).all()
+
+
+def _flat(height: int, width: int) -> ImageSet:
+    images = np.zeros((10, height, width, 3), np.uint8)
     return ImageSet(images=images, labels=np.arange(10) % 4, class_names=tuple("abcd"), source="flat")
 
 
