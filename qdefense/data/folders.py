@@ -120,7 +120,6 @@ def _class_names(found: ImageFolders, source: str) -> tuple[str, ...]:
     for place in places:
         names |= {folder.name for folder in _list(place, found.root, source).folders}
     for name in sorted(names):
-        _require_utf8(name, source)
         if not any(_holds_images(place / name) for place in places):
             raise DataError(f"{source}: folder {quoted(name)} holds no images; is it a class? remove it, or fill it")
     return tuple(sorted(names))
@@ -146,11 +145,6 @@ def _labelled(
 def _left_out(others: int) -> tuple[str, ...]:
     kinds = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
     return (f"left out: {others} files or folders that are no {kinds} of a class",) if others else ()
-
-
-def _require_utf8(name: str, source: str) -> None:
-    if any("\ud800" <= char <= "\udfff" for char in name):
-        raise DataError(f"{source}: the name of folder {quoted(name)} is not UTF-8; rename it")
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -76,6 +76,7 @@ class ImageSet:
                 f"{self.source}: {len(self.images)} images but groups are {self.groups.dtype} {self.groups.shape}, "
                 "expected int64 (N,)"
             )
+        _require_encodable(self.class_names, self.source)
         if not self.labelled:
             return
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
@@ -113,6 +114,13 @@ class ImageSet:
         """The rows named, in that order."""
         groups = None if self.groups is None else self.groups[indices]
         return replace(self, images=self.images[indices], labels=self.labels[indices], groups=groups)
+
+
+def _require_encodable(class_names: Sequence[str], source: str) -> None:
+    """Reports and events are UTF-8: an audit could not tell what it found of such a class."""
+    for number, name in enumerate(class_names):
+        if any("\ud800" <= char <= "\udfff" for char in name):
+            raise DataError(f"{source}: the name of class {number}, {quoted(name)}, is not UTF-8; rename it")
 
 
 def to_pixels(images: Images) -> Pixels:

@@ -848,6 +848,14 @@ case(
     ),
 )
 case(
+    "a class name is no UTF-8",
+    2,
+    "npz data.npz: the name of class 7, 'zone\\udcff', is not UTF-8; rename it",
+    lambda given: given.audit(
+        data=given.arrays(class_names=np.array([*(f"zone {number}" for number in range(7)), "zone\udcff"]))
+    ),
+)
+case(
     "the images have another size",
     2,
     "npz data.npz: images are 32x16, the model takes 16x16; give data of that size, or say how they were resized "

@@ -349,6 +349,13 @@ def test_load_parquet_raises_when_class_names_are_malformed(tmp_path: Path, name
         load(file)
 
 
+def test_load_parquet_raises_when_a_class_name_is_no_utf8(tmp_path: Path) -> None:
+    features = {"label": {"_type": "ClassLabel", "names": ["a", "b\ud800"]}}
+    file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": [0]}, features)
+    with pytest.raises(DataError, match=r"test.parquet: the name of class 1, 'b\\ud800', is not UTF-8; rename it$"):
+        load(file)
+
+
 @pytest.mark.parametrize("text", ["{", "[" * 100_000])
 def test_load_parquet_raises_when_metadata_is_no_json(tmp_path: Path, text: str) -> None:
     table = pa.table({"image": [png(0)], "label": [0]}).replace_schema_metadata({"huggingface": text})

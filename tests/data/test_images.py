@@ -107,6 +107,10 @@ NUMBER = "; number the classes from 0, and name each"
             {"labels": np.array([0, 1, -1, 0, 3, 2])},
             f"noise: labels run from -1 to 3, but there are 4 class names{NUMBER}",
         ),
+        (
+            {"class_names": ("a", "b\ud800", "c", "d")},
+            "noise: the name of class 1, 'b\\ud800', is not UTF-8; rename it",
+        ),
     ],
 )
 def test_image_set_says_what_is_wrong_when_parts_do_not_fit(

@@ -143,6 +143,12 @@ def test_load_npz_raises_when_class_names_are_of_another_kind(tmp_path: Path, na
         load(write(tmp_path, images=IMAGES, labels=LABELS, class_names=names))
 
 
+def test_load_npz_raises_when_a_class_name_is_no_utf8(tmp_path: Path) -> None:
+    file = write(tmp_path, images=IMAGES, labels=LABELS, class_names=np.array(["a", "b", "c\udcff"]))
+    with pytest.raises(DataError, match=r"^npz set.npz: the name of class 2, 'c\\udcff', is not UTF-8; rename it$"):
+        load(file)
+
+
 @pytest.mark.parametrize("key", ["images", "labels", "class_names"])
 def test_load_npz_raises_when_an_array_holds_objects(tmp_path: Path, key: str) -> None:
     arrays = {"images": IMAGES, "labels": LABELS, key: np.array([{}], dtype=object)}
