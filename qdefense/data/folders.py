@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qdefense.data.decoding import decode_files, require_inside
-from qdefense.data.images import DataError, ImageSet, Labels, NoSplitError, quoted
+from qdefense.data.images import DataError, ImageSet, Labels, NoSplitError, folder_name, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_rows, order_notes
 
@@ -94,7 +94,7 @@ def load_folders(
 
 
 def _choose(found: ImageFolders, split: str | None) -> tuple[Path, str]:
-    name = found.root.resolve().name
+    name = folder_name(found.root)
     if not found.splits:
         source = f"images {name}"
         if split is not None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qdefense.data.decoding import ImageArray, decode
-from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, quoted
+from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, folder_name, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_rows, numbered_names, order_notes, track_groups
 
@@ -89,7 +89,7 @@ def list_splits(folder: Path) -> dict[str, list[Path]]:
 def _find_shards(path: Path, split: str | None) -> tuple[list[Path], str]:
     if path.is_dir():
         wanted, splits = split or "test", list_splits(path)
-        source = f"parquet {path.resolve().name}/{wanted}"
+        source = f"parquet {folder_name(path)}/{wanted}"
     else:
         wanted, source = split or path.stem.partition("-")[0], f"parquet {path.name}"
         splits = {path.stem.partition("-")[0]: [path]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,16 @@ class NoSplitError(DataError):
 def quoted(name: str) -> str:
     """A foreign name for a message: in quotes, escaped, at most 60 characters of it."""
     return repr(name[:60])
+
+
+def encodable(text: str) -> str:
+    """The same text where UTF-8 can hold it; of a name that is none, the bytes in question escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def folder_name(path: Path) -> str:
+    """What a set read from a folder is called: the folder's own name, where ``.`` or a link leads to it."""
+    return encodable(path.resolve().name)
 
 
 def first_few(texts: Sequence[str], most: int) -> str:
