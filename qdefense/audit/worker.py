@@ -118,7 +118,8 @@ def _told(error: Exception) -> tuple[Literal[2, 3, 4], str]:
     if isinstance(error, (MisreadFileError, NoNumbersError)):
         return INCOMPLETE, str(error)
     if isinstance(error, MemoryError):
-        return INCOMPLETE, f"not enough memory: {error}; raise --memory-limit, or read fewer images with --limit"
+        what = f"not enough memory: {error}".removesuffix(": ")  # Python's own says no more
+        return INCOMPLETE, f"{what}; raise --memory-limit, or read fewer images with --limit"
     return INCOMPLETE, internal_error(error)
 
 

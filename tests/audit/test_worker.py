@@ -256,6 +256,7 @@ STOPS = {
     "a refused file": (FileRefusedError("no ONNX"), 4, "no ONNX"),
     "a file the runtime refuses": (SessionError("no kernel"), 4, "no kernel"),
     "memory": (MemoryError("40 TB"), 3, "not enough memory: 40 TB; raise --memory-limit, or read"),
+    "memory, of which nothing is said": (MemoryError(), 3, "not enough memory; raise --memory-limit, or read"),
     "mapped memory": (OSError(12, "Cannot allocate memory"), 3, "internal error: OSError: [Errno 12] Cannot"),
     "a name that is no UTF-8": (DataError("gr\udcfcn: no labels"), 2, "gr\\udcfcn: no labels"),
     "a bug": (KeyError("x"), 3, "internal error: KeyError: 'x'"),
