@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,20 @@ from qdefense.data.selection import choose_rows, numbered_names, order_notes
 PLAIN_KEYS = (("images", "labels"), ("X", "y"), ("data", "labels"))
 SPLIT_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
 CLASS_NAMES_KEY = "class_names"
+# What a damaged archive can raise: RuntimeError where a member claims to be encrypted, TokenError and SyntaxError where
+# the header of an array is no Python literal, SystemError where a text holds what is no character.
+_BROKEN_ARCHIVE = (
+    OSError,
+    ValueError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    SystemError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 # In steps of 1/255; what float16 loses on such a value is just below.
 GRID_TOLERANCE = 1 / 16
 
@@ -76,7 +91,7 @@ def _readable(source: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except _BROKEN_ARCHIVE as error:
         if "allow_pickle" in str(error):
             hint = "save plain arrays: integers, floats or unicode, not dtype object"
             raise DataError(f"{source}: holds Python objects, which are never loaded; {hint}") from error

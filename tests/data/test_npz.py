@@ -173,6 +173,37 @@ def test_load_npz_raises_when_bytes_are_damaged(tmp_path: Path) -> None:
         load(file)
 
 
+BROKEN_ARRAYS = {
+    "the header does not end": ("images", b"{'descr': '|u1', 'fortran_order': False, 'shape': (6, 4, 5, 3"),
+    "its type is none": ("images", b"{'descr': '(04,)u1', 'fortran_order': False, 'shape': (6, 4, 5, 3), }"),
+    "a character is none": ("class_names", b"{'descr': '<U1', 'fortran_order': False, 'shape': (1,), }"),
+}
+
+
+@pytest.mark.parametrize(("key", "header"), BROKEN_ARRAYS.values(), ids=list(BROKEN_ARRAYS))
+def test_load_npz_raises_when_an_array_is_damaged(tmp_path: Path, key: str, header: bytes) -> None:
+    file = write(tmp_path, images=IMAGES, labels=LABELS, class_names=np.array(["a"]))
+    with zipfile.ZipFile(file) as archive:
+        arrays = {name: archive.read(name) for name in archive.namelist()}
+    padded = header.ljust(117) + b"\n"
+    arrays[f"{key}.npy"] = b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + b"\xff" * 360
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in arrays.items():
+            archive.writestr(name, content)
+    with pytest.raises(DataError, match=r"^npz set.npz: not readable as npz \(.*\); write it again with numpy.savez$"):
+        load(file)
+
+
+def test_load_npz_raises_when_a_member_claims_to_be_encrypted(tmp_path: Path) -> None:
+    file = write(tmp_path, images=IMAGES, labels=LABELS)
+    content = bytearray(file.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(mark) + flags] |= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"^npz set.npz: not readable as npz \(.*encrypted.*\); write it again"):
+        load(file)
+
+
 def test_load_npz_raises_when_a_member_claims_more_memory_than_there_is(tmp_path: Path) -> None:
     file = tmp_path / "set.npz"
     with zipfile.ZipFile(file, "w") as archive, archive.open("images.npy", "w") as member:
