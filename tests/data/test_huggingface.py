@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from qdefense.data import huggingface
 from qdefense.data.huggingface import list_splits, load_parquet
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.resizing import Resize
@@ -269,6 +271,15 @@ def test_load_parquet_knows_no_groups_when_one_name_has_another_form(tmp_path: P
     assert load(write(tmp_path / "train.parquet", columns)).groups is None
 
 
+def test_load_parquet_raises_when_a_damaged_column_holds_fewer_paths_than_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(tmp_path / "test.parquet")
+    monkeypatch.setattr(huggingface, "_read_tracks", lambda *_: np.empty(0, np.int64))
+    with pytest.raises(DataError, match=r"^parquet test.parquet: 6 labels but 0 image paths; fetch it again$"):
+        load(file)
+
+
 def test_load_parquet_knows_no_groups_when_there_are_no_names(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain.parquet", {"image": [png(0)], "label": [0]})
     alone = write(tmp_path / "alone.parquet", {"image": [{"bytes": png(0)}], "label": [0]})
@@ -384,6 +395,21 @@ def test_load_parquet_raises_when_labels_pass_the_names(tmp_path: Path) -> None:
         load(file)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["label", "label", "image", "text"], "which is the integer label column? 'label', 'label' all could be; keep"),
+        (["label", "other", "image", "label"], "several columns are called 'label'; keep one of them"),
+        (["label", "other", "image", "image"], "several columns are called 'image'; keep one of them"),
+    ],
+)
+def test_load_parquet_raises_when_columns_share_a_name(tmp_path: Path, names: list[str], message: str) -> None:
+    columns = [pa.array([0]), pa.array([0]), pa.array([png(0)]), pa.array(["text"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=rf"^parquet test.parquet: {re.escape(message)}"):
+        load(tmp_path / "test.parquet")
+
+
 def test_load_parquet_raises_when_there_are_no_rows(tmp_path: Path) -> None:
     empty = {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}
     with pytest.raises(DataError, match=r"^parquet test.parquet: holds no rows$"):
@@ -394,6 +420,13 @@ def test_load_parquet_raises_when_the_file_is_no_parquet(tmp_path: Path) -> None
     (tmp_path / "test.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(DataError, match=r"^test.parquet: not readable as parquet \(.*\); fetch it again$"):
         load(tmp_path / "test.parquet")
+
+
+def test_load_parquet_raises_when_a_column_has_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": [0], "textual": ["a"]})
+    file.write_bytes(file.read_bytes().replace(b"textual", b"textu\xc7l"))
+    with pytest.raises(DataError, match=r"^(parquet )?test.parquet: not readable as parquet \(.*\); fetch it again$"):
+        load(file)
 
 
 def test_load_parquet_raises_when_pages_are_damaged(tmp_path: Path) -> None:
