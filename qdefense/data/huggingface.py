@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qdefense.data.decoding import ImageArray, decode
 from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, folder_name, quoted
 from qdefense.data.resizing import Resize
-from qdefense.data.selection import choose_rows, numbered_names, order_notes, track_groups
+from qdefense.data.selection import choose_rows, numbered_names, order_notes, to_labels, track_groups
 
 LABEL_NAMES = ("label", "labels", "fine_label", "ClassId")
 ROWS_PER_BATCH = 512
@@ -242,8 +242,7 @@ def _read_labels(file: Any, column: str, source: str) -> Labels:
     values = file.read(columns=[column]).column(0)
     if values.null_count:
         raise DataError(f"{source}: {values.null_count} rows have no value in column {column!r}; remove them")
-    labels: Labels = values.cast(pa.int64()).to_numpy()
-    return labels
+    return to_labels(values.to_numpy(), source)
 
 
 def _read_tracks(files: list[Any], columns: _Columns) -> NDArray[np.int64] | None:

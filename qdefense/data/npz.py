@@ -16,7 +16,7 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, quoted
-from qdefense.data.selection import choose_rows, numbered_names, order_notes
+from qdefense.data.selection import choose_rows, numbered_names, order_notes, to_labels
 
 PLAIN_KEYS = (("images", "labels"), ("X", "y"), ("data", "labels"))
 SPLIT_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
@@ -142,7 +142,7 @@ def _require_labels(
     if images.ndim != 4 or len(images) != len(flat) or not len(flat):
         shapes = f"{keys[0]!r} is {images.shape} and {keys[1]!r} {labels.shape}"
         raise DataError(f"{source}: {shapes}, expected N images in 4 dimensions and N labels, at least one")
-    return images, flat.astype(np.int64)
+    return images, to_labels(flat, source)
 
 
 def _read_names(archive: NpzFile, source: str) -> tuple[str, ...] | None:

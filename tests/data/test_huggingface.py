@@ -381,10 +381,11 @@ def test_load_parquet_raises_when_a_label_is_missing(tmp_path: Path) -> None:
         load(file)
 
 
-def test_load_parquet_raises_when_a_label_is_no_class_number(tmp_path: Path) -> None:
-    file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": [1_700_000_000]})
+@pytest.mark.parametrize("label", [1_700_000_000, 2**63 + 5])
+def test_load_parquet_raises_when_a_label_is_no_class_number(tmp_path: Path, label: int) -> None:
+    file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": pa.array([label], pa.uint64())})
     with pytest.raises(
-        DataError, match="largest label is 1700000000, which is no class number; is it the label column"
+        DataError, match=rf"largest label is {label}, which is no class number; is it the label column\?$"
     ):
         load(file)
 

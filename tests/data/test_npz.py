@@ -116,6 +116,18 @@ def test_load_npz_raises_when_labels_are_of_another_kind(tmp_path: Path, labels:
         load(write(tmp_path, images=IMAGES, labels=labels))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full(6, -1), "labels run from -1 to -1, which are no class numbers; number the classes from 0, or give"),
+        (np.full(6, 2**63 + 5, np.uint64), "largest label is 9223372036854775813, which is no class number; is it"),
+    ],
+)
+def test_load_npz_raises_when_labels_are_no_class_numbers(tmp_path: Path, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(DataError, match=f"^npz set.npz: {message}"):
+        load(write(tmp_path, images=IMAGES, labels=labels))
+
+
 def test_load_npz_raises_when_there_are_no_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected N images in 4 dimensions and N labels, at least one"):
         load(write(tmp_path, images=IMAGES[:0], labels=LABELS[:0]))
