@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def _stopped(error: Exception) -> Stopped:
     return Stopped(exit_code=exit_code, message=shortened(encodable(message)))
 
 
-def _told(error: Exception) -> tuple[Literal[2, 3, 4], str]:
+def _told(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.filename is not None:
         return USAGE, reason_of(error)
     if isinstance(error, (DataError, SpecError, ContractError, CalibrationError, UnsupportedArithmeticError)):

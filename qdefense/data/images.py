@@ -55,7 +55,7 @@ def first_line(error: BaseException) -> str:
 class ImageSet:
     """Images and labels held in memory.
 
-    ``images: (N, H, W, 3) uint8``, RGB; ``labels: (N,) int64 in [0, len(class_names))``.
+    ``images: (N, H, W, 3) uint8``, RGB, H and W at least 1; ``labels: (N,) int64 in [0, len(class_names))``.
     ``source`` names the loader and split for people, never a path an attack could hide in; ``detection`` says which
     loader read it and why that one ("CIFAR-10 python: the folder holds batches.meta"). ``notes`` is what the loader
     noticed and a person should know. A set without labels has ``labelled=False``, -1 for each label, no class names.
@@ -77,6 +77,9 @@ class ImageSet:
             raise DataError(
                 f"{self.source}: images are {self.images.dtype} {self.images.shape}, expected uint8 (N, H, W, 3)"
             )
+        if 0 in self.images.shape[1:3]:
+            height, width = self.images.shape[1:3]
+            raise DataError(f"{self.source}: images of {height}x{width} have no pixels; save them again")
         if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
             raise DataError(
                 f"{self.source}: {len(self.images)} images but labels are {self.labels.dtype} {self.labels.shape}, "

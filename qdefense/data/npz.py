@@ -166,6 +166,8 @@ def _to_codes(images: NDArray[Any], key: str, source: str) -> Images:
         return np.ascontiguousarray(images)
     if images.dtype.kind != "f":
         raise DataError(f"{source}: {key!r} is {images.dtype}, expected uint8, or floats in [0, 1]")
+    if not images.size:
+        return np.zeros(images.shape, dtype=np.uint8)  # without pixels, which the set says of itself
     low, high = float(images.min()), float(images.max())
     if np.isnan(low):
         raise DataError(f"{source}: {key!r} holds values that are no numbers (NaN); save uint8, or floats in [0, 1]")

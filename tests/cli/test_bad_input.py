@@ -828,6 +828,14 @@ case(
     ),
 )
 case(
+    "the images have no pixels, and would be resized",
+    2,
+    "npz data.npz: images of 0x16 have no pixels; save them again",
+    lambda given: given.audit(
+        None, "--resize", "bilinear", data=given.arrays(images=np.zeros((320, 0, 16, 3), np.uint8))
+    ),
+)
+case(
     "a label is no class",
     2,
     "npz data.npz: labels run from 0 to 8, but there are 8 class names; number the classes from 0, and name each",

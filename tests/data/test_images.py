@@ -91,6 +91,8 @@ NUMBER = "; number the classes from 0, and name each"
             "noise: images are uint8 (6, 8, 8, 1), expected uint8 (N, H, W, 3)",
         ),
         ({"images": np.zeros((6, 8, 3), np.uint8)}, "noise: images are uint8 (6, 8, 3), expected uint8 (N, H, W, 3)"),
+        ({"images": np.zeros((6, 0, 8, 3), np.uint8)}, "noise: images of 0x8 have no pixels; save them again"),
+        ({"images": np.zeros((6, 8, 0, 3), np.uint8)}, "noise: images of 8x0 have no pixels; save them again"),
         (
             {"labels": np.zeros(5, np.int64)},
             "noise: 6 images but labels are int64 (5,), expected int64 (N,)",

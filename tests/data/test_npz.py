@@ -108,6 +108,14 @@ def test_load_npz_raises_when_images_are_of_another_kind(tmp_path: Path, images:
         load(write(tmp_path, images=images, labels=LABELS))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(6, 0, 5, 3), (6, 3, 0, 5)])
+def test_load_npz_raises_when_images_have_no_pixels(tmp_path: Path, shape: tuple[int, ...], dtype: type) -> None:
+    file = write(tmp_path, images=np.zeros(shape, dtype), labels=LABELS)
+    with pytest.raises(DataError, match=r"^npz set.npz: images of 0x5 have no pixels; save them again$"):
+        load(file)
+
+
 @pytest.mark.parametrize("labels", [np.eye(6, dtype=int), LABELS.astype(float), LABELS > 0, np.int64(1)])
 def test_load_npz_raises_when_labels_are_of_another_kind(tmp_path: Path, labels: Any) -> None:
     with pytest.raises(
