@@ -48,7 +48,7 @@ from qdefense.converters.exact_products import UnsupportedArithmeticError
 from qdefense.converters.external_data import with_external_data
 from qdefense.converters.reading import FileRefusedError, parse_model, read_file
 from qdefense.converters.runtime_graph import RuntimeGraphError
-from qdefense.data.images import DataError, ImageSet
+from qdefense.data.images import DataError, ImageSet, encodable
 from qdefense.data.opening import open_data, training_split
 from qdefense.evidence import Evidence, gather_evidence
 from qdefense.files import reason_of
@@ -103,20 +103,24 @@ def main() -> None:
 
 
 def _stopped(error: Exception) -> Stopped:
+    exit_code, message = _told(error)
+    # A name from a disk need not be UTF-8, which the event must be.
+    return Stopped(exit_code=exit_code, message=shortened(encodable(message)))
+
+
+def _told(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.filename is not None:
-        return Stopped(exit_code=USAGE, message=shortened(reason_of(error)))
+        return USAGE, reason_of(error)
     if isinstance(error, (DataError, SpecError, ContractError, CalibrationError, UnsupportedArithmeticError)):
-        return Stopped(exit_code=USAGE, message=shortened(str(error)))
+        return USAGE, str(error)
     if isinstance(error, (FileRefusedError, RuntimeGraphError, SessionError)):
-        return Stopped(exit_code=REFUSED, message=shortened(str(error)))
+        return REFUSED, str(error)
     if isinstance(error, (MisreadFileError, NoNumbersError)):
-        return Stopped(exit_code=INCOMPLETE, message=shortened(str(error)))
+        return INCOMPLETE, str(error)
     if isinstance(error, MemoryError):
-        return Stopped(
-            exit_code=INCOMPLETE,
-            message=shortened(f"not enough memory: {error}; raise --memory-limit, or read fewer images with --limit"),
-        )
-    return Stopped(exit_code=INCOMPLETE, message=internal_error(error))
+        what = f"not enough memory: {error}".removesuffix(": ")  # Python's own says no more
+        return INCOMPLETE, f"{what}; raise --memory-limit, or read fewer images with --limit"
+    return INCOMPLETE, internal_error(error)
 
 
 def run(job: Job, emit: Emit) -> None:

@@ -56,7 +56,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST_SIDECAR:
         raise ContractError(f"{path.name!r} is larger than 10 MB, which no contract is")
     try:
-        body = tomllib.loads(path.read_text(encoding="utf-8"))
+        body = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         stated = StatedContract.model_validate({**body, "source": "sidecar"})
     except ValidationError as error:
         known = ", ".join(name for name in StatedContract.model_fields if name != "source")
@@ -96,7 +96,7 @@ def _classes(text: str) -> tuple[str, ...]:
     if "," in text and not _is_file(Path(text)):
         return tuple(part.strip() for part in text.split(","))
     try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"{text!r} is no UTF-8 text: {error}", param_hint="--classes") from error
     return tuple(line.strip() for line in lines if line.strip())

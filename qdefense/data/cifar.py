@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, quoted
+from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, folder_name, quoted
 from qdefense.data.pickled import load_batch, load_names
 from qdefense.data.selection import choose_rows
 
@@ -82,7 +82,7 @@ def load_cifar(path: Path, *, split: str | None, limit: int | None, seed: int) -
             members that could do harm.
     """
     if path.is_dir():
-        return _load(_Folder(path), f"{path.resolve().name}", "folder", split=split, limit=limit, seed=seed)
+        return _load(_Folder(path), folder_name(path), "folder", split=split, limit=limit, seed=seed)
     with _opened(path) as archive:
         return _load(_Archive(archive, path.name), path.name, "archive", split=split, limit=limit, seed=seed)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qdefense.data.decoding import decode_files, require_inside
-from qdefense.data.images import DataError, ImageSet, Labels, NoSplitError, quoted
+from qdefense.data.images import DataError, ImageSet, Labels, NoSplitError, folder_name, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_rows, order_notes
 
@@ -94,7 +94,7 @@ def load_folders(
 
 
 def _choose(found: ImageFolders, split: str | None) -> tuple[Path, str]:
-    name = found.root.resolve().name
+    name = folder_name(found.root)
     if not found.splits:
         source = f"images {name}"
         if split is not None:
@@ -120,7 +120,6 @@ def _class_names(found: ImageFolders, source: str) -> tuple[str, ...]:
     for place in places:
         names |= {folder.name for folder in _list(place, found.root, source).folders}
     for name in sorted(names):
-        _require_utf8(name, source)
         if not any(_holds_images(place / name) for place in places):
             raise DataError(f"{source}: folder {quoted(name)} holds no images; is it a class? remove it, or fill it")
     return tuple(sorted(names))
@@ -146,11 +145,6 @@ def _labelled(
 def _left_out(others: int) -> tuple[str, ...]:
     kinds = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
     return (f"left out: {others} files or folders that are no {kinds} of a class",) if others else ()
-
-
-def _require_utf8(name: str, source: str) -> None:
-    if any("\ud800" <= char <= "\udfff" for char in name):
-        raise DataError(f"{source}: the name of folder {quoted(name)} is not UTF-8; rename it")
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

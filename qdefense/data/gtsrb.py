@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qdefense.data.decoding import decode_files, require_inside
-from qdefense.data.images import DataError, ImageSet, NoSplitError, first_line, quoted
+from qdefense.data.images import DataError, ImageSet, NoSplitError, first_line, folder_name, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_groups, choose_rows, track_groups
 
@@ -82,7 +82,7 @@ def load_gtsrb(
             sizes that differ.
     """
     wanted = split or found.default_split
-    source = f"GTSRB {found.root.resolve().name}/{wanted}"
+    source = f"GTSRB {folder_name(found.root)}/{wanted}"
     if wanted not in found.places:
         held = ", ".join(map(repr, sorted(found.places)))
         raise NoSplitError(f"{source}: no split {quoted(wanted)}; it has {held}")

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qdefense.data.decoding import ImageArray, decode
-from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, quoted
+from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, folder_name, quoted
 from qdefense.data.resizing import Resize
-from qdefense.data.selection import choose_rows, numbered_names, order_notes, track_groups
+from qdefense.data.selection import choose_rows, numbered_names, order_notes, to_labels, track_groups
 
 LABEL_NAMES = ("label", "labels", "fine_label", "ClassId")
 ROWS_PER_BATCH = 512
@@ -57,6 +57,8 @@ def load_parquet(
         rows = choose_rows(len(labels), limit=limit, seed=seed)
         images = _decode_rows(files, columns, rows, resize, source)
         tracks = _read_tracks(files, columns)
+        if tracks is not None and len(tracks) != len(labels):
+            raise DataError(f"{source}: {len(labels)} labels but {len(tracks)} image paths; fetch it again")
     names = columns.class_names or numbered_names(labels, source)
     return ImageSet(
         images=images,
@@ -89,7 +91,7 @@ def list_splits(folder: Path) -> dict[str, list[Path]]:
 def _find_shards(path: Path, split: str | None) -> tuple[list[Path], str]:
     if path.is_dir():
         wanted, splits = split or "test", list_splits(path)
-        source = f"parquet {path.resolve().name}/{wanted}"
+        source = f"parquet {folder_name(path)}/{wanted}"
     else:
         wanted, source = split or path.stem.partition("-")[0], f"parquet {path.name}"
         splits = {path.stem.partition("-")[0]: [path]}
@@ -119,7 +121,9 @@ def _open_shard(path: Path) -> Any:
 def _readable(what: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{what}: not readable as parquet ({first_line(error)}); fetch it again") from error
 
 
@@ -147,17 +151,19 @@ def _find_columns(schema: Any, source: str) -> _Columns:
     image = _only(
         [field for field in schema if _is_image(field.type)], "image column (a struct with bytes)", schema, source
     )
-    labels = {field.name: _class_label(features.get(field.name)) for field in schema if pa.types.is_integer(field.type)}
-    candidates = [name for name, described in labels.items() if described is not None] or list(labels)
+    integers = [field for field in schema if pa.types.is_integer(field.type)]
+    class_labels = {field.name: _class_label(features.get(field.name)) for field in integers}
+    candidates = [field for field in integers if class_labels[field.name] is not None] or integers
     if len(candidates) > 1:
-        candidates = [name for name in candidates if name in LABEL_NAMES] or candidates
-    label = _only([schema.field(name) for name in candidates], "integer label column", schema, source).name
+        candidates = [field for field in candidates if field.name in LABEL_NAMES] or candidates
+    label = _only(candidates, "integer label column", schema, source).name
+    _require_single((image.name, label), schema, source)
     return _Columns(
         image=image.name,
         image_is_struct=pa.types.is_struct(image.type),
         image_has_path=pa.types.is_struct(image.type) and image.type.get_field_index("path") >= 0,
         label=label,
-        class_names=_class_names(labels[label], label, source),
+        class_names=_class_names(class_labels[label], label, source),
     )
 
 
@@ -179,6 +185,13 @@ def _only(fields: list[Any], what: str, schema: Any, source: str) -> Any:
         candidates = ", ".join(repr(field.name) for field in fields)
         raise DataError(f"{source}: which is the {what}? {candidates} all could be; keep one of them")
     return fields[0]
+
+
+def _require_single(names: tuple[str, ...], schema: Any, source: str) -> None:
+    """Columns are read by name."""
+    for name in names:
+        if schema.names.count(name) > 1:
+            raise DataError(f"{source}: several columns are called {name!r}; keep one of them")
 
 
 def _read_features(schema: Any, source: str) -> dict[str, Any]:
@@ -229,8 +242,7 @@ def _read_labels(file: Any, column: str, source: str) -> Labels:
     values = file.read(columns=[column]).column(0)
     if values.null_count:
         raise DataError(f"{source}: {values.null_count} rows have no value in column {column!r}; remove them")
-    labels: Labels = values.cast(pa.int64()).to_numpy()
-    return labels
+    return to_labels(values.to_numpy(), source)
 
 
 def _read_tracks(files: list[Any], columns: _Columns) -> NDArray[np.int64] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,16 @@ def quoted(name: str) -> str:
     return repr(name[:60])
 
 
+def encodable(text: str) -> str:
+    """The same text where UTF-8 can hold it; of a name that is none, the bytes in question escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def folder_name(path: Path) -> str:
+    """What a set read from a folder is called: the folder's own name, where ``.`` or a link leads to it."""
+    return encodable(path.resolve().name)
+
+
 def first_few(texts: Sequence[str], most: int) -> str:
     """The first so many of a list, and how many more there are."""
     more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
@@ -44,7 +55,7 @@ def first_line(error: BaseException) -> str:
 class ImageSet:
     """Images and labels held in memory.
 
-    ``images: (N, H, W, 3) uint8``, RGB; ``labels: (N,) int64 in [0, len(class_names))``.
+    ``images: (N, H, W, 3) uint8``, RGB, H and W at least 1; ``labels: (N,) int64 in [0, len(class_names))``.
     ``source`` names the loader and split for people, never a path an attack could hide in; ``detection`` says which
     loader read it and why that one ("CIFAR-10 python: the folder holds batches.meta"). ``notes`` is what the loader
     noticed and a person should know. A set without labels has ``labelled=False``, -1 for each label, no class names.
@@ -66,6 +77,9 @@ class ImageSet:
             raise DataError(
                 f"{self.source}: images are {self.images.dtype} {self.images.shape}, expected uint8 (N, H, W, 3)"
             )
+        if 0 in self.images.shape[1:3]:
+            height, width = self.images.shape[1:3]
+            raise DataError(f"{self.source}: images of {height}x{width} have no pixels; save them again")
         if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
             raise DataError(
                 f"{self.source}: {len(self.images)} images but labels are {self.labels.dtype} {self.labels.shape}, "
@@ -76,6 +90,7 @@ class ImageSet:
                 f"{self.source}: {len(self.images)} images but groups are {self.groups.dtype} {self.groups.shape}, "
                 "expected int64 (N,)"
             )
+        _require_encodable(self.class_names, self.source)
         if not self.labelled:
             return
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
@@ -119,6 +134,16 @@ class ImageSet:
         """The rows named, in that order."""
         groups = None if self.groups is None else self.groups[indices]
         return replace(self, images=self.images[indices], labels=self.labels[indices], groups=groups)
+
+
+def _require_encodable(class_names: Sequence[str], source: str) -> None:
+    """Reports and events are UTF-8: an audit could not tell what it found of such a class."""
+    together = "".join(class_names)
+    if encodable(together) == together:
+        return
+    for number, name in enumerate(class_names):
+        if encodable(name) != name:
+            raise DataError(f"{source}: the name of class {number}, {quoted(name)}, is not UTF-8; rename it")
 
 
 def to_pixels(images: Images) -> Pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,11 +16,25 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, quoted
-from qdefense.data.selection import choose_rows, numbered_names, order_notes
+from qdefense.data.selection import choose_rows, numbered_names, order_notes, to_labels
 
 PLAIN_KEYS = (("images", "labels"), ("X", "y"), ("data", "labels"))
 SPLIT_KEYS = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
 CLASS_NAMES_KEY = "class_names"
+# What a damaged archive can raise: RuntimeError where a member claims to be encrypted, TokenError and SyntaxError where
+# the header of an array is no Python literal, SystemError where a text holds what is no character.
+_BROKEN_ARCHIVE = (
+    OSError,
+    ValueError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    SystemError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 # In steps of 1/255; what float16 loses on such a value is just below.
 GRID_TOLERANCE = 1 / 16
 
@@ -76,7 +91,7 @@ def _readable(source: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except _BROKEN_ARCHIVE as error:
         if "allow_pickle" in str(error):
             hint = "save plain arrays: integers, floats or unicode, not dtype object"
             raise DataError(f"{source}: holds Python objects, which are never loaded; {hint}") from error
@@ -127,7 +142,7 @@ def _require_labels(
     if images.ndim != 4 or len(images) != len(flat) or not len(flat):
         shapes = f"{keys[0]!r} is {images.shape} and {keys[1]!r} {labels.shape}"
         raise DataError(f"{source}: {shapes}, expected N images in 4 dimensions and N labels, at least one")
-    return images, flat.astype(np.int64)
+    return images, to_labels(flat, source)
 
 
 def _read_names(archive: NpzFile, source: str) -> tuple[str, ...] | None:
@@ -151,6 +166,8 @@ def _to_codes(images: NDArray[Any], key: str, source: str) -> Images:
         return np.ascontiguousarray(images)
     if images.dtype.kind != "f":
         raise DataError(f"{source}: {key!r} is {images.dtype}, expected uint8, or floats in [0, 1]")
+    if not images.size:
+        return np.zeros(images.shape, dtype=np.uint8)  # without pixels, which the set says of itself
     low, high = float(images.min()), float(images.max())
     if np.isnan(low):
         raise DataError(f"{source}: {key!r} holds values that are no numbers (NaN); save uint8, or floats in [0, 1]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,16 +94,35 @@ def _require_positive(limit: int) -> None:
         raise DataError(f"limit is {limit}: ask for at least one image, or leave it out to read them all")
 
 
+def to_labels(numbers: NDArray[np.integer[Any]], source: str) -> Labels:
+    """Labels of any integer type as ``(N,) int64``.
+
+    Raises:
+        DataError: a label is larger than that.
+    """
+    _require_class_number(int(numbers.max(initial=0)), np.iinfo(np.int64).max, source)
+    return numbers.astype(np.int64, copy=False)
+
+
 def numbered_names(labels: Labels, source: str) -> tuple[str, ...]:
     """Class names "0" to "K-1", where K - 1 is the largest label of the whole split.
 
     Raises:
-        DataError: the largest label cannot be a class number.
+        DataError: the largest label cannot be a class number, or none can.
     """
     largest = int(labels.max(initial=-1))
-    if largest >= MAX_UNNAMED_CLASSES:
-        raise DataError(f"{source}: largest label is {largest}, which is no class number; is it the label column?")
+    _require_class_number(largest, MAX_UNNAMED_CLASSES - 1, source)
+    if len(labels) and largest < 0:
+        raise DataError(
+            f"{source}: labels run from {labels.min()} to {largest}, which are no class numbers; number the classes "
+            "from 0, or give a split that has labels"
+        )
     return tuple(str(number) for number in range(largest + 1))
+
+
+def _require_class_number(largest: int, most: int, source: str) -> None:
+    if largest > most:
+        raise DataError(f"{source}: largest label is {largest}, which is no class number; is it the label column?")
 
 
 def order_notes(names: Sequence[str]) -> tuple[str, ...]:

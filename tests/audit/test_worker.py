@@ -256,7 +256,9 @@ STOPS = {
     "a refused file": (FileRefusedError("no ONNX"), 4, "no ONNX"),
     "a file the runtime refuses": (SessionError("no kernel"), 4, "no kernel"),
     "memory": (MemoryError("40 TB"), 3, "not enough memory: 40 TB; raise --memory-limit, or read"),
+    "memory, of which nothing is said": (MemoryError(), 3, "not enough memory; raise --memory-limit, or read"),
     "mapped memory": (OSError(12, "Cannot allocate memory"), 3, "internal error: OSError: [Errno 12] Cannot"),
+    "a name that is no UTF-8": (DataError("gr\udcfcn: no labels"), 2, "gr\\udcfcn: no labels"),
     "a bug": (KeyError("x"), 3, "internal error: KeyError: 'x'"),
     "a long text": (RuntimeError("one\ntwo\n" * 1000), 3, "internal error: RuntimeError: one two one two"),
 }
@@ -269,6 +271,7 @@ def test_stopped_gives_code_and_one_line_when_the_trouble_is(error: Exception, c
     assert stop.message.startswith(message)
     assert "\n" not in stop.message
     assert len(stop.message) <= 600
+    assert stop.model_dump_json()
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -318,6 +321,17 @@ def test_main_stops_with_the_reason_and_tells_stderr_the_rest_when_the_split_is_
     assert ran.stderr.startswith(b"Traceback (most recent call last):\n")
     assert r"größe\x1b[31m\u202e.npz" in ran.stderr.decode(), "what goes to a terminal is escaped"
     assert b"\x1b" not in ran.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8")
+def test_main_stops_with_the_reason_when_the_folder_has_a_name_that_is_no_utf8(toy: Toy, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"gr\xfcn")
+    (folder / "a").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(folder / "a" / "0.png")
+    (tmp_path / "link").symlink_to(folder)
+    events, _ = spoken(Job(model=str(toy.clean), data=str(tmp_path / "link")))
+    assert events[-1]["exit_code"] == 2
+    assert events[-1]["message"].startswith("images gr\\udcfcn has 1 classes, the model answers with 8; give the data")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory limits are Linux only")

@@ -815,6 +815,14 @@ case(
     ),
 )
 case(
+    "the images have no pixels, and would be resized",
+    2,
+    "npz data.npz: images of 0x16 have no pixels; save them again",
+    lambda given: given.audit(
+        None, "--resize", "bilinear", data=given.arrays(images=np.zeros((320, 0, 16, 3), np.uint8))
+    ),
+)
+case(
     "a label is no class",
     2,
     "npz data.npz: labels run from 0 to 8, but there are 8 class names; number the classes from 0, and name each",
@@ -832,6 +840,14 @@ case(
     "npz data.npz has 9 classes, the model answers with 8; give the data set that the model was made for",
     lambda given: given.audit(
         data=given.data(lambda images: replace(images, class_names=(*images.class_names, "zone 8")))
+    ),
+)
+case(
+    "a class name is no UTF-8",
+    2,
+    "npz data.npz: the name of class 7, 'zone\\udcff', is not UTF-8; rename it",
+    lambda given: given.audit(
+        data=given.arrays(class_names=np.array([*(f"zone {number}" for number in range(7)), "zone\udcff"]))
     ),
 )
 case(

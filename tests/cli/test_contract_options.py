@@ -101,6 +101,14 @@ def test_classes_are_read_from_a_file_a_line_each(ask: Ask, tmp_path: Path) -> N
     assert stated(ask, "--classes", str(file))["class_names"] == ("größe", "two words", "last")
 
 
+def test_files_may_begin_with_the_mark_that_windows_editors_write(ask: Ask, tmp_path: Path) -> None:
+    classes, sidecar = tmp_path / "names.txt", tmp_path / "model.contract.toml"
+    classes.write_text("dog\ncat\n", encoding="utf-8-sig")
+    sidecar.write_text('class_names = ["dog", "cat"]', encoding="utf-8-sig")
+    assert stated(ask, "--classes", str(classes)) == {"class_names": ("dog", "cat")}
+    assert stated(ask, "--contract", str(sidecar)) == {"class_names": ("dog", "cat")}
+
+
 def test_classes_are_a_list_when_it_is_longer_than_any_file_name(ask: Ask) -> None:
     names = tuple(f"speed limit {number}" for number in range(0, 1000, 5))
     assert stated(ask, "--classes", ",".join(names))["class_names"] == names

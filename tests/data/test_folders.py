@@ -335,7 +335,7 @@ def test_load_folders_shortens_and_escapes_hostile_names(tmp_path: Path, write_i
 def test_load_folders_raises_when_a_class_name_is_not_utf8(tmp_path: Path, write_image: WriteImage) -> None:
     name = os.fsdecode(b"gr\xfcn")
     write_image(tmp_path / name / "x.png", 0)
-    with pytest.raises(DataError, match=r": the name of folder 'gr\\udcfcn' is not UTF-8; rename it$"):
+    with pytest.raises(DataError, match=r": the name of class 0, 'gr\\udcfcn', is not UTF-8; rename it$"):
         load(tmp_path)
 
 

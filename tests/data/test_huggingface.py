@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from qdefense.data import huggingface
 from qdefense.data.huggingface import list_splits, load_parquet
 from qdefense.data.images import DataError, ImageSet
 from qdefense.data.resizing import Resize
@@ -269,6 +271,15 @@ def test_load_parquet_knows_no_groups_when_one_name_has_another_form(tmp_path: P
     assert load(write(tmp_path / "train.parquet", columns)).groups is None
 
 
+def test_load_parquet_raises_when_a_damaged_column_holds_fewer_paths_than_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(tmp_path / "test.parquet")
+    monkeypatch.setattr(huggingface, "_read_tracks", lambda *_: np.empty(0, np.int64))
+    with pytest.raises(DataError, match=r"^parquet test.parquet: 6 labels but 0 image paths; fetch it again$"):
+        load(file)
+
+
 def test_load_parquet_knows_no_groups_when_there_are_no_names(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain.parquet", {"image": [png(0)], "label": [0]})
     alone = write(tmp_path / "alone.parquet", {"image": [{"bytes": png(0)}], "label": [0]})
@@ -349,6 +360,13 @@ def test_load_parquet_raises_when_class_names_are_malformed(tmp_path: Path, name
         load(file)
 
 
+def test_load_parquet_raises_when_a_class_name_is_no_utf8(tmp_path: Path) -> None:
+    features = {"label": {"_type": "ClassLabel", "names": ["a", "b\ud800"]}}
+    file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": [0]}, features)
+    with pytest.raises(DataError, match=r"test.parquet: the name of class 1, 'b\\ud800', is not UTF-8; rename it$"):
+        load(file)
+
+
 @pytest.mark.parametrize("text", ["{", "[" * 100_000])
 def test_load_parquet_raises_when_metadata_is_no_json(tmp_path: Path, text: str) -> None:
     table = pa.table({"image": [png(0)], "label": [0]}).replace_schema_metadata({"huggingface": text})
@@ -363,10 +381,11 @@ def test_load_parquet_raises_when_a_label_is_missing(tmp_path: Path) -> None:
         load(file)
 
 
-def test_load_parquet_raises_when_a_label_is_no_class_number(tmp_path: Path) -> None:
-    file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": [1_700_000_000]})
+@pytest.mark.parametrize("label", [1_700_000_000, 2**63 + 5])
+def test_load_parquet_raises_when_a_label_is_no_class_number(tmp_path: Path, label: int) -> None:
+    file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": pa.array([label], pa.uint64())})
     with pytest.raises(
-        DataError, match="largest label is 1700000000, which is no class number; is it the label column"
+        DataError, match=rf"largest label is {label}, which is no class number; is it the label column\?$"
     ):
         load(file)
 
@@ -375,6 +394,21 @@ def test_load_parquet_raises_when_labels_pass_the_names(tmp_path: Path) -> None:
     file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": [3]}, CLASS_LABEL)
     with pytest.raises(DataError, match="labels run from 3 to 3, but there are 3 class names"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["label", "label", "image", "text"], "which is the integer label column? 'label', 'label' all could be; keep"),
+        (["label", "other", "image", "label"], "several columns are called 'label'; keep one of them"),
+        (["label", "other", "image", "image"], "several columns are called 'image'; keep one of them"),
+    ],
+)
+def test_load_parquet_raises_when_columns_share_a_name(tmp_path: Path, names: list[str], message: str) -> None:
+    columns = [pa.array([0]), pa.array([0]), pa.array([png(0)]), pa.array(["text"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=rf"^parquet test.parquet: {re.escape(message)}"):
+        load(tmp_path / "test.parquet")
 
 
 def test_load_parquet_raises_when_there_are_no_rows(tmp_path: Path) -> None:
@@ -387,6 +421,13 @@ def test_load_parquet_raises_when_the_file_is_no_parquet(tmp_path: Path) -> None
     (tmp_path / "test.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(DataError, match=r"^test.parquet: not readable as parquet \(.*\); fetch it again$"):
         load(tmp_path / "test.parquet")
+
+
+def test_load_parquet_raises_when_a_column_has_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    file = write(tmp_path / "test.parquet", {"image": [png(0)], "label": [0], "textual": ["a"]})
+    file.write_bytes(file.read_bytes().replace(b"textual", b"textu\xc7l"))
+    with pytest.raises(DataError, match=r"^(parquet )?test.parquet: not readable as parquet \(.*\); fetch it again$"):
+        load(file)
 
 
 def test_load_parquet_raises_when_pages_are_damaged(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ NUMBER = "; number the classes from 0, and name each"
             "noise: images are uint8 (6, 8, 8, 1), expected uint8 (N, H, W, 3)",
         ),
         ({"images": np.zeros((6, 8, 3), np.uint8)}, "noise: images are uint8 (6, 8, 3), expected uint8 (N, H, W, 3)"),
+        ({"images": np.zeros((6, 0, 8, 3), np.uint8)}, "noise: images of 0x8 have no pixels; save them again"),
+        ({"images": np.zeros((6, 8, 0, 3), np.uint8)}, "noise: images of 8x0 have no pixels; save them again"),
         (
             {"labels": np.zeros(5, np.int64)},
             "noise: 6 images but labels are int64 (5,), expected int64 (N,)",
@@ -106,6 +108,10 @@ NUMBER = "; number the classes from 0, and name each"
         (
             {"labels": np.array([0, 1, -1, 0, 3, 2])},
             f"noise: labels run from -1 to 3, but there are 4 class names{NUMBER}",
+        ),
+        (
+            {"class_names": ("a", "b\ud800", "c", "d")},
+            "noise: the name of class 1, 'b\\ud800', is not UTF-8; rename it",
         ),
     ],
 )

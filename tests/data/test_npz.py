@@ -108,11 +108,31 @@ def test_load_npz_raises_when_images_are_of_another_kind(tmp_path: Path, images:
         load(write(tmp_path, images=images, labels=LABELS))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(6, 0, 5, 3), (6, 3, 0, 5)])
+def test_load_npz_raises_when_images_have_no_pixels(tmp_path: Path, shape: tuple[int, ...], dtype: type) -> None:
+    file = write(tmp_path, images=np.zeros(shape, dtype), labels=LABELS)
+    with pytest.raises(DataError, match=r"^npz set.npz: images of 0x5 have no pixels; save them again$"):
+        load(file)
+
+
 @pytest.mark.parametrize("labels", [np.eye(6, dtype=int), LABELS.astype(float), LABELS > 0, np.int64(1)])
 def test_load_npz_raises_when_labels_are_of_another_kind(tmp_path: Path, labels: Any) -> None:
     with pytest.raises(
         DataError, match=r"'labels' is \w+ \(.*\), expected integers \(N,\) or \(N, 1\), a class number"
     ):
+        load(write(tmp_path, images=IMAGES, labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full(6, -1), "labels run from -1 to -1, which are no class numbers; number the classes from 0, or give"),
+        (np.full(6, 2**63 + 5, np.uint64), "largest label is 9223372036854775813, which is no class number; is it"),
+    ],
+)
+def test_load_npz_raises_when_labels_are_no_class_numbers(tmp_path: Path, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(DataError, match=f"^npz set.npz: {message}"):
         load(write(tmp_path, images=IMAGES, labels=labels))
 
 
@@ -143,6 +163,12 @@ def test_load_npz_raises_when_class_names_are_of_another_kind(tmp_path: Path, na
         load(write(tmp_path, images=IMAGES, labels=LABELS, class_names=names))
 
 
+def test_load_npz_raises_when_a_class_name_is_no_utf8(tmp_path: Path) -> None:
+    file = write(tmp_path, images=IMAGES, labels=LABELS, class_names=np.array(["a", "b", "c\udcff"]))
+    with pytest.raises(DataError, match=r"^npz set.npz: the name of class 2, 'c\\udcff', is not UTF-8; rename it$"):
+        load(file)
+
+
 @pytest.mark.parametrize("key", ["images", "labels", "class_names"])
 def test_load_npz_raises_when_an_array_holds_objects(tmp_path: Path, key: str) -> None:
     arrays = {"images": IMAGES, "labels": LABELS, key: np.array([{}], dtype=object)}
@@ -164,6 +190,37 @@ def test_load_npz_raises_when_bytes_are_damaged(tmp_path: Path) -> None:
     content[150:160] = bytes(10)
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"^npz set.npz: not readable as npz \(.*\); write it again with numpy.savez$"):
+        load(file)
+
+
+BROKEN_ARRAYS = {
+    "the header does not end": ("images", b"{'descr': '|u1', 'fortran_order': False, 'shape': (6, 4, 5, 3"),
+    "its type is none": ("images", b"{'descr': '(04,)u1', 'fortran_order': False, 'shape': (6, 4, 5, 3), }"),
+    "a character is none": ("class_names", b"{'descr': '<U1', 'fortran_order': False, 'shape': (1,), }"),
+}
+
+
+@pytest.mark.parametrize(("key", "header"), BROKEN_ARRAYS.values(), ids=list(BROKEN_ARRAYS))
+def test_load_npz_raises_when_an_array_is_damaged(tmp_path: Path, key: str, header: bytes) -> None:
+    file = write(tmp_path, images=IMAGES, labels=LABELS, class_names=np.array(["a"]))
+    with zipfile.ZipFile(file) as archive:
+        arrays = {name: archive.read(name) for name in archive.namelist()}
+    padded = header.ljust(117) + b"\n"
+    arrays[f"{key}.npy"] = b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + b"\xff" * 360
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in arrays.items():
+            archive.writestr(name, content)
+    with pytest.raises(DataError, match=r"^npz set.npz: not readable as npz \(.*\); write it again with numpy.savez$"):
+        load(file)
+
+
+def test_load_npz_raises_when_a_member_claims_to_be_encrypted(tmp_path: Path) -> None:
+    file = write(tmp_path, images=IMAGES, labels=LABELS)
+    content = bytearray(file.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(mark) + flags] |= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"^npz set.npz: not readable as npz \(.*encrypted.*\); write it again"):
         load(file)
 
 

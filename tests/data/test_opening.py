@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,41 @@ def test_open_data_reads_the_folder_when_signs_is_written_as_a_path(
     monkeypatch.chdir(parquet_folder.parent)
     assert open_data("./signs").source == "parquet signs/test"
     assert open_data("signs", limit=1).source == "signs test"
+
+
+@pytest.fixture
+def make_folder(
+    parquet_folder: Path, tmp_path: Path, make_cifar: MakeCifar, write_image: WriteImage
+) -> Callable[[str], Path]:
+    """``make_folder(format)``: a small data set of that format."""
+
+    def make(kind: str) -> Path:
+        if kind == "parquet":
+            return parquet_folder
+        if kind == "CIFAR-10 python":
+            return make_cifar(tmp_path / "batches", "python-2")
+        write_image(tmp_path / "pictures" / "00000" / "00000_00000.ppm", 0)
+        if kind == "GTSRB":
+            csv = "Filename;ClassId\n00000_00000.ppm;0\n"
+            (tmp_path / "pictures" / "00000" / "GT-00000.csv").write_text(csv)
+        return tmp_path / "pictures"
+
+    return make
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8")
+@pytest.mark.parametrize(
+    ("kind", "split"), [("parquet", "/test"), ("CIFAR-10 python", "/test"), ("GTSRB", "/train"), ("images", "")]
+)
+def test_open_data_gives_a_name_that_is_utf8_when_that_of_the_folder_is_not(
+    make_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str, split: str
+) -> None:
+    folder = make_folder(kind)
+    folder = folder.rename(folder.with_name(os.fsdecode(b"gr\xfcn")))
+    folder.with_name("link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for spec in (".", "../link"):
+        assert open_data(spec).source == f"{kind} gr\\udcfcn{split}"
 
 
 KNOWN = (

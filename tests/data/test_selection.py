@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from qdefense.data.images import DataError
-from qdefense.data.selection import choose_groups, choose_rows, disjoint_parts, order_notes, track_groups
+from qdefense.data.selection import (
+    choose_groups,
+    choose_rows,
+    disjoint_parts,
+    numbered_names,
+    order_notes,
+    to_labels,
+    track_groups,
+)
 
 GROUPS = np.array([5, 5, 5, 1, 1, 9, 9, 9, 9, 2], dtype=np.int64)
 
@@ -112,3 +120,29 @@ def test_disjoint_parts_draws_from_all_rows_by_the_seed() -> None:
 def test_disjoint_parts_raises_when_there_are_too_few_rows() -> None:
     with pytest.raises(ValueError, match="parts of 3, 8 rows cannot be drawn from 10"):
         disjoint_parts(10, (3, 8), seed=0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", ">i4", "int64", "uint64"])
+def test_to_labels_gives_int64_whatever_the_integers_are(dtype: str) -> None:
+    labels = to_labels(np.array([3, 0, 127], dtype=dtype), "set")
+    assert (labels.tolist(), labels.dtype) == ([3, 0, 127], np.dtype(np.int64))
+
+
+@pytest.mark.parametrize("largest", [2**63, 2**63 + 5, 2**64 - 1])
+def test_to_labels_raises_when_a_label_is_beyond_int64(largest: int) -> None:
+    with pytest.raises(DataError, match=rf"^set: largest label is {largest}, which is no class number; is it"):
+        to_labels(np.array([0, largest], dtype=np.uint64), "set")
+
+
+def test_numbered_names_raises_when_no_label_is_a_class_number() -> None:
+    with pytest.raises(DataError) as caught:
+        numbered_names(np.array([-1, -3, -1]), "set")
+    assert str(caught.value) == (
+        "set: labels run from -3 to -1, which are no class numbers; number the classes from 0, or give a split that "
+        "has labels"
+    )
+
+
+def test_numbered_names_are_those_up_to_the_largest_label() -> None:
+    assert numbered_names(np.array([2, 0]), "set") == ("0", "1", "2")
+    assert numbered_names(np.array([], dtype=np.int64), "set") == ()
