@@ -21,6 +21,7 @@ from qdefense.models import Recipe, build_model
 Progress = Callable[[int, int, float], None]
 OnPoisoned = Callable[[PoisonedSet], None]
 OnBatch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_FILL = "fill_uninitialized_memory"
 _POISON_STREAM, _BATCH_STREAM, _ATTACK_STREAM = 1, 2, 3
 
 
@@ -112,15 +113,16 @@ def _deterministic(seed: int, threads: int) -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    filled = deterministic.fill_uninitialized_memory
+    # The module is its own class, whose property mypy does not see.
+    filled: bool = getattr(deterministic, _FILL)
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False
+    setattr(deterministic, _FILL, False)
     try:
         yield
     finally:
-        deterministic.fill_uninitialized_memory = filled
+        setattr(deterministic, _FILL, filled)
         torch.use_deterministic_algorithms(strict, warn_only=lenient)
         torch.set_num_threads(previous)
         torch.random.set_rng_state(state)
