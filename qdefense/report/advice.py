@@ -154,6 +154,13 @@ def _vouched_for(report: Report) -> Iterator[Gap]:
             "Whether the file is driven as it was trained",
             f"The images have no labels: the clean accuracy is {said}, and no other reading of the file was compared.",
         )
+    contract = report.subject.contract
+    if contract is not None and contract.source == "metadata":
+        yield Gap(
+            "Whether your product feeds the file as it says",
+            "Range, mean, deviation and channels are the file's own word, and it was judged on such pixels alone. "
+            "State --range, --mean, --std and --channels as they are where it runs: the audit then judges that.",
+        )
 
 
 def known_limits() -> frozenset[str]:

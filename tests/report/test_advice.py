@@ -205,6 +205,18 @@ def test_not_checked_names_what_neural_cleanse_cannot_see() -> None:
         assert part in text
 
 
+def test_not_checked_says_that_the_pixels_range_is_the_files_own_word() -> None:
+    passed = samples.passed()
+    contract = passed.subject.contract
+    assert contract is not None
+    told = {
+        source: "Whether your product feeds the file as it says" in gaps(with_subject(passed, contract=stated))
+        for source in ("metadata", "options", "sidecar", "graph")
+        for stated in (contract.model_copy(update={"source": source}),)
+    }
+    assert told == {"metadata": True, "options": False, "sidecar": False, "graph": False}
+
+
 def test_not_checked_counts_the_classes_without_a_trigger_of_a_clean_scan() -> None:
     passed = samples.passed()
     told = "2 of 11 classes as targets. neural-cleanse found no trigger for them that works on the file, so that none "
