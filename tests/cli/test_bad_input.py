@@ -361,6 +361,14 @@ def partly_wrong(images: ImageSet) -> ImageSet:
 
 
 def of_one_class(images: ImageSet) -> ImageSet:
+    many = repeated(images)
+    distinct = many.images.copy()
+    distinct[:, -1, -1, 0] ^= np.arange(len(many), dtype=np.uint8)
+    distinct[:, -1, -1, 1] ^= (np.arange(len(many)) // 256).astype(np.uint8)
+    return replace(many, images=distinct)
+
+
+def repeated(images: ImageSet) -> ImageSet:
     rows = np.flatnonzero(images.labels == 0)
     return images.take(np.resize(rows, len(images)))
 
@@ -798,6 +806,12 @@ case(
     3,
     "neural-cleanse: NOT_MEASURED: 0 of 160 images are outside the most frequent class; at least 50 are needed",
     lambda given: given.audit(None, "--defense", given.toy.scan, data=given.data(of_one_class)),
+)
+case(
+    "images repeat each other",
+    3,
+    "neural-cleanse: NOT_MEASURED: 40 clean images; at least 200 are needed",
+    lambda given: given.audit(None, "--defense", given.toy.scan, data=given.data(repeated)),
 )
 case(
     "there are 50 images",
