@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 from qdefense.bench.cohort import NO_ATTACK, Cohort, Setting, Subject, rank_of, row_rank, status_of
 from qdefense.bench.records import (
     DataFacts,
-    DatasetMetrics,
     DefenseRecord,
-    FilterMetrics,
     Network,
     RepairMetrics,
     ScanMetrics,
 )
-from qdefense.bench.tables import Answers, Row, Spread, count_answers, spread
+from qdefense.bench.tables import Answers, Row, Spread, auroc_of, count_answers, spread
 
 AFTER_REPAIR = "ASR after"
 
@@ -153,22 +151,14 @@ def _index_of_target(record: DefenseRecord) -> float | None:
     return record.metrics.target_index if isinstance(record.metrics, ScanMetrics) else None
 
 
-def _within(record: DefenseRecord) -> float | None:
-    return record.metrics.within_auroc if isinstance(record.metrics, DatasetMetrics) else None
-
-
-def _auroc(record: DefenseRecord) -> float | None:
-    return record.metrics.auroc if isinstance(record.metrics, FilterMetrics) else None
-
-
 def _asr_after(record: DefenseRecord) -> float | None:
     return record.metrics.asr_after if isinstance(record.metrics, RepairMetrics) else None
 
 
 _FIGURES: Mapping[str, tuple[str, Callable[[DefenseRecord], float | None]]] = {
     "scan": ("index of the target", _index_of_target),
-    "dataset": ("AUROC within", _within),
-    "filter": ("AUROC", _auroc),
+    "dataset": ("AUROC within", auroc_of),
+    "filter": ("AUROC", auroc_of),
     "repair": (AFTER_REPAIR, _asr_after),
 }
 

@@ -121,10 +121,17 @@ class ImageSet:
         return hasher.hexdigest()
 
     @property
+    def pixel_digests(self) -> list[bytes]:
+        """sha256 over the pixels of each image: equal where images are."""
+        return [hashlib.sha256(image.tobytes()).digest() for image in self.images]
+
+    @property
     def first_appearances(self) -> NDArray[np.int64]:
         """Rows whose pixels no row before them has, in order."""
-        digests = [hashlib.sha256(image.tobytes()).digest() for image in self.images]
-        return np.sort(np.unique(np.array(digests, dtype="S32"), return_index=True)[1]).astype(np.int64)
+        rows: dict[bytes, int] = {}
+        for row, digest in enumerate(self.pixel_digests):
+            rows.setdefault(digest, row)
+        return np.array(list(rows.values()), dtype=np.int64)
 
     def without_labels(self) -> ImageSet:
         """The same images, of which nobody has said what they show."""

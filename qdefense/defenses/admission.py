@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 from numpy.typing import ArrayLike
 
+from qdefense.data.images import Labels
 from qdefense.rates import MIN_SKILL, chance_of, skill
+from qdefense.session import Logits
 
 NOT_FINITE = "the session's logits on clean images are not finite (NaN or infinite weights?)"
 
@@ -23,3 +26,13 @@ def near_chance(accuracy: float, classes: int, labels: ArrayLike | None = None) 
             f"({chance:.1%}): give images of all classes"
         )
     return f"clean accuracy {accuracy:.1%} is near chance ({1 / classes:.1%}): wrong labels, order or pixels?"
+
+
+def answers_near_chance(logits: Logits, labels: Labels, *, stated: float | None = None) -> str | None:
+    """The same of ``logits: (N, K)``, finite, on images with ``labels: (N,)``.
+
+    ``stated`` is the accuracy that somebody vouches for where the labels are the file's own answers.
+    """
+    if stated is not None:
+        return near_chance(stated, logits.shape[1])
+    return near_chance(float(np.mean(logits.argmax(axis=1) == labels)), logits.shape[1], labels)

@@ -55,7 +55,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 from threadpoolctl import threadpool_limits
 
-from qdefense.defenses.admission import near_chance
+from qdefense.defenses.admission import answers_near_chance
 from qdefense.defenses.clustering import (
     Clusters,
     Reclassified,
@@ -264,7 +264,7 @@ def _check_reference(evidence: Evidence) -> None:
     logits = evidence.reference.logits_of(clean)
     if not np.isfinite(logits).all():
         raise NoFeaturesError(Verdict.NOT_MEASURED, "the reference answers with values that are not finite")
-    problem = near_chance(float(np.mean(logits.argmax(axis=1) == clean.labels)), logits.shape[1], clean.labels)
+    problem = answers_near_chance(logits, clean.labels)
     if problem is not None:
         raise NoFeaturesError(Verdict.NOT_MEASURED, f"the reference guesses: {problem}")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median
 
@@ -68,13 +66,9 @@ def judge_inputs(input_filter: InputFilter, evidence: Evidence) -> Finding:
 
 
 def _apart(clean: ImageSet, inputs: ImageSet) -> ImageSet:
-    given = set(_digests(inputs))
-    kept = [row for row, digest in enumerate(_digests(clean)) if digest not in given]
+    given = set(inputs.pixel_digests)
+    kept = [row for row, digest in enumerate(clean.pixel_digests) if digest not in given]
     return clean if len(kept) == len(clean) else clean.take(np.array(kept, dtype=np.int64))
-
-
-def _digests(images: ImageSet) -> Iterator[bytes]:
-    return (hashlib.sha256(image.tobytes()).digest() for image in images.images)
 
 
 def _with_note(finding: Finding, aside: int) -> Finding:

@@ -45,7 +45,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.data.selection import disjoint_parts
-from qdefense.defenses.admission import NOT_FINITE, near_chance
+from qdefense.defenses.admission import NOT_FINITE, answers_near_chance
 from qdefense.defenses.entropies import mean_entropies, normal_boundary
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.registered import DEFENSES
@@ -316,9 +316,7 @@ def _refuse_accuracy(evidence: Evidence, parts: _Parts) -> None:
     if not np.isfinite(logits.max(axis=1)).all():
         raise _CannotFitError(NOT_FINITE)
     labels = np.concatenate([part.labels for part in judged])
-    if evidence.stated_accuracy is not None and not evidence.clean.labelled:
-        problem = near_chance(evidence.stated_accuracy, logits.shape[1])
-    else:
-        problem = near_chance(float(np.mean(logits.argmax(axis=1) == labels)), logits.shape[1], labels)
+    stated = None if evidence.clean.labelled else evidence.stated_accuracy
+    problem = answers_near_chance(logits, labels, stated=stated)
     if problem is not None:
         raise _CannotFitError(problem)

@@ -42,7 +42,7 @@ from pydantic.dataclasses import dataclass as settings
 from qdefense.calibration import Calibrations, Line, draw_line
 from qdefense.data.images import ImageSet, Pixels, first_few
 from qdefense.data.selection import disjoint_parts
-from qdefense.defenses.admission import NOT_FINITE, near_chance
+from qdefense.defenses.admission import NOT_FINITE, answers_near_chance
 from qdefense.defenses.interfaces import Need
 from qdefense.defenses.inversion import MaskedPattern, NoGradientError, Schedule, invert_trigger
 from qdefense.defenses.outliers import low_side_indices, scaled_mad
@@ -505,9 +505,7 @@ def _refuse_accuracy(session: DeployedSession, halves: _Halves, stated: float | 
     if not np.isfinite(logits).all():
         return NOT_FINITE
     labels = np.concatenate([part.labels for part in parts])
-    if stated is not None and not halves.optimised.labelled:
-        return near_chance(stated, logits.shape[1])
-    return near_chance(float(np.mean(logits.argmax(axis=1) == labels)), logits.shape[1], labels)
+    return answers_near_chance(logits, labels, stated=None if halves.optimised.labelled else stated)
 
 
 def _halve(clean: ImageSet, seed: int) -> _Halves:
