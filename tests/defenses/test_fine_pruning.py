@@ -156,8 +156,19 @@ def test_a_file_that_lost_more_than_the_tolerance_is_not_repaired(
     _, held_out = fine_pruning._halve(clean[form])
     behaviour = measure_behaviour(session_of(made.artifact.data).logits, held_out, None)
     assert result.after["clean_accuracy"] == behaviour.clean_accuracy, "the loss is told, of the file that has it"
-    told = f"clean accuracy fell by {result.accuracy_drop:.2f} points, where 4 are tolerated: "
-    assert re.match(rf"{told}\d of 6 channels pruned, 3 epochs", made.finding.reason), made.finding.reason
+    told = f"clean accuracy fell by {result.accuracy_drop:.2f} points, where 4 are tolerated "
+    loss = r"\(the training loss rose from \S+ to \S+: lower `learning_rate`\): "
+    assert re.match(rf"{told}{loss}\d of 6 channels pruned, 3 epochs", made.finding.reason), made.finding.reason
+
+
+def test_a_file_that_lost_too_much_though_the_loss_fell_is_told_no_other_rate(
+    clean: Mapping[str, Evidence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine_pruning, "_refuse_accuracy", lambda _: 160)
+    monkeypatch.setattr(fine_pruning, "_judge", lambda *_: (80, 1.0))
+    finding = SHORT.repair(clean["fp32"]).finding
+    assert finding.verdict is Verdict.NOT_REPAIRED
+    assert "learning_rate" not in finding.reason
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(0, Verdict.REPAIRED), (8, Verdict.REPAIRED), (9, Verdict.NOT_REPAIRED)])

@@ -26,7 +26,7 @@ Deviations from the paper and its code:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
@@ -46,7 +46,7 @@ from qdefense.data.selection import disjoint_parts
 from qdefense.defenses.admission import NOT_FINITE, near_chance
 from qdefense.defenses.channel_activations import ActivationError, ChannelActivations, mean_activations
 from qdefense.defenses.dormancy import Pruning, dormancy_order, prune_while_tolerated
-from qdefense.defenses.fine_tuning import TuningSchedule, fine_tune, silence
+from qdefense.defenses.fine_tuning import Tuning, TuningSchedule, fine_tune, silence
 from qdefense.defenses.interfaces import Need, Repaired
 from qdefense.defenses.inversion import NoGradientError
 from qdefense.defenses.registered import DEFENSES
@@ -77,7 +77,7 @@ class _Patient:
     held_out: ImageSet
     scales: Scales
     forwards: int = 0
-    gradient_steps: int = 0
+    tuning: Tuning = field(default_factory=Tuning)
 
     def written(self) -> Artifact:
         """The file that the student is now."""
@@ -134,9 +134,9 @@ class FinePruning:
         except _CannotRepairError as error:
             verdict, reason = error.verdict, str(error)
         else:
-            verdict, reason = self._judgement(result)
+            verdict, reason = self._judgement(result, patient.tuning)
         forwards = patient.forwards + evidence.session.forwards - before
-        cost = Cost(forwards=forwards, gradient_steps=patient.gradient_steps)
+        cost = Cost(forwards=forwards, gradient_steps=patient.tuning.steps)
         return Repaired(artifact=artifact, finding=self._finding(evidence, verdict, reason, cost, result))
 
     def _finding(
@@ -231,7 +231,7 @@ class FinePruning:
             batch_size=self.batch_size,
         )
         try:
-            patient.gradient_steps = fine_tune(
+            patient.tuning = fine_tune(
                 patient.student,
                 patient.tuned,
                 schedule,
@@ -245,7 +245,7 @@ class FinePruning:
         except ShadowError as error:
             raise _CannotRepairError(Verdict.NOT_MEASURED, f"the shadow can't be trained: {error}") from error
 
-    def _judgement(self, result: RepairResult) -> tuple[Verdict, str]:
+    def _judgement(self, result: RepairResult, tuning: Tuning) -> tuple[Verdict, str]:
         """A file that lost more than the tolerance is no repair, whichever step cost it."""
         # The decimal number that it is written as, as in pruning: 100 * 0.07 is a little more than 7.
         tolerated = float(100 * Fraction(repr(float(self.tolerance))))
@@ -253,6 +253,9 @@ class FinePruning:
             return Verdict.REPAIRED, self._reason(result)
         fell = told_beside(result.accuracy_drop, tolerated)
         told = f"clean accuracy fell by {fell} points, where {tolerated:g} are tolerated"
+        if tuning.ran_away:
+            first, last = tuning.losses[0], tuning.losses[-1]
+            told += f" (the training loss rose from {first:.3g} to {last:.3g}: lower `learning_rate`)"
         return Verdict.NOT_REPAIRED, f"{told}: {self._reason(result)}"
 
     def _reason(self, result: RepairResult) -> str:

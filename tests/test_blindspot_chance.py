@@ -1,0 +1,47 @@
+"""What `benchmarks/blindspots/chance.py` makes of differences and alarms: plain statistics on hand-computed values."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from qdefense.bench.tables import Difference, Proportion, difference
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "blindspots" / "chance.py"
+
+
+@pytest.fixture(scope="module")
+def chance() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("blindspot_chance", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_p_value_is_that_of_the_paired_t_test(chance: ModuleType) -> None:
+    before, after = [0.9, 0.8, 0.7, 0.9], [0.95, 0.9, 0.72, 0.97]
+    found = difference(zip(before, after, strict=True))
+    assert chance.p_value(found) == pytest.approx(stats.ttest_rel(after, before).pvalue)
+
+
+def test_an_interval_that_ends_at_0_has_a_p_value_of_a_twentieth(chance: ModuleType) -> None:
+    assert chance.p_value(Difference(mean=-1, low=-2, high=0, n=3)) == pytest.approx(0.05)
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_steps_back(chance: ModuleType) -> None:
+    np.testing.assert_allclose(chance.holm([0.02, 0.01, 0.9, 0.021]), [0.06, 0.04, 0.9, 0.06])
+    np.testing.assert_allclose(chance.holm([0.6, 0.7]), [1, 1])
+
+
+def test_a_total_leaves_out_what_is_not_there(chance: ModuleType) -> None:
+    share = Proportion(hits=2, n=3, low=0.2, high=0.9, networks=1, lowest=None, highest=None)
+    assert chance.total([share, None, share]) == (4, 6)
