@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from qdefense.models.convnext import ConvNeXt
 from qdefense.models.mobilenet import MobileNetV2
@@ -96,3 +98,15 @@ def build_model(architecture: str, *, classes: int, width: int | None = None) ->
     normalization = Normalization(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     channels = chosen.width if width is None else width
     return chosen.build(classes=classes, width=channels, normalization=normalization)
+
+
+@cache
+def multiply_accumulates(architecture: str, width: int | None = None) -> int:
+    """Multiplications of one 32x32 image with weights, in convolutions and linear layers; nothing is computed for it.
+
+    Raises:
+        KeyError: the architecture is not in the zoo.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build_model(architecture, classes=10, width=width).eval()(torch.empty(1, 3, 32, 32))
+    return int(counter.get_total_flops()) // 2

@@ -1,4 +1,7 @@
-"""What work will cost on one thread of an idle machine: the median of like work's CPU seconds, else a rule of thumb."""
+"""What work will cost on one thread of an idle machine: the median of like work's CPU seconds, else a rule of thumb.
+
+Work on another network counts by its multiply-accumulates: a network of three times as many takes three times as long.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Literal
 
-from qdefense.bench.records import BehaviourRecord, DefenseRecord, QuantizationRecord, Record, TrainingRecord
+from qdefense.bench.records import BehaviourRecord, DefenseRecord, Network, QuantizationRecord, Record, TrainingRecord
 
 Source = Literal["records", "rule of thumb"]
+RULED = ("resnet8", 16)
+"""The network that the rules of thumb are of."""
 SECONDS_PER_IMAGE_AND_EPOCH = 1.4e-3
 """ResNet-8 at 32x32 on one thread: 330 s for ten epochs of 25,087 GTSRB images (`benchmarks/first_verdict`)."""
 SECONDS_PER_STAGE = {"quantize": 3.0, "behaviour": 15.0, "defense": 240.0}
@@ -17,7 +22,7 @@ _Key = tuple[object, ...]
 
 
 class CostModel:
-    """Seconds of a work item, by the closest work that was measured: the same data and network, then any."""
+    """Seconds of a work item, by the closest work that was measured: the same network, then any of the same kind."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self._seconds: dict[_Key, list[float]] = defaultdict(list)
@@ -26,60 +31,81 @@ class CostModel:
                 continue
             share = record.epochs if isinstance(record, TrainingRecord) else 1
             for key in _keys_of(record):
-                self._seconds[key].append(record.volatile.cpu_seconds / share)
+                self._seconds[key].append(record.volatile.cpu_seconds / share / _size(key, record.network))
 
-    def training(self, data: str, architecture: str, width: int, *, epochs: int, images: int) -> tuple[float, Source]:
+    def training(self, network: Network, *, epochs: int, images: int) -> tuple[float, Source]:
         """Of a network."""
-        found = self._median(training_keys(data, architecture, width))
+        found = self._median(training_keys(network), network)
         if found is not None:
             return found * epochs, "records"
-        return SECONDS_PER_IMAGE_AND_EPOCH * images * epochs, "rule of thumb"
+        return SECONDS_PER_IMAGE_AND_EPOCH * images * epochs * _relative_size(network), "rule of thumb"
 
-    def other(self, stage: str, keys: Iterable[_Key]) -> tuple[float, Source]:
+    def other(self, stage: str, keys: Iterable[_Key], network: Network) -> tuple[float, Source]:
         """Of any later stage."""
-        found = self._median(keys)
-        return (SECONDS_PER_STAGE[stage], "rule of thumb") if found is None else (found, "records")
+        found = self._median(keys, network)
+        if found is not None:
+            return found, "records"
+        return SECONDS_PER_STAGE[stage] * _relative_size(network), "rule of thumb"
 
-    def _median(self, keys: Iterable[_Key]) -> float | None:
-        return next((median(self._seconds[key]) for key in keys if key in self._seconds), None)
+    def _median(self, keys: Iterable[_Key], network: Network) -> float | None:
+        return next((median(self._seconds[key]) * _size(key, network) for key in keys if key in self._seconds), None)
 
 
-def training_keys(data: str, architecture: str, width: int) -> tuple[_Key, ...]:
+def training_keys(network: Network) -> tuple[_Key, ...]:
     """From the closest to the widest."""
-    return ("train", data, architecture, width), ("train", architecture, width)
+    place = _place(network)
+    return (("train", *place), ("train", *place[1:]), ("train", _ANY, network.data))
 
 
-def file_keys(stage: str, data: str, architecture: str, width: int, scheme: str) -> tuple[_Key, ...]:
+def file_keys(stage: str, network: Network, scheme: str) -> tuple[_Key, ...]:
     """Of `quantize` and `behaviour`."""
-    return (stage, data, architecture, width, scheme), (stage, scheme)
+    return (stage, *_place(network), scheme), (stage, _ANY, network.data, scheme), (stage, _ANY, scheme)
 
 
-def defense_keys(
-    name: str, settings: object, access: str, data: str, architecture: str, width: int, scheme: str
-) -> tuple[_Key, ...]:
+def defense_keys(name: str, settings: object, access: str, network: Network, scheme: str) -> tuple[_Key, ...]:
     """Of `defense`; ``settings`` by their text, since a budget changes everything."""
-    told = repr(settings)
-    network = (data, architecture, width)
+    asked, place = ("defense", name, repr(settings), access), _place(network)
     return (
-        ("defense", name, told, access, *network, scheme),
-        ("defense", name, told, access, *network),
-        ("defense", name, told, access),
-        ("defense", name),
+        (*asked, *place, scheme),
+        (*asked, *place),
+        (*asked, _ANY, network.data, scheme),
+        (*asked, _ANY),
+        ("defense", name, _ANY),
     )
 
 
+_ANY = "any network"
+"""In a key: seconds are per size of the network."""
+
+
+def _place(network: Network) -> tuple[str, str, int]:
+    return network.data, network.architecture, network.width
+
+
 def _keys_of(record: Record) -> tuple[_Key, ...]:
-    made = record.network
-    place = (made.data, made.architecture, made.width)
     if isinstance(record, TrainingRecord):
-        return training_keys(*place)
+        return training_keys(record.network)
     if isinstance(record, (QuantizationRecord, BehaviourRecord)):
-        return file_keys(record.stage, *place, record.scheme)
+        return file_keys(record.stage, record.network, record.scheme)
     return _keys_of_defense(record)
 
 
 def _keys_of_defense(record: DefenseRecord) -> tuple[_Key, ...]:
-    made = record.network
-    return defense_keys(
-        record.defense, record.settings, record.access, made.data, made.architecture, made.width, record.scheme
-    )
+    return defense_keys(record.defense, record.settings, record.access, record.network, record.scheme)
+
+
+def _size(key: _Key, network: Network) -> float:
+    return _relative_size(network) if _ANY in key else 1.0
+
+
+def _relative_size(network: Network) -> float:
+    """Multiply-accumulates of one image, as a multiple of those of the network that the rules of thumb are of.
+
+    At least 1: around a smaller network it is images and sessions that take the time. 1 for an architecture that the
+    zoo has no longer.
+    """
+    from qdefense.models import architectures, multiply_accumulates  # noqa: PLC0415 (torch)
+
+    if network.architecture not in architectures():
+        return 1.0
+    return max(1.0, multiply_accumulates(network.architecture, network.width) / multiply_accumulates(*RULED))

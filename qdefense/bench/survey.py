@@ -154,12 +154,12 @@ def _state(record: Record | None) -> State:
 def estimate(item: Item, costs: CostModel) -> tuple[float, Source]:
     """Seconds of one worker."""
     made = item.network.network
-    place = (made.data, made.architecture, made.width)
     if item.stage == "train":
         images = item.network.train.facts.images
-        return costs.training(*place, epochs=made.recipe["epochs"], images=images)
+        return costs.training(made, epochs=made.recipe["epochs"], images=images)
     assert item.file is not None  # noqa: S101 (every later stage has one)
     if item.cell is None or item.cell.defense is None:
-        return costs.other(item.stage, file_keys(item.stage, *place, item.file.scheme))
+        return costs.other(item.stage, file_keys(item.stage, made, item.file.scheme), made)
     asked = item.cell.defense
-    return costs.other(item.stage, defense_keys(asked.name, asked.settings, item.cell.access, *place, item.file.scheme))
+    keys = defense_keys(asked.name, asked.settings, item.cell.access, made, item.file.scheme)
+    return costs.other(item.stage, keys, made)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdefense.models import Recipe, architectures, build_model, default_width, recipe_for
+from qdefense.models import Recipe, architectures, build_model, default_width, multiply_accumulates, recipe_for
 from qdefense.models.normalization import Normalization
 from qdefense.models.preact_resnet import PreActivationBlock
 from qdefense.models.resnet import BasicBlock
@@ -30,6 +30,23 @@ def test_normalization_subtracts_the_mean_and_divides_by_the_deviation_of_each_c
     assert normalize(torch.full((1, 3, 1, 1), 0.75)).flatten().tolist() == [1.0, 1.0, 0.75]
     assert not list(normalize.parameters())
     assert sorted(normalize.state_dict()) == ["mean", "std"]
+
+
+def test_multiply_accumulates_of_resnet8_are_those_counted_by_hand() -> None:
+    """Stem, three stages of one block (a 1x1 shortcut in two), 64 features to 10 classes; nothing is computed."""
+    first = 32 * 32 * 9 * (3 * 16 + 2 * 16 * 16)
+    second = 16 * 16 * (9 * (16 * 32 + 32 * 32) + 16 * 32)
+    third = 8 * 8 * (9 * (32 * 64 + 64 * 64) + 32 * 64)
+    assert multiply_accumulates("resnet8") == first + second + third + 64 * 10
+
+
+@EVERY
+def test_multiply_accumulates_grow_with_the_width_and_leave_the_generator_alone(architecture: str) -> None:
+    before = torch.random.get_rng_state()
+    usual = default_width(architecture)
+    assert multiply_accumulates(architecture) == multiply_accumulates(architecture, usual)
+    assert multiply_accumulates(architecture, 2 * usual) > 2 * multiply_accumulates(architecture, usual)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @EVERY
