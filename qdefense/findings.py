@@ -77,6 +77,11 @@ class InvertedTrigger(_Record):
     restart_norms: tuple[float | None, ...] = Field(description="norm of each restart; null where it is censored")
     censored: str | None = Field(default=None, description="why the class has no norm")
     trigger_id: str | None = None
+    cross_entropy: float | None = Field(
+        default=None,
+        description="mean of -log f of this class with the trigger, in nats, on the session and the images it was "
+        "optimised on; null where a logit is not finite",
+    )
 
 
 class Restart(_Record):

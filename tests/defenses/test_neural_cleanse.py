@@ -27,7 +27,12 @@ from qdefense.defenses import DEFENSES
 from qdefense.defenses.inversion import Inversion, MaskedPattern
 from qdefense.defenses.pictures import picture_trigger
 from qdefense.defenses.scans import neural_cleanse
-from qdefense.defenses.scans.neural_cleanse import BUDGETS, NeuralCleanse, artifact_asr
+from qdefense.defenses.scans.neural_cleanse import (
+    BUDGETS,
+    ArtifactAnswers,
+    NeuralCleanse,
+    answers_on_artifact,
+)
 from qdefense.defenses.scheduling import Plan
 from qdefense.evidence import Evidence, gather_evidence
 from qdefense.fidelity import uncertified
@@ -126,14 +131,15 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             found = [_trigger(norm, target=target) for norm in norms.get(target, [])]
             return Inversion(candidates=found, last=_trigger(99.0, target=target))
 
-        def measure(_session: object, trigger: MaskedPattern, x: Pixels, target: int) -> float:
+        def measure(_session: object, trigger: MaskedPattern, x: Pixels, target: int) -> ArtifactAnswers:
             optimised, held_out = rates(target, round(trigger.norm, 3))
             key = f"{target} {trigger.norm}"
             asked.setdefault(key, hash(x.tobytes()))
-            return optimised if asked[key] == hash(x.tobytes()) else held_out
+            first_half = asked[key] == hash(x.tobytes())
+            return ArtifactAnswers(optimised, trigger.norm / 100) if first_half else ArtifactAnswers(held_out, None)
 
         monkeypatch.setattr(neural_cleanse, "invert_trigger", invert)
-        monkeypatch.setattr(neural_cleanse, "artifact_asr", measure)
+        monkeypatch.setattr(neural_cleanse, "answers_on_artifact", measure)
 
     return plan
 
@@ -300,7 +306,7 @@ def test_scan_runs_forwards_for_every_replay(
     evidence_of: Callable[[str], Evidence], planned: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned(SPREAD)
-    monkeypatch.setattr(neural_cleanse, "artifact_asr", artifact_asr)
+    monkeypatch.setattr(neural_cleanse, "answers_on_artifact", answers_on_artifact)
     evidence = evidence_of("first")
     with _budget(25, 2) as scan:
         finding = scan.scan(evidence)
@@ -638,6 +644,7 @@ def test_scan_counts_a_norm_only_when_the_trigger_works_on_both_halves(
     entry = next(entry for entry in _result(finding).classes if entry.target_class == 5)
     assert (entry.censored, entry.norm) == (censored, None if censored else 1.0)
     assert (entry.optimised_asr, entry.artifact_asr) == (optimised, held_out)
+    assert entry.cross_entropy == pytest.approx(0.01), "that of the images it was optimised on"
     assert entry.trigger_id == _trigger(1.0, target=5).trigger_id
     assert finding.verdict is (Verdict.CLEAN if censored else Verdict.BACKDOORED)
     assert entry.rank == (12 if censored else 1)
@@ -712,7 +719,7 @@ def test_scan_compares_shadow_and_session_where_a_trigger_failed_too(
     assert finding.reason.startswith("shadow and session disagree on the stamped images")
 
 
-def test_artifact_asr_counts_no_row_without_finite_logits(evidence_of: Callable[[str], Evidence]) -> None:
+def test_answers_on_artifact_count_no_row_without_finite_logits(evidence_of: Callable[[str], Evidence]) -> None:
     evidence = evidence_of("first")
     x = evidence.clean.pixels[:4]
 
@@ -722,11 +729,27 @@ def test_artifact_asr_counts_no_row_without_finite_logits(evidence_of: Callable[
         return fixed
 
     session: Any = _Wrapped(evidence.session, answer)
-    assert artifact_asr(session, _trigger(3.0), x, 0) == 0.25
-    assert artifact_asr(session, _trigger(3.0), x, 1) == 0.25
+    assert answers_on_artifact(session, _trigger(3.0), x, 0) == (0.25, None)
+    assert answers_on_artifact(session, _trigger(3.0), x, 1) == (0.25, None)
 
 
-def test_artifact_asr_stamps_on_the_uint8_grid(evidence_of: Callable[[str], Evidence]) -> None:
+def test_answers_on_artifact_give_the_mean_cross_entropy_of_the_target(evidence_of: Callable[[str], Evidence]) -> None:
+    """With all logits 0 but one at log 11, of 12 classes: 1/22 for each of the others, and a half."""
+
+    def answer(_x: Pixels, logits: Logits) -> Logits:
+        fixed = np.zeros_like(logits)
+        fixed[:2, 0] = np.log(11)
+        return fixed
+
+    evidence = evidence_of("first")
+    session: Any = _Wrapped(evidence.session, answer)
+    asr, loss = answers_on_artifact(session, _trigger(3.0), evidence.clean.pixels[:4], 0)
+    assert (asr, loss) == (1.0, pytest.approx((2 * np.log(2) + 2 * np.log(12)) / 4, rel=1e-6))
+    asr, loss = answers_on_artifact(session, _trigger(3.0), evidence.clean.pixels[:2], 5)
+    assert (asr, loss) == (0.0, pytest.approx(np.log(22), rel=1e-6))
+
+
+def test_answers_on_artifact_stamp_on_the_uint8_grid(evidence_of: Callable[[str], Evidence]) -> None:
     seen: list[Pixels] = []
 
     def watch(x: Pixels, logits: Logits) -> Logits:
@@ -735,7 +758,7 @@ def test_artifact_asr_stamps_on_the_uint8_grid(evidence_of: Callable[[str], Evid
 
     evidence = evidence_of("first")
     session: Any = _Wrapped(evidence.session, watch)
-    artifact_asr(session, _trigger(33.3, target=5), evidence.clean.pixels[:9], 5)
+    answers_on_artifact(session, _trigger(33.3, target=5), evidence.clean.pixels[:9], 5)
     np.testing.assert_array_equal(seen[0] * 255, np.rint(seen[0] * 255))
 
 

@@ -32,12 +32,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass as settings
+from scipy.special import logsumexp
 
 from qdefense.calibration import Calibrations, Line, draw_line
 from qdefense.data.images import ImageSet, Pixels, first_few
@@ -80,6 +81,7 @@ class _Replay:
     trigger: MaskedPattern
     optimised_asr: float
     artifact_asr: float
+    cross_entropy: float | None
     censored: str | None
 
     @property
@@ -280,15 +282,19 @@ class NeuralCleanse:
         target: int,
     ) -> _Replay:
         """The smallest candidate that converges on the session; candidates within 5 % of a failed one are skipped."""
-        tried, success = candidates[0], artifact_asr(session, candidates[0], optimised, target)
+        tried, answers = candidates[0], answers_on_artifact(session, candidates[0], optimised, target)
         for trigger in candidates[1:]:
-            if success >= self.attack_success:
+            if answers.asr >= self.attack_success:
                 break
             if trigger.norm >= tried.norm * _NORM_STRIDE:
-                tried, success = trigger, artifact_asr(session, trigger, optimised, target)
-        held = artifact_asr(session, tried, held_out, target)
+                tried, answers = trigger, answers_on_artifact(session, trigger, optimised, target)
+        held = answers_on_artifact(session, tried, held_out, target).asr
         return _Replay(
-            trigger=tried, optimised_asr=success, artifact_asr=held, censored=self._why_censored(success, held)
+            trigger=tried,
+            optimised_asr=answers.asr,
+            artifact_asr=held,
+            cross_entropy=answers.cross_entropy,
+            censored=self._why_censored(answers.asr, held),
         )
 
     def _why_censored(self, success: float, held: float) -> str | None:
@@ -382,13 +388,26 @@ class NeuralCleanse:
         )
 
 
-def artifact_asr(session: DeployedSession, trigger: MaskedPattern, images: Pixels, target: int) -> float:
+class ArtifactAnswers(NamedTuple):
+    """What the session says of stamped images: the ASR, and the mean cross-entropy in the target class, in nats."""
+
+    asr: float
+    cross_entropy: float | None
+
+
+def answers_on_artifact(
+    session: DeployedSession, trigger: MaskedPattern, images: Pixels, target: int
+) -> ArtifactAnswers:
     """Share of ``images: (N, 3, H, W)`` that the session assigns to ``target`` once stamped on the uint8 grid.
 
-    A row whose logits are not finite is assigned to no class: argmax would take NaN for the winner.
+    ``E[log sum_k exp z_k - z_t]`` stands beside it, ``None`` where a logit is not finite. A row whose logits are not
+    finite is assigned to no class: argmax would take NaN for the winner.
     """
-    logits = session.logits(trigger.stamp(images))
-    return float(np.mean((logits.argmax(axis=1) == target) & np.isfinite(logits).all(axis=1)))
+    logits = session.logits(trigger.stamp(images)).astype(np.float64)
+    finite = np.isfinite(logits).all(axis=1)
+    asr = float(np.mean((logits.argmax(axis=1) == target) & finite))
+    losses = logsumexp(logits[finite], axis=1) - logits[finite, target]
+    return ArtifactAnswers(asr, float(losses.mean()) if finite.all() else None)
 
 
 def rank_classes(
@@ -409,6 +428,7 @@ def rank_classes(
             restart_norms=tuple(replay.norm for replay in outcomes[target]),
             censored=best[target].censored,
             trigger_id=best[target].trigger.trigger_id,
+            cross_entropy=best[target].cross_entropy,
         )
         for place, target in enumerate(order)
     )
