@@ -3,8 +3,8 @@
     python benchmarks/blindspots/chance.py
 
 Of every difference between a defense's figure on quantized files and on the FP32 files they were made of, with three
-networks or more: those whose interval excludes 0, by p, and Holm's correction for looking at all of them. Then the
-alarms of Neural Cleanse on active files against those on clean ones, by precision and Fisher's exact test.
+networks or more: those whose interval excludes 0, by p, and Holm's correction for looking at all of them. Then, of each
+architecture and precision, Neural Cleanse's alarms on active files against those on clean ones, by Fisher's exact test.
 """
 
 from __future__ import annotations
@@ -75,13 +75,14 @@ def alarm_lines(report: BenchReport) -> Iterator[str]:
     main = [row for row in rows if not row.setting.calibration or row.setting.calibration.startswith("clean256")]
     yield "| Neural Cleanse on | alarms on active files | on clean ones | Fisher's p |"
     yield "| --- | ---: | ---: | ---: |"
-    for precision in dict.fromkeys(row.setting.precision for row in main):
-        mine = [row for row in main if row.setting.precision == precision]
+    for place in dict.fromkeys((row.setting.architecture, row.setting.precision) for row in main):
+        mine = [row for row in main if (row.setting.architecture, row.setting.precision) == place]
         active = total(row.tpr for row in mine)
         clean = total(row.fpr for row in mine if row.setting.attack == "none")
         table = [[hits, n - hits] for hits, n in (active, clean)]
         chance = stats.fisher_exact(table, alternative="two-sided").pvalue
-        yield f"| {precision} | {active[0]} of {active[1]} | {clean[0]} of {clean[1]} | {chance:.3f} |"
+        told = " | ".join(f"{hits} of {n}" for hits, n in (active, clean))
+        yield f"| {', '.join(place)} | {told} | {chance:.3f} |"
 
 
 def total(shares: Iterable[Proportion | None]) -> tuple[int, int]:

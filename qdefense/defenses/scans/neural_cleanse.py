@@ -35,10 +35,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass as settings
-from scipy.special import logsumexp
 
 from qdefense.calibration import Calibrations, Line, draw_line
 from qdefense.data.images import ImageSet, Pixels, first_few
@@ -406,8 +407,10 @@ def answers_on_artifact(
     logits = session.logits(trigger.stamp(images)).astype(np.float64)
     finite = np.isfinite(logits).all(axis=1)
     asr = float(np.mean((logits.argmax(axis=1) == target) & finite))
-    losses = logsumexp(logits[finite], axis=1) - logits[finite, target]
-    return ArtifactAnswers(asr, float(losses.mean()) if finite.all() else None)
+    if not finite.all():
+        return ArtifactAnswers(asr, None)
+    wanted = torch.full((len(logits),), target)
+    return ArtifactAnswers(asr, float(F.cross_entropy(torch.from_numpy(logits), wanted)))
 
 
 def rank_classes(
