@@ -17,12 +17,20 @@ from qdefense.attacks.states import pack_state
 from qdefense.converters.export import export_model
 from qdefense.data.images import DataError, ImageSet
 from qdefense.files import write_atomically
-from qdefense.models import Recipe, architectures, default_width, recipe_for
+from qdefense.models import Recipe, architectures, default_width, multiply_accumulates, recipe_for
 from qdefense.registry import flat_settings
 from qdefense.training import OnPoisoned, Progress, train
 from qdefense.trial import Truth, state_path, truth_path
 
-__all__ = ["Recipe", "architectures", "default_width", "recipe_for", "train_artifact", "trigger_of"]
+__all__ = [
+    "Recipe",
+    "architectures",
+    "default_width",
+    "multiply_accumulates",
+    "recipe_for",
+    "train_artifact",
+    "trigger_of",
+]
 
 _STAMPED = 8
 _TOLERANCE = 1e-3

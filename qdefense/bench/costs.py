@@ -104,7 +104,7 @@ def _relative_size(network: Network) -> float:
     At least 1: around a smaller network it is images and sessions that take the time. 1 for an architecture that the
     zoo has no longer.
     """
-    from qdefense.models import architectures, multiply_accumulates  # noqa: PLC0415 (torch)
+    from qdefense.zoo import architectures, multiply_accumulates  # noqa: PLC0415 (imports torch)
 
     if network.architecture not in architectures():
         return 1.0
