@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -379,3 +382,20 @@ def toy_forms(toy: Toy) -> ToyForms:
         dynamic=quantize(data, "int8-dynamic"),
         images=images,
     )
+
+
+@pytest.fixture(scope="session")
+def benchmark_script() -> Callable[[str], ModuleType]:
+    """A script below ``benchmarks/`` as a module."""
+
+    def load(place: str) -> ModuleType:
+        name = place.removesuffix(".py").replace("/", "_")
+        spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -12,19 +10,12 @@ import pytest
 from qdefense.bench.records import ScanMetrics
 from qdefense.findings import Verdict
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attacks" / "orderings.py"
 Values = dict[tuple[str, int], dict[str, float | None]]
 
 
 @pytest.fixture(scope="module")
-def orderings() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attack_orderings", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def orderings(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("attacks/orderings.py")
 
 
 class Measured:

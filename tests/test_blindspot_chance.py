@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -13,18 +11,10 @@ from scipy import stats
 
 from qdefense.bench.tables import Difference, Proportion, difference
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "blindspots" / "chance.py"
-
 
 @pytest.fixture(scope="module")
-def chance() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("blindspot_chance", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def chance(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("blindspots/chance.py")
 
 
 def test_the_p_value_is_that_of_the_paired_t_test(chance: ModuleType) -> None:

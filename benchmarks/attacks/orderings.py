@@ -263,9 +263,8 @@ def model_table(results: Results) -> Iterator[str]:
                 continue
             targets, weight = record.metrics.targets, float(record.settings["initial_cost"])
             benign = [one for one in found.classes if one.norm is not None and one.target_class not in targets]
-            norms = [one.norm for one in benign if one.norm is not None]
-            costs = [one.cross_entropy for one in benign if one.cross_entropy is not None]
-            if norms and len(costs) == len(norms):
+            norms, costs = [one.norm for one in benign], [one.cross_entropy for one in benign]
+            if benign and None not in costs:
                 rise = minimum_rise(weight=weight, benign_norms=norms, benign_costs=costs, trigger_norm=PATCH_PIXELS)
                 smoothings = feasible_smoothings(rise, classes=len(found.classes))
                 feasible = "none" if smoothings is None else f"{smoothings.low:.2f} to {smoothings.high:.2f}"

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("QDEFENSE_DATA", HERE.parents[2] / "shared" / "data"))
 BROKEN, SOUND = "72ee7257d1cadc21", "0fc40f9051743b80"
 """GTSRB, BadNets, INT4: the networks of seed 1 and of seed 0."""
-TRACES = ((BROKEN, 1e-3, 100), (BROKEN, 1e-4, 100), (SOUND, 1e-3, 100))
+TRACES = ((BROKEN, 1e-3), (BROKEN, 1e-4), (SOUND, 1e-3))
 SHOWN = (0, 1, 2, 3, 4, 5, 10, 20, 50, 100)
 SEED = 0
 
@@ -56,7 +56,7 @@ def judged(shadow: Shadow, images: ImageSet) -> tuple[float, float]:
     return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
 
-def trace(name: str, rate: float, epochs: int) -> None:
+def trace(name: str, rate: float) -> None:
     """Prune as recorded, tune at this rate, and print a line for each epoch of `SHOWN`."""
     record = repaired(name)
     assert record.finding is not None
@@ -78,7 +78,8 @@ def trace(name: str, rate: float, epochs: int) -> None:
             print(f"| seed {record.network.seed}, {rate:g} | {epoch} | {told} |", flush=True)
 
     show(0)
-    schedule = TuningSchedule(epochs=epochs, learning_rate=rate, momentum=0.9, weight_decay=5e-4, batch_size=256)
+    recorded = {key: record.settings[key] for key in ("epochs", "momentum", "weight_decay", "batch_size")}
+    schedule = TuningSchedule(learning_rate=rate, **recorded)
     rng = np.random.default_rng(SEED)
     fine_tune(shadow, tuned, schedule, rng, silent=silent, channels=pruned, on_epoch=show)
 

@@ -25,13 +25,13 @@ class CostModel:
     """Seconds of a work item, by the closest work that was measured: the same network, then any of the same kind."""
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self._seconds: dict[_Key, list[float]] = defaultdict(list)
+        self._seconds: dict[_Key, list[tuple[float, Network]]] = defaultdict(list)
         for record in records:
             if record.failed or record.volatile.origin == "adopted":
                 continue
             share = record.epochs if isinstance(record, TrainingRecord) else 1
             for key in _keys_of(record):
-                self._seconds[key].append(record.volatile.cpu_seconds / share / _size(key, record.network))
+                self._seconds[key].append((record.volatile.cpu_seconds / share, record.network))
 
     def training(self, network: Network, *, epochs: int, images: int) -> tuple[float, Source]:
         """Of a network."""
@@ -48,7 +48,12 @@ class CostModel:
         return SECONDS_PER_STAGE[stage] * _relative_size(network), "rule of thumb"
 
     def _median(self, keys: Iterable[_Key], network: Network) -> float | None:
-        return next((median(self._seconds[key]) * _size(key, network) for key in keys if key in self._seconds), None)
+        key = next((key for key in keys if key in self._seconds), None)
+        if key is None:
+            return None
+        if _ANY not in key:  # networks are sized only where one stands in for another: it takes torch seconds
+            return median(seconds for seconds, _ in self._seconds[key])
+        return median(seconds / _relative_size(made) for seconds, made in self._seconds[key]) * _relative_size(network)
 
 
 def training_keys(network: Network) -> tuple[_Key, ...]:
@@ -75,7 +80,7 @@ def defense_keys(name: str, settings: object, access: str, network: Network, sch
 
 
 _ANY = "any network"
-"""In a key: seconds are per size of the network."""
+"""In a key: seconds count by the size of the network."""
 
 
 def _place(network: Network) -> tuple[str, str, int]:
@@ -92,10 +97,6 @@ def _keys_of(record: Record) -> tuple[_Key, ...]:
 
 def _keys_of_defense(record: DefenseRecord) -> tuple[_Key, ...]:
     return defense_keys(record.defense, record.settings, record.access, record.network, record.scheme)
-
-
-def _size(key: _Key, network: Network) -> float:
-    return _relative_size(network) if _ANY in key else 1.0
 
 
 def _relative_size(network: Network) -> float:
