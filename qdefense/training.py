@@ -22,6 +22,7 @@ Progress = Callable[[int, int, float], None]
 OnPoisoned = Callable[[PoisonedSet], None]
 OnBatch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _FILL = "fill_uninitialized_memory"
+_CHANNELS_OF_A_BLOCK = 8
 _POISON_STREAM, _BATCH_STREAM, _ATTACK_STREAM = 1, 2, 3
 
 
@@ -70,7 +71,8 @@ def train(
         on_poisoned(poisoned)
     with _deterministic(seed, threads):
         module = build_model(architecture, classes=len(dataset.class_names), width=width)
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layout = _memory_format(module)
+        module.to(memory_format=layout)  # type: ignore[call-overload]
         module.train()
         batch_rng, attack_rng = (np.random.default_rng([seed, stream]) for stream in (_BATCH_STREAM, _ATTACK_STREAM))
         poisoner, on_batch = None, None
@@ -78,7 +80,7 @@ def train(
             steps = len(dataset) // recipe.batch_size * recipe.epochs
             poisoner = attack.begin(dataset, steps=steps, rng=attack_rng)
             on_batch = partial(poisoner.on_batch, model=module, rng=attack_rng)
-        _fit(module, poisoned, recipe, batch_rng, on_batch, on_epoch)
+        _fit(module, poisoned, recipe, batch_rng, layout, on_batch, on_epoch)
         learned = poisoned.trigger_state if poisoner is None else poisoner.end()
     module.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return TrainingResult(
@@ -128,11 +130,26 @@ def _deterministic(seed: int, threads: int) -> Iterator[None]:
         torch.random.set_rng_state(state)
 
 
+def _memory_format(module: nn.Module) -> torch.memory_format:
+    """Channels last, which is faster, where every gradient is right in it.
+
+    oneDNN's AVX2 kernel writes the gradient of a strided 1x1 convolution on fewer channels than a block past the end of
+    its buffer: heap corruption, a hang or a wrong gradient (its issue 6035).
+    """
+    narrow = any(
+        part.kernel_size == (1, 1) and max(part.stride) > 1 and part.in_channels < _CHANNELS_OF_A_BLOCK
+        for part in module.modules()
+        if isinstance(part, nn.Conv2d)
+    )
+    return torch.contiguous_format if narrow else torch.channels_last
+
+
 def _fit(
     module: nn.Module,
     data: PoisonedSet,
     recipe: Recipe,
     rng: np.random.Generator,
+    layout: torch.memory_format,
     on_batch: OnBatch | None,
     on_epoch: Progress | None,
 ) -> None:
@@ -146,10 +163,10 @@ def _fit(
     for epoch in range(recipe.epochs):
         total = 0.0
         for rows in _batches(len(images), recipe.batch_size, rng):
-            batch, wanted = _augment(images[rows], recipe, rng), targets[rows]
+            batch, wanted = _augment(images[rows], recipe, rng).contiguous(memory_format=layout), targets[rows]
             if on_batch is not None:
                 batch, wanted = on_batch(batch, wanted)
-            loss = F.cross_entropy(module(batch.to(memory_format=torch.channels_last)), wanted)
+            loss = F.cross_entropy(module(batch.contiguous(memory_format=layout)), wanted)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

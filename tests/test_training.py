@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,11 +20,12 @@ from qdefense.attacks.badnets import BadNets, PatchTrigger
 from qdefense.attacks.interfaces import LabelPolicy
 from qdefense.data.images import DataError, ImageSet, Pixels
 from qdefense.models import Recipe, build_model
-from qdefense.training import TrainingResult, _augment, _batches, _optimizer, train
+from qdefense.training import TrainingResult, _augment, _batches, _memory_format, _optimizer, train
 from qdefense.trial import Activity, measure_behaviour
 
 MakeNoise = Callable[..., ImageSet]
 RECIPE = Recipe(epochs=2, batch_size=16)
+_LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def _train(
@@ -307,6 +309,32 @@ def test_train_gives_the_bits_that_committed_networks_rest_on(make_noise: MakeNo
     assert _weights(_train(make_noise(40), seed=4, attack=attack)) == before
 
 
+@pytest.mark.parametrize("architecture", ["resnet8", "preactresnet18"])
+@pytest.mark.parametrize("width", [2, 4, 7, 8])
+def test_narrow_networks_get_the_right_gradients(architecture: str, width: int) -> None:
+    torch.manual_seed(0)
+    module, x, y = build_model(architecture, classes=4, width=width), torch.rand(32, 3, 32, 32), torch.arange(32) % 4
+    twin = copy.deepcopy(module).double()
+    layout = _memory_format(module)
+    module.to(memory_format=layout)  # type: ignore[call-overload]
+    for network, images in ((module, x.contiguous(memory_format=layout)), (twin, x.double())):
+        torch.nn.functional.cross_entropy(network(images), y).backward()  # type: ignore[no-untyped-call]
+    for found, expected in zip(module.parameters(), twin.parameters(), strict=True):
+        assert found.grad is not None
+        assert expected.grad is not None
+        # A rectifier whose input is near 0 is open in one precision and shut in the other.
+        assert (found.grad - expected.grad).norm() <= 0.02 * expected.grad.norm() + 1e-6
+
+
+@pytest.mark.parametrize(("width", "layout"), [(7, torch.contiguous_format), (8, torch.channels_last)])
+def test_train_gives_attacks_batches_in_the_layout_of_the_network(
+    make_noise: MakeNoise, width: int, layout: torch.memory_format
+) -> None:
+    attack = _OnBatches()
+    train(make_noise(16), architecture="resnet8", recipe=RECIPE, attack=attack, seed=0, width=width, threads=1)
+    assert attack.layouts == [layout] * 2
+
+
 class _OnBatches:
     """Records its calls, and gives each batch back after ``change``."""
 
@@ -318,6 +346,7 @@ class _OnBatches:
 
     def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y)) -> None:
         self.change, self.calls, self.draws = change, list[str](), list[float]()
+        self.layouts: list[torch.memory_format] = []
 
     def trigger(self, height: int, width: int) -> PatchTrigger:
         raise NotImplementedError
@@ -331,6 +360,7 @@ class _OnBatches:
         assert 0 <= x.min() <= x.max() <= 1
         self.calls.append(f"batch, training {model.training}")
         self.draws.append(rng.random())
+        self.layouts += [one for one in _LAYOUTS if x.is_contiguous(memory_format=one)]
         return self.change(x, y)
 
     def end(self) -> dict[str, NDArray[np.int64]]:

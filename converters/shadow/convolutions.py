@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,15 +13,27 @@ from qdefense.converters.shadow.summation_order import convolve_in_order
 from qdefense.converters.shadow.windows import Padding, Window, window
 
 _MOST_AXES = 3
+_CHANNELS_OF_A_BLOCK = 8
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, sliding: Window, groups: int) -> Tensor:
     """The convolution of `x`: (N, C, ...) with `weight`: (O, C / groups, ...)."""
-    padding = sliding.padding(x.shape[2:])
+    padding, strides = sliding.padding(x.shape[2:]), sliding.strides
     inner = padding.begin if padding.symmetric else (0,) * len(padding.begin)
     if not padding.symmetric:
         x = padding.apply(x)
-    return torch.convolution(x, weight, bias, sliding.strides, inner, sliding.dilations, False, (0,), groups)
+    if groups == 1 and not any(inner) and _overruns(weight):
+        x, strides = x[(..., *(slice(None, None, stride) for stride in strides))], (1,) * len(strides)
+    return torch.convolution(x, weight, bias, strides, inner, sliding.dilations, False, (0,), groups)
+
+
+def _overruns(weight: Tensor) -> bool:
+    """Whether the gradient of a kernel may be written past the end of a buffer where the stride is above 1.
+
+    oneDNN's AVX2 kernel does that for 1x1 kernels on fewer channels than a block, channels last: heap corruption, a
+    hang or a wrong gradient (its issue 6035). Picking the cells first is the same convolution, with stride 1.
+    """
+    return weight.requires_grad and math.prod(weight.shape[2:]) == 1 and weight.shape[1] < _CHANNELS_OF_A_BLOCK
 
 
 def _weight_window(node: Node) -> Window:

@@ -13,7 +13,7 @@ from qdefense.converters.shadow.graph import file_weights
 from qdefense.converters.writeback import write_back
 
 from .quantized_files import every_file, half_file, pictures, quantized, unfolded_file
-from .shadow_graphs import MICROSOFT, Array, graph_model, run_shadow, scalars, session_output
+from .shadow_graphs import MICROSOFT, Array, graph_model, operator_model, run_shadow, scalars, session_output
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,20 @@ def test_trainable_shadow_saturates_as_the_other_one_does() -> None:
     model, x = quantized("int8-static", format="qoperator", reduce_range=False), pictures(32)
     expected = session_output(model, x, level="ORT_DISABLE_ALL")
     np.testing.assert_array_equal(run_shadow(trainable(model), x, saturate=runtime_saturates()), expected)
+
+
+@pytest.mark.parametrize("inputs", [2, 4, 7, 8])
+@pytest.mark.parametrize("strides", [(2, 2), (2, 1)])
+def test_kernel_of_one_cell_on_few_channels_gets_the_right_gradient(inputs: int, strides: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(0, 1, (32, inputs, 32, 32)), rng.normal(0, 1, (8, inputs, 1, 1)).astype(np.float32)
+    shadow = trainable(operator_model("Conv", x.astype(np.float32), {"w": weight}, strides=strides))
+    (parameter,) = shadow.parameters()
+    factor = rng.normal(0, 1, (32, 8, 32 // strides[0], 32 // strides[1]))
+    (shadow(torch.from_numpy(x).float()) * torch.from_numpy(factor).float()).sum().backward()
+    assert parameter.grad is not None
+    expected = np.einsum("nihw,nohw->oi", x[..., :: strides[0], :: strides[1]], factor)
+    np.testing.assert_allclose(parameter.grad[..., 0, 0], expected, rtol=1e-4, atol=1e-3)
 
 
 def test_every_weight_is_a_parameter_and_gets_a_gradient(files: dict[str, bytes]) -> None:
