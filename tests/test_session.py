@@ -174,9 +174,11 @@ def test_static_logits_do_not_depend_on_the_batch(small_files: dict[str, bytes],
 
 
 def test_optimization_level_changes_static_logits_a_little(small_files: dict[str, bytes], pixels: np.ndarray) -> None:
-    fused = _deployed(small_files["first.int8-static"]).logits(pixels)
-    plain = _deployed(small_files["first.int8-static"], optimization="disable").logits(pixels)
-    assert 0 < np.abs(fused - plain).max() < 0.5
+    """Whether one of these logits falls on another code depends on the CPU."""
+    fused = _deployed(small_files["first.int8-static"])
+    plain = _deployed(small_files["first.int8-static"], optimization="disable")
+    assert len(onnx.load_from_string(fused.graph).graph.node) < len(onnx.load_from_string(plain.graph).graph.node)
+    assert np.abs(fused.logits(pixels) - plain.logits(pixels)).max() < 0.5
 
 
 def test_forwards_count_every_row_run(small_files: dict[str, bytes], pixels: np.ndarray) -> None:

@@ -47,7 +47,8 @@ def mean_activations(evidence: Evidence, feature_map: FeatureMap, images: ImageS
     Raises:
         ActivationError: the map is fused away in both, or the shadow is not certified.
     """
-    session, shadow = evidence.session, evidence.shadow if evidence.certificate.certified else None
+    session, certificate = evidence.session, evidence.certificate
+    shadow = evidence.shadow if certificate.certified else None
     known = {name for node in onnx.load_from_string(session.graph).graph.node for name in node.output}
     for tensor in feature_map.tensors:
         if tensor in known:
@@ -59,7 +60,9 @@ def mean_activations(evidence: Evidence, feature_map: FeatureMap, images: ImageS
                 return ChannelActivations(means=means, tensor=tensor, measured_on="session")
     for tensor in feature_map.tensors:
         if shadow is not None and tensor in shadow.tensor_names:
-            means = _means(_look(shadow, tensor), images, feature_map.channels)
+            means = _means(
+                _look(shadow, tensor, saturate=certificate.saturation_emulated), images, feature_map.channels
+            )
             if means is not None:
                 return ChannelActivations(means=means, tensor=tensor, measured_on="shadow")
     raise ActivationError("the last feature map can be read neither from the session nor from a certified shadow")
@@ -81,11 +84,12 @@ def _tap(session: DeployedSession, tensor: str) -> _Read:
     return lambda pixels: session.activations(pixels, tensor)
 
 
-def _look(shadow: Shadow, tensor: str) -> _Read:
+def _look(shadow: Shadow, tensor: str, *, saturate: bool) -> _Read:
     @torch.no_grad()
     def read(pixels: Pixels) -> NDArray[np.generic]:
         parts = torch.split(torch.from_numpy(pixels), rows_at_once(*pixels.shape[2:]))
-        values: NDArray[np.generic] = torch.cat([shadow.activations(part, [tensor])[tensor] for part in parts]).numpy()
+        found = [shadow.activations(part, [tensor], saturate=saturate)[tensor] for part in parts]
+        values: NDArray[np.generic] = torch.cat(found).numpy()
         return values
 
     return read

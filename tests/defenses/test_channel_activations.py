@@ -9,7 +9,7 @@ import torch
 
 from qdefense.artifact import Artifact
 from qdefense.converters.channels import FeatureMap, last_feature_map
-from qdefense.converters.shadow import build_shadow
+from qdefense.converters.shadow import build_shadow, runtime_saturates
 from qdefense.defenses.channel_activations import ActivationError, mean_activations
 from qdefense.evidence import Evidence
 from qdefense.fidelity import FidelityCertificate, uncertified
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from ..conftest import ToyForms  # noqa: TID252 (the fixtures are there)
 
 FORMS = ("fp32", "static", "dynamic")
-CERTIFIED = FidelityCertificate(certified=True, reason="all pass", source="optimized")
+CERTIFIED = FidelityCertificate(
+    certified=True, reason="all pass", source="optimized", saturation_emulated=runtime_saturates()
+)
 
 
 def evidence_of(forms: ToyForms, form: str, **changes: Any) -> tuple[Evidence, FeatureMap]:
@@ -30,14 +32,15 @@ def evidence_of(forms: ToyForms, form: str, **changes: Any) -> tuple[Evidence, F
     return Evidence(**{**usual, **changes}), last_feature_map(artifact.data, "logits")
 
 
-def positive(forms: ToyForms, form: str) -> np.ndarray[Any, Any]:
-    """Means of the rectified map as the shipped graph has it, by a shadow of its own."""
+def positive(forms: ToyForms, form: str, *, saturate: bool | None = None) -> np.ndarray[Any, Any]:
+    """Means of the rectified map as the shipped graph has it, whose floats never saturate, or the runtime's graph."""
+    clipped = runtime_saturates() if saturate is None else saturate
     contract = Artifact.from_bytes(forms[form]).contract
-    shadow = build_shadow(forms[form], source="shipped", contract=contract)
+    shadow = build_shadow(forms[form], source="optimized" if clipped else "shipped", contract=contract)
     name = "positive_QuantizeLinear_Output" if form == "static" else "positive"
     with torch.no_grad():
-        values = shadow.activations(torch.from_numpy(forms.images.pixels), [name])[name].numpy()
-    means: np.ndarray[Any, Any] = values.mean(axis=(0, 2, 3), dtype=np.float64)
+        found = shadow.activations(torch.from_numpy(forms.images.pixels), [name], saturate=clipped)
+    means: np.ndarray[Any, Any] = found[name].numpy().mean(axis=(0, 2, 3), dtype=np.float64)
     return means
 
 
@@ -67,6 +70,16 @@ def test_means_are_read_off_the_certified_shadow_where_no_tap_reaches(toy_forms:
     found = mean_activations(blocked, feature_map, toy_forms.images)
     assert found.measured_on == "shadow"
     np.testing.assert_allclose(found.means, positive(toy_forms, form), rtol=1e-5)
+
+
+@pytest.mark.parametrize("saturate", [False, True])
+def test_means_off_the_shadow_saturate_where_the_certificate_says_so(toy_forms: ToyForms, saturate: bool) -> None:
+    evidence, feature_map = evidence_of(toy_forms, "static")
+    certificate = CERTIFIED.model_copy(update={"saturation_emulated": saturate})
+    blocked = replace(evidence, session=_Untappable(evidence.session), certificate=certificate)
+    found = mean_activations(blocked, feature_map, toy_forms.images)
+    np.testing.assert_allclose(found.means, positive(toy_forms, "static", saturate=saturate), rtol=1e-5)
+    assert not np.allclose(found.means, positive(toy_forms, "static", saturate=not saturate), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shadow", ["none", "not certified"])
