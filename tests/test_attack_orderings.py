@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from qdefense.bench.records import ScanMetrics
-from qdefense.findings import Verdict
+from qdefense.findings import InvertedTrigger, ScanResult, Verdict
 
 Values = dict[tuple[str, int], dict[str, float | None]]
 
@@ -82,3 +82,37 @@ def test_index_of_the_target(orderings: ModuleType, record: SimpleNamespace, ind
     results.scans = [record]
     assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=False) == index
     assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=True) is None
+
+
+def told_by_the_model(orderings: ModuleType, costs: list[float | None], weight: float = 0.01) -> list[str]:
+    """Of five classes, the fourth of which is the target and the fifth without a trigger."""
+    record = scanned(Verdict.BACKDOORED, 9.0, 3.5)
+    norms = [100.0, 120.0, 110.0, 9.0, None]
+    classes = [
+        InvertedTrigger.model_construct(target_class=place, norm=norm, cross_entropy=cost)
+        for place, (norm, cost) in enumerate(zip(norms, [*costs, 0.9, None], strict=True))
+    ]
+    record.finding = SimpleNamespace(result=ScanResult.model_construct(classes=tuple(classes)))
+    record.settings = {"multiplier": 1.0, "initial_cost": weight}
+    results = orderings.Results(())
+    results.scans = [record]
+    results.behaviours = [SimpleNamespace(network=record.network)]
+    _head, _line, *rows = orderings.model_table(results)
+    return rows
+
+
+def test_model_takes_the_medians_of_benign_classes_that_have_a_trigger(orderings: ModuleType) -> None:
+    """Rise .01 (110 - 9) + .06 = 1.07 nats; exp(-1.07) = .343; of five classes a fifth is chance."""
+    assert told_by_the_model(orderings, [0.05, 0.07, 0.06]) == [
+        "| signs, 0 | fp32 | 0.01 | 110.0 | 0.0600 | 0.343 | 0.657 | 0.66 to 0.80 |"
+    ]
+
+
+def test_model_says_where_no_smoothing_hides_and_fires(orderings: ModuleType) -> None:
+    assert told_by_the_model(orderings, [0.05, 0.07, 0.06], weight=0.1) == [
+        "| signs, 0 | fp32 | 0.1 | 110.0 | 0.0600 | 0.000 | 1.000 | none |"
+    ]
+
+
+def test_model_is_not_fed_a_cost_that_was_not_measured(orderings: ModuleType) -> None:
+    assert told_by_the_model(orderings, [0.05, None, 0.06]) == []
