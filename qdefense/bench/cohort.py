@@ -176,8 +176,11 @@ class Cohort:
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
         seen = [one for one in newest if isinstance(one, BehaviourRecord)]
         self._rules = _Rules(newest)
-        named = [one.runtime for one in newest if one.runtime is not None]
-        self._runtimes = _labels(("", _RUNTIME, _runtime_facts(one)) for one in named)
+        named = [(one.network, one.runtime) for one in newest if one.runtime is not None]
+        self._runtimes = _labels(("", _RUNTIME, _runtime_facts(runtime)) for _network, runtime in named)
+        self._runtimes_at: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+        for network, runtime in named:
+            self._runtimes_at[network.data, self.architecture(network)].add(self.runtime(runtime))
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
         self._calibrations: dict[str, Calibration] = {}
@@ -213,7 +216,7 @@ class Cohort:
             precision=self.precisions[record.precision],
             calibration=label,
             arithmetic=record.arithmetic,
-            runtime=self.runtime(record.runtime),
+            runtime=self.runtime_at(record.network, record.runtime),
             evaluation=self._rules.label(record),
         )
 
@@ -231,6 +234,11 @@ class Cohort:
             return "runtime not recorded"
         facts = _runtime_facts(runtime)
         return self._runtimes.get(("", _RUNTIME, _text(facts))) or _label(_RUNTIME, facts, (facts, {}))
+
+    def runtime_at(self, network: Network, runtime: Runtime | None) -> str:
+        """`runtime`; empty also where it is the only one of this data and architecture, whose rows stand together."""
+        label = self.runtime(runtime)
+        return "" if self._runtimes_at[network.data, self.architecture(network)] <= {label} else label
 
     def attack(self, network: Network) -> str:
         """The attack, with the settings in which it differs from others of the name on the same data."""

@@ -49,7 +49,7 @@ def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[Late
                 for one in latency.filters
                 if one.variant is not None
             }
-            here = {"runtime": cohort.runtime(latency.machine.runtime)}
+            here = {"runtime": cohort.runtime_at(record.network, latency.machine.runtime)}
             rows += _rows_of(latency, cohort.setting(record).model_copy(update=here), record.network.seed, filters)
     return tuple(sorted(rows, key=lambda row: (rank_of(row.setting), row.seed)))
 

@@ -594,6 +594,19 @@ def test_runtime_is_told_only_where_there_is_more_than_one() -> None:
     assert [row.setting.file for row in scan_rows(found)] == ["fp32"]
 
 
+def test_runtime_is_told_only_of_data_and_architectures_that_were_measured_on_several() -> None:
+    groups = [ran_on(one, network("badnets", seed), 1.0) for seed, one in enumerate((VNNI, AVX2))]
+    elsewhere = network("badnets", 0).model_copy(update={"architecture": "preactresnet18"})
+    found = cohort(*groups, ran_on(VNNI, elsewhere, 1.0))
+    assert [(row.setting.architecture.partition(",")[0], row.setting.file) for row in scan_rows(found)] == [
+        ("preactresnet18", "fp32"),
+        ("resnet8", "fp32, runtime (isa=avx2 fma avx512_vnni)"),
+        ("resnet8", "fp32, runtime (isa=avx2 fma)"),
+    ]
+    assert found.runtime_at(elsewhere, VNNI) == ""
+    assert found.runtime_at(elsewhere, AVX2) == "runtime (isa=avx2 fma)"
+
+
 def test_trial_that_names_no_runtime_is_in_no_row_of_one() -> None:
     groups = [ran_on(one, network("badnets", seed), 1.0) for seed, one in enumerate((VNNI, AVX2, None))]
     assert {row.setting.runtime: len(row.keys) for row in scan_rows(cohort(*groups))} == {
