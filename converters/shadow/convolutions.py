@@ -23,7 +23,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, sliding: Window, gr
     if not padding.symmetric:
         x = padding.apply(x)
     if groups == 1 and not any(inner) and _overruns(weight):
-        x, strides = x[(..., *(slice(None, None, stride) for stride in strides))], (1,) * len(strides)
+        x, strides = x[tuple(slice(None, None, step) for step in (1, 1, *strides))], (1,) * len(strides)
     return torch.convolution(x, weight, bias, strides, inner, sliding.dilations, False, (0,), groups)
 
 
