@@ -44,7 +44,7 @@ def test_trainable_shadow_saturates_as_the_other_one_does() -> None:
     np.testing.assert_array_equal(run_shadow(trainable(model), x, saturate=runtime_saturates()), expected)
 
 
-@pytest.mark.parametrize("inputs", [2, 4, 7, 8])
+@pytest.mark.parametrize("inputs", [2, 4, 7])
 @pytest.mark.parametrize("strides", [(2, 2), (2, 1)])
 def test_kernel_of_one_cell_on_few_channels_gets_the_right_gradient(inputs: int, strides: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
