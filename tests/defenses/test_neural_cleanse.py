@@ -171,7 +171,7 @@ def test_scan_finds_the_target_class_when_the_network_was_poisoned(
 
 
 @pytest.mark.parametrize("precision", [".int8-static"])
-def test_scan_raises_no_alarm_when_the_network_is_the_clean_one(
+def test_scan_of_the_clean_network_stays_below_the_calibrated_line(
     scanned: Callable[[str], Finding], precision: str
 ) -> None:
     """Training draws another network on every kind of CPU: its index is below 2 with AVX-512, and 2.30 without."""
