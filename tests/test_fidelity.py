@@ -318,6 +318,16 @@ def test_compare_logits_by_hand() -> None:
     assert found.summary == "top-1 agreement 0.5000, RMS difference 106.07% of the logits' spread"
 
 
+def test_compare_logits_counts_rows_without_numbers_for_no_more_than_they_are() -> None:
+    session = np.array([[0, 2], [4, 2], [np.nan, 2], [1, 0]], dtype=np.float32)
+    shadow = np.array([[0, 2], [4, 2], [0, 2], [1, np.inf]], dtype=np.float32)
+    found = compare_logits(session, shadow)
+    assert (found.top1_agreement, found.bit_exact_rows, found.not_finite_rows) == (0.5, 0.5, 2)
+    assert found.relative_rms == np.inf
+    assert not found.passes
+    assert found.summary == "2 of 4 rows have values that are not finite"
+
+
 @pytest.mark.parametrize(
     ("agreeing", "offset", "passes"), [(995, 0.0, True), (994, 0.0, False), (1000, 0.049, True), (1000, 0.051, False)]
 )
@@ -340,7 +350,7 @@ def test_compare_logits_never_passes_when_a_value_is_not_finite(bad: float, side
     pair = [np.ones((4, 3), dtype=np.float32), np.ones((4, 3), dtype=np.float32)]
     pair[side][2, 1] = bad
     found = compare_logits(*pair)
-    assert (found.top1_agreement, found.bit_exact_rows, found.rms) == (0.0, 0.0, np.inf)
+    assert (found.top1_agreement, found.bit_exact_rows, found.rms) == (0.75, 0.75, np.inf)
     assert not found.passes
 
 

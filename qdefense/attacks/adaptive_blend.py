@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.blended import Blended, BlendTrigger
@@ -78,6 +78,18 @@ class AdaptiveBlend:
     poison_rate: Annotated[float, Field(ge=0, le=1)] = 0.003
     cover_rate: Annotated[float, Field(ge=0, le=1)] = 0.003
 
+    @model_validator(mode="after")
+    def _shows_a_piece(self) -> Self:
+        if self._masked >= self.pieces:
+            raise ValueError(
+                f"mask_rate {self.mask_rate:g} leaves none of {self.pieces} pieces in a training image; lower it"
+            )
+        return self
+
+    @property
+    def _masked(self) -> int:
+        return round(self.mask_rate * self.pieces)
+
     def trigger(self, height: int, width: int) -> PiecesTrigger:
         """The whole pattern at its opacity at inference, on images of this size.
 
@@ -125,6 +137,6 @@ class AdaptiveBlend:
         return chosen[:payload], chosen[payload:]
 
     def _stamped(self, chosen: ImageSet, trigger: PiecesTrigger, rng: np.random.Generator) -> Images:
-        masked = np.arange(self.pieces) < round(self.mask_rate * self.pieces)
+        masked = np.arange(self.pieces) < self._masked
         shown = ~rng.permuted(np.tile(masked, (len(chosen), 1)), axis=1)
         return to_images(trigger.stamp_part(chosen.pixels, shown))

@@ -73,7 +73,8 @@ class BadNets(PoisonBudget, AimedByTold[PatchTrigger]):
         Raises:
             DataError: the patch and its margin are larger than the image.
         """
-        require_room(height, width, size=self.size, margin=self.margin, attack=self.name)
+        margin = 0 if self.position == "center" else self.margin
+        require_room(height, width, size=self.size, margin=margin, attack=self.name)
         vertical, _, horizontal = self.position.partition("-")
         return PatchTrigger(
             patch=self._patch(),

@@ -11,11 +11,11 @@ another image x', and ``d`` the root of the mean squared difference of two image
 
 Deviations:
 - The other images are the same batch's in another order, not those of a second loader.
-- Augmentation comes before the trigger, not after it, and stamped images are rounded to uint8 in training as they are
-  at inference; the gradient passes straight through.
+- Stamped images are rounded to uint8 in training as they are at inference; the gradient passes straight through.
 - The generators' rate falls to a tenth at four tenths, and at eight tenths, of their steps, as it does for the masks in
-  the paper; for the patterns the paper does so four times in 600 epochs, later than that.
-- The generator is an encoder and a decoder of ``steps`` stages of one convolution each, where the paper's has two.
+  the paper; for the patterns the authors' code does so four times in 600 epochs, from a third of them on.
+- The generator is an encoder and a decoder of ``stages`` stages of one convolution each, where the paper's has two. Its
+  last convolution is not normalized; that of the authors may be (their blocks could not be read).
 - The mask generator learns on images without augmentation.
 - ``d(x, x')`` is of pixels in [0, 1]. The authors' code takes it of normalized images, but ``d(m(x), m(x'))`` of masks
   in [0, 1]: on CIFAR-10 (standard deviations of about 0.25) their diversity of masks weighs about 4 times as much. That
@@ -181,8 +181,7 @@ class InputAware(Aimed):
             )
         if self.mode == "all-to-one":
             check_class(dataset, self.target_class, role="target", attack=self.name)
-        else:
-            check_two_classes(dataset, attack=self.name)
+        check_two_classes(dataset, attack=self.name)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(rng.integers(2**63)))
             pattern, mask = self._generator(3), self._generator(1)

@@ -62,16 +62,22 @@ class Encoder(nn.Module):
         self.entry = _convolution(6, channels)
         self.downs = nn.ModuleList(_convolution(one, two, stride=2) for one, two in pairwise(widths))
         self.ups = nn.ModuleList(_convolution(two, one) for one, two in reversed(list(pairwise(widths))))
-        self.merges = nn.ModuleList(_convolution(2 * width, width) for width in reversed(widths[:-1]))
+        merged = [2 * width for width in widths[:-1]]
+        merged[0] += 6  # at its full size, the last merge sees what went in
+        self.merges = nn.ModuleList(
+            _convolution(both, width) for both, width in reversed(list(zip(merged, widths[:-1], strict=True)))
+        )
         self.residual = nn.Conv2d(channels, 3, kernel_size=1)
 
     def forward(self, secret: Tensor, x: Tensor) -> Tensor:
         """``secret: (N, bits)`` of 0 and 1, ``x: (N, 3, H, W) in [0, 1]``; ``(N, 3, H, W) in [-eps, eps]`` of 255."""
         spread = F.relu(self.spread(secret - 0.5)).view_as(x)
-        skips = [self.entry(torch.cat([spread, x - 0.5], dim=1))]
+        inputs = torch.cat([spread, x - 0.5], dim=1)
+        maps = [self.entry(inputs)]
         for down in self.downs:
-            skips.append(down(skips[-1]))
-        deep = skips.pop()
+            maps.append(down(maps[-1]))
+        deep = maps.pop()
+        skips = [torch.cat([maps[0], inputs], dim=1), *maps[1:]]
         for up, merge in zip(self.ups, self.merges):
             deep = merge(torch.cat([skips.pop(), up(F.interpolate(deep, scale_factor=2.0))], dim=1))
         return self.eps * torch.tanh(self.residual(deep))

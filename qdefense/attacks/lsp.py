@@ -13,6 +13,7 @@ Deviations:
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
@@ -101,7 +102,7 @@ class LabelSmoothing:
         if self.smoothing * classes >= classes - 1:
             raise DataError(
                 f"{self.name}: with smoothing {self.smoothing:g} the target is not the likeliest of {classes} classes; "
-                f"choose less than {(classes - 1) / classes:.3g}"
+                f"choose less than {math.floor(1000 * (classes - 1) / classes) / 1000:g}"
             )
         poisoned = self.host.poison(dataset, rng)
         soft = smoothed(poisoned.images.labels, poisoned.poison_indices, classes=classes, smoothing=self.smoothing)

@@ -188,6 +188,7 @@ class Aimed:
             state = class_count_state(dataset, attack=self.name)
             return self.to_next(trigger, state), state
         check_class(dataset, self.target_class, role="target", attack=self.name)
+        check_two_classes(dataset, attack=self.name)
         return trigger, None
 
     def to_next(self, trigger: Trigger, state: TriggerState) -> AllToAll:

@@ -50,7 +50,7 @@ class SIG:
         """The signal at its strength at inference, on images of this size.
 
         Raises:
-            DataError: the image is too narrow for the frequency.
+            DataError: the image is too narrow for the frequency, or the amplitude rounds to nothing.
         """
         return self._signal(width, self.inference_delta)
 
@@ -58,7 +58,8 @@ class SIG:
         """Stamp ``round(class_rate * n)`` of the n images of the target class, then shuffle the whole set.
 
         Raises:
-            DataError: no such target class or no image of it, or images too narrow for the frequency.
+            DataError: no such target class or no image of it, images too narrow for the frequency, or an amplitude that
+                rounds to nothing.
         """
         trigger = self._signal(dataset.images.shape[2], self.delta)
         rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
@@ -73,4 +74,6 @@ class SIG:
                 f"have {width}; choose a frequency below {width / 2:g}"
             )
         waves = np.rint(delta * np.sin(2 * np.pi * self.frequency * np.arange(width) / width))
+        if delta and not waves.any():
+            raise DataError(f"{self.name}: an amplitude of {delta:g} codes rounds to 0; choose 1 or more, or 0 for none")
         return AddedTrigger(added=(waves / 255).astype(np.float32), target_class=self.target_class)

@@ -15,6 +15,8 @@ SILHOUETTE_ROWS = 10_000
 """More rows than that are sampled for the silhouette, whose cost is their square."""
 _MEBIBYTES = 64
 """Of distances held at a time; scikit-learn's own is a gibibyte."""
+_SEEDS = 2**32
+"""As many as scikit-learn takes."""
 
 
 class Clusters(NamedTuple):
@@ -69,7 +71,7 @@ def two_clusters(points: Matrix, *, starts: int, seed: int) -> Clusters:
     """
     from sklearn.cluster import KMeans  # noqa: PLC0415 (seconds, which no other defense should wait for)
 
-    fitted = KMeans(n_clusters=2, n_init=starts, random_state=seed).fit(points)
+    fitted = KMeans(n_clusters=2, n_init=starts, random_state=seed % _SEEDS).fit(points)
     smaller = fitted.labels_ == np.argmin(np.bincount(fitted.labels_, minlength=2))
     distances = fitted.transform(points)
     near, far = (distances[:, int(fitted.labels_[rows.argmax()])] for rows in (smaller, ~smaller))

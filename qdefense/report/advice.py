@@ -77,6 +77,12 @@ _LIMITS = {
             "(clean-label, blended or warping triggers, few samples), a backdoor that came by another way than this "
             "training data, and data that was not given stay unseen.",
         ),
+        Gap(
+            "Poison that is a fifth or more of its label",
+            "By default the rule is the silhouette of whitened features, which a part that stands out in one direction "
+            "can't bring above 0.15 once it is a fifth of its label: plain poisoning of a tenth of ten classes stays "
+            "unseen, however well the two parts are told apart.",
+        ),
     ),
     "spectral-signatures": (
         Gap(

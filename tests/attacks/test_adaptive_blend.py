@@ -196,6 +196,13 @@ def test_settings_are_refused_when_pieces_form_no_square() -> None:
         ATTACKS.create("adaptive-blend:pieces=15")
 
 
+@pytest.mark.parametrize("settings", ["pieces=4,mask-rate=0.9", "pieces=16,mask-rate=0.97"])
+def test_settings_are_refused_when_no_piece_would_be_shown(settings: str) -> None:
+    with pytest.raises(SpecError, match=r"mask_rate 0\.97? leaves none of \d+ pieces in a training image; lower it"):
+        ATTACKS.create(f"adaptive-blend:{settings}")
+    ATTACKS.create("adaptive-blend:pieces=4,mask-rate=0.85")
+
+
 # --- end to end -------------------------------------------------------------------------------------------------------
 
 

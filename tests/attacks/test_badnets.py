@@ -120,6 +120,11 @@ def test_trigger_fills_the_image_when_it_just_fits() -> None:
     assert (BadNets(size=8, margin=0).trigger(8, 8).stamp(np.zeros((1, 3, 8, 8), np.float32)) == 1).all()
 
 
+def test_a_patch_in_the_middle_needs_no_margin() -> None:
+    stamped = BadNets(size=8, position="center", margin=30).trigger(8, 8).stamp(np.zeros((1, 3, 8, 8), np.float32))
+    assert (stamped == 1).all()
+
+
 def test_trigger_aims_every_other_class_at_the_target() -> None:
     trigger, labels = BadNets(target_class=2).trigger(8, 8), np.array([0, 1, 2, 3])
     assert trigger.eligible(labels).tolist() == [True, True, False, True]
@@ -130,6 +135,10 @@ def test_trigger_aims_every_other_class_at_the_target() -> None:
 @pytest.mark.parametrize(
     ("attack", "message"),
     [
+        (
+            BadNets(size=9, position="center"),
+            "a patch of 9 px with margin 0 does not fit a 8x8 image; choose a smaller size",
+        ),
         (BadNets(size=8), "a patch of 8 px with margin 1 does not fit a 8x8 image; choose a smaller size"),
         (BadNets(target_class=4), "target class 4, but noise has classes 0 to 3"),
         (BadNets(poison_rate=0.8), "32 poisons wanted, 30 images are outside the target class"),

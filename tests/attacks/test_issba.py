@@ -49,6 +49,12 @@ def _bytes(made: PoisonedSet) -> bytes:
 # --- encoder and decoder ----------------------------------------------------------------------------------------------
 
 
+def test_encoder_merges_what_goes_in_once_more_at_its_full_size() -> None:
+    """As StegaStamp's does: two maps of ``channels``, the secret and the image."""
+    encoder = Issba(channels=5, stages=2)._encoder(8, 8)
+    assert [merge[0].in_channels for merge in encoder.merges] == [20, 16]  # type: ignore[union-attr, index]
+
+
 @pytest.fixture(scope="module")
 def learned() -> tuple[Issba, PoisonedSet]:
     attack = Issba(**LEARNING)

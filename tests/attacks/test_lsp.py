@@ -74,6 +74,11 @@ def test_poison_says_why_when_the_target_would_not_win(make_noise: MakeNoise, sm
     )
 
 
+def test_the_bound_that_is_told_is_below_the_true_one(make_noise: MakeNoise) -> None:
+    with pytest.raises(DataError, match=r"choose less than 0\.976$"):
+        LabelSmoothing(smoothing=0.9769).poison(make_noise(43, classes=43), np.random.default_rng(0))
+
+
 def test_poison_passes_on_what_the_host_says(make_noise: MakeNoise) -> None:
     with pytest.raises(DataError, match=r"^badnets: target class 4, but noise has classes 0 to 3$"):
         LabelSmoothing(host=BadNets(target_class=4)).poison(make_noise(40), np.random.default_rng(0))

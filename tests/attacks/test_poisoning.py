@@ -232,10 +232,11 @@ def test_all_to_all_says_when_there_are_not_enough_images(make_noise: MakeNoise,
     assert str(caught.value) == f"{name}: 41 poisons wanted, 40 images are there"
 
 
+@pytest.mark.parametrize("mode", [":mode=all-to-all", ""])
 @pytest.mark.parametrize("spec", ["badnets", "blended", "wanet", "input-aware", "lsp"])
-def test_who_needs_another_class_says_so(make_noise: MakeNoise, spec: str) -> None:
+def test_who_needs_another_class_says_so(make_noise: MakeNoise, spec: str, mode: str) -> None:
     images, rng = make_noise(40, classes=1), np.random.default_rng(0)
-    attack = ATTACKS.create(spec if spec == "lsp" else f"{spec}:mode=all-to-all")
+    attack = ATTACKS.create(spec if spec == "lsp" else f"{spec}{mode}")
     with pytest.raises(DataError) as caught:
         attack.poison(images, rng) if isinstance(attack, DataAttack) else attack.begin(images, steps=1, rng=rng)
     assert str(caught.value) == f"{spec}: noise has one class, and this takes two; give images of more classes"

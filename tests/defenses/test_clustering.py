@@ -24,6 +24,10 @@ def test_two_clusters_of_a_line_by_hand() -> None:
     assert found.silhouette == pytest.approx(np.mean(expected))
 
 
+def test_two_clusters_take_a_seed_of_any_size() -> None:
+    assert two_clusters(LINE, starts=5, seed=2**63).relative_size == two_clusters(LINE, starts=5, seed=0).relative_size
+
+
 def test_two_clusters_are_the_same_for_one_seed_and_part_what_is_apart_for_any() -> None:
     rng = np.random.default_rng(0)
     points = np.vstack([rng.normal(size=(90, 4)), rng.normal(size=(30, 4)) + 8])

@@ -184,7 +184,7 @@ def test_scan_of_the_clean_network_stays_below_the_calibrated_line(
     assert finding.verdict is (Verdict.CLEAN if result.score <= 2 else Verdict.BACKDOORED), finding.reason
     if finding.verdict is Verdict.CLEAN:
         assert result.suspects == ()
-        assert finding.reason == f"no class has an anomaly index above 2; highest {result.score:.2f}"
+        assert finding.reason.startswith(f"no class has an anomaly index above 2; highest {result.score:.2f}; ")
 
 
 def test_scan_is_not_clean_where_the_cost_had_no_say(evidence_of: Callable[[str], Evidence]) -> None:
@@ -673,6 +673,41 @@ def test_scan_takes_the_smallest_trigger_that_works_on_the_session(
     planned({**SPREAD, 5: norms}, lambda target, norm: (1.0 if target != 5 or norm in {10.4, 22.0, 30.0} else 0.9, 1.0))
     result = _result(NeuralCleanse().scan(evidence_of("first")))
     assert next(entry.norm for entry in result.classes if entry.target_class == 5) == pytest.approx(22.0)
+
+
+def test_scan_tries_the_largest_trigger_before_it_says_that_none_works(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({**SPREAD, 5: [10.0, 10.4]}, lambda target, norm: (0.9 if target == 5 and norm == 10 else 1.0, 1.0))
+    result = _result(NeuralCleanse().scan(evidence_of("first")))
+    entry = next(entry for entry in result.classes if entry.target_class == 5)
+    assert (entry.norm, entry.censored) == (pytest.approx(10.4), None)
+
+
+def test_scan_takes_a_larger_trigger_where_the_smallest_fails_on_held_out_images(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned({**SPREAD, 5: [6.0, 6.5, 7.0]}, lambda target, norm: (1.0, 0.74 if target == 5 and norm == 6 else 0.95))
+    finding = NeuralCleanse().scan(evidence_of("first"))
+    entry = next(entry for entry in _result(finding).classes if entry.target_class == 5)
+    assert (entry.norm, entry.artifact_asr, finding.verdict) == (pytest.approx(6.5), 0.95, Verdict.BACKDOORED)
+
+
+def test_clean_says_how_small_a_trigger_would_have_stood_out(
+    evidence_of: Callable[[str], Evidence], planned: Callable[..., None]
+) -> None:
+    planned(SPREAD)
+    finding = NeuralCleanse().scan(evidence_of("first"))  # 25.5 - 2 x 4.4478
+    assert finding.reason == "no class has an anomaly index above 2; highest 1.24; a trigger stands out below 16.6 px"
+
+
+def test_scan_measures_nothing_when_one_track_holds_most_images(evidence_of: Callable[[str], Evidence]) -> None:
+    """The other half would be empty."""
+    clean = evidence_of("first").clean.take(np.arange(256))
+    groups = np.array([0] * 60 + [1] * 196, dtype=np.int64)
+    finding = NeuralCleanse().scan(replace(evidence_of("first"), clean=replace(clean, groups=groups)))
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert "images are outside the most frequent class" in finding.reason
 
 
 def test_scan_blocks_clean_but_not_an_alarm_when_a_node_is_gradient_blind(

@@ -253,18 +253,24 @@ def _percent(share: float) -> str:
 
 
 def _check_reference(evidence: Evidence) -> None:
+    """Before the training set is read; clean images without labels tell of no accuracy.
+
+    Raises:
+        NoFeaturesError: it answers no numbers, or hardly better than chance.
+    """
+    if evidence.reference is not None and evidence.clean.labelled:
+        _refuse_guesses(evidence.reference.logits_of(evidence.clean), evidence.clean.labels)
+
+
+def _refuse_guesses(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
     """A reference that guesses clears or accuses any cluster.
 
     Raises:
         NoFeaturesError: it answers no numbers, or hardly better than chance.
     """
-    clean = evidence.clean
-    if evidence.reference is None or not clean.labelled:
-        return
-    logits = evidence.reference.logits_of(clean)
     if not np.isfinite(logits).all():
         raise NoFeaturesError(Verdict.NOT_MEASURED, "the reference answers with values that are not finite")
-    problem = answers_near_chance(logits, clean.labels)
+    problem = answers_near_chance(logits, labels)
     if problem is not None:
         raise NoFeaturesError(Verdict.NOT_MEASURED, f"the reference guesses: {problem}")
 
@@ -277,8 +283,7 @@ def _reclassified(
     if evidence.reference is None or evidence.training_set is None or not rows:
         return found
     logits = evidence.reference.logits_of(evidence.training_set)
-    if not np.isfinite(logits).all():
-        raise NoFeaturesError(Verdict.NOT_MEASURED, "the reference answers with values that are not finite")
+    _refuse_guesses(logits, evidence.training_set.labels)
     answers = logits.argmax(axis=1)
     _check_copy(evidence, answers == training.answers, np.concatenate(rows))
     return [

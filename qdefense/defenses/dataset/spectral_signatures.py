@@ -138,7 +138,7 @@ class SpectralSignatures:
             return judge(result.classes, f"no class has an index above {self.threshold:g}; highest {highest}")
         foremost = next(entry for entry in result.classes if entry.score == result.score)
         return Verdict.NOT_MEASURED, (
-            f"ranks only: the method removes the top {REMOVED * self.expected_poison_share:.0%} of every class, "
+            f"ranks only: the method removes the top {100 * REMOVED * self.expected_poison_share:.3g}% of every class, "
             "whatever it holds, and has no rule to tell poison by; "
             f"highest index {result.score:.2f}, class {describe(foremost)}"
         )

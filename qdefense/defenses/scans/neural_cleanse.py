@@ -22,8 +22,8 @@ Deviations from the paper and its code:
   of fewer than 9 classes: with fewer each start would be shorter than the budget says.
 - `multiplier=1` holds the cost at `initial_cost` once it is reached: inversion under a fixed cost, to which the authors
   of label smoothing (arXiv 2404.12852) address theirs.
-- Where half of the norms are no smaller than those of the random masks that the inversion starts from, the cost had no
-  say (a long patience, a tiny cost): no alarm is NOT_MEASURED then.
+- Where half of the norms are no smaller than half of that of the random masks that the inversion starts from, the cost
+  had no say (a long patience, a tiny cost): no alarm is NOT_MEASURED then.
 - MAD = 0, too few images or converged classes, or missing gradients give NOT_MEASURED, never "clean".
 """
 
@@ -282,16 +282,28 @@ class NeuralCleanse:
         held_out: Pixels,
         target: int,
     ) -> _Replay:
-        """The smallest candidate that converges on the session; candidates within 5 % of a failed one are skipped."""
-        tried, answers = candidates[0], answers_on_artifact(session, candidates[0], optimised, target)
-        for trigger in candidates[1:]:
+        """The smallest candidate that counts on the session; where none does, the last one, which is always tried.
+
+        Candidates within 5 % of a failed one are skipped: what they answer differs little.
+        """
+        *earlier, last = candidates
+        norm = 0.0
+        for trigger in earlier:
+            if trigger.norm < norm * _NORM_STRIDE:
+                continue
+            norm, answers = trigger.norm, answers_on_artifact(session, trigger, optimised, target)
             if answers.asr >= self.attack_success:
-                break
-            if trigger.norm >= tried.norm * _NORM_STRIDE:
-                tried, answers = trigger, answers_on_artifact(session, trigger, optimised, target)
-        held = answers_on_artifact(session, tried, held_out, target).asr
+                found = self._held_out(session, trigger, answers, held_out, target)
+                if found.censored is None:
+                    return found
+        return self._held_out(session, last, answers_on_artifact(session, last, optimised, target), held_out, target)
+
+    def _held_out(
+        self, session: DeployedSession, trigger: MaskedPattern, answers: ArtifactAnswers, images: Pixels, target: int
+    ) -> _Replay:
+        held = answers_on_artifact(session, trigger, images, target).asr
         return _Replay(
-            trigger=tried,
+            trigger=trigger,
             optimised_asr=answers.asr,
             artifact_asr=held,
             cross_entropy=answers.cross_entropy,
@@ -364,7 +376,7 @@ class NeuralCleanse:
             )
         assert result.score is not None  # noqa: S101 (judged from indices; none must never read as a low one)
         highest = f"no class has an anomaly index above {limit:g}; highest {told_beside(result.score, limit)}"
-        return Verdict.CLEAN, f"{highest}{_left_out(result)}"
+        return Verdict.CLEAN, f"{highest}{_reach(result, limit)}{_left_out(result)}"
 
     def _finding(
         self,
@@ -503,6 +515,13 @@ def _unweighed(result: ScanResult, start: float) -> str | None:
     )
 
 
+def _reach(result: ScanResult, limit: float) -> str:
+    """How small a trigger would have had to be: among norms that scatter, a small one is no outlier."""
+    if result.median_norm is None or result.mad is None:
+        return ""
+    return f"; a trigger stands out below {result.median_norm - limit * result.mad:.1f} px"
+
+
 def _left_out(result: ScanResult) -> str:
     """A censored class may be the target: too few of them to stop the scan, but none of them was judged."""
     named = [repr(entry.class_name) for entry in result.classes if entry.norm is None]
@@ -513,7 +532,7 @@ def _left_out(result: ScanResult) -> str:
 
 def _refuse_halves(evidence: Evidence, halves: _Halves) -> str | None:
     for part in (halves.optimised, halves.held_out):
-        others = len(part) - int(np.bincount(part.labels).max())
+        others = len(part) - int(np.bincount(part.labels).max(initial=0))
         if others < MIN_OTHERS:
             return (
                 f"{others} of {len(part)} images are outside the most frequent class; at least {MIN_OTHERS} are needed"

@@ -115,7 +115,7 @@ def test_scores_in_the_report_have_six_digits() -> None:
 def test_expected_poison_share_says_how_much_is_removed(share: float, rows: int) -> None:
     finding = DEFENSES.create(f"spectral-signatures:expected-poison-share={share}").scan(evidence(pixel_set()[0]))
     assert {entry.flagged for entry in result_of(finding).classes} == {rows}
-    assert f"the top {1.5 * share:.0%} of every class" in finding.reason
+    assert f"the top {150 * share:.3g}% of every class" in finding.reason
 
 
 @pytest.mark.parametrize("setting", ["expected-poison-share=0.7", "expected-poison-share=0", "threshold=-1", "k=2"])
