@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from qdefense.attacks import ATTACKS
+from qdefense.bench.matrix import read_matrix
 from qdefense.bench.records import ScanMetrics
 from qdefense.findings import InvertedTrigger, ScanResult, Verdict
+from qdefense.registry import flat_settings
 
 Values = dict[tuple[str, int], dict[str, float | None]]
 
@@ -44,6 +48,26 @@ def test_a_sentence_holds_for_every_place_that_was_measured_whole(orderings: Mod
     assert (word, lines[1]) == ("not reproduced (1 of 2)", "signs seed 1: a 0.100, b 0.100: no")
 
 
+def test_a_scan_without_an_answer_is_told_and_decides_nothing(orderings: ModuleType) -> None:
+    lacking = {"a": math.nan, "b": 0.1}
+    assert told(orderings, {("signs", 0): lacking}) == ("no answer", ["signs seed 0: a without an answer, b 0.100"])
+    word, lines = told(orderings, {("signs", 0): lacking, ("signs", 1): {"a": 0.9, "b": 0.1}})
+    assert (word, len(lines)) == ("reproduced (1 of 1)", 2)
+
+
+def test_every_attack_of_the_matrix_is_in_the_table(orderings: ModuleType) -> None:
+    """One that is not would be trained, measured and left out without a word."""
+    matrix = read_matrix(orderings.HERE / "matrix.toml")
+    asked = {attack for grid in matrix.grid for attack in grid.attacks if attack != "none"}
+    made = {attack: ATTACKS.create(attack) for attack in asked}
+    records = {
+        spec: SimpleNamespace(network=SimpleNamespace(attack=attack.name, attack_settings=flat_settings(attack)))
+        for spec, attack in made.items()
+    }
+    shown = {spec: [one.title for one in orderings.SHOWN if one.made(record)] for spec, record in records.items()}
+    assert {spec for spec, titles in shown.items() if len(titles) != 1} == set()
+
+
 def test_rules_of_the_sentences(orderings: ModuleType) -> None:
     assert orderings.falling([3.0, 3.0, 1.0])
     assert not orderings.falling([3.0, 1.0, 1.1])
@@ -73,14 +97,14 @@ def scanned(verdict: Verdict, norm: float | None, index: float | None) -> Simple
     [
         (scanned(Verdict.BACKDOORED, 4.0, 3.5), 3.5),
         (scanned(Verdict.CLEAN, None, None), 0.0),
-        (scanned(Verdict.NOT_MEASURED, 4.0, 3.5), None),
+        (scanned(Verdict.NOT_MEASURED, 4.0, 3.5), math.nan),
     ],
     ids=["found", "censored: it ranks above all others", "the scan gave no answer"],
 )
 def test_index_of_the_target(orderings: ModuleType, record: SimpleNamespace, index: float | None) -> None:
     results = orderings.Results(())
     results.scans = [record]
-    assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=False) == index
+    assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=False) == pytest.approx(index, nan_ok=True)
     assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=True) is None
 
 

@@ -9,6 +9,7 @@ holds for all of them, *not reproduced* where it fails for one; before anything 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -67,10 +68,11 @@ SHOWN = (
     BLENDED,
     *LSP.values(),
     *map(cassock, ("source-specific", "trans", "cont", "comp")),
+    Planted(name="cassock-loop", settings={"variant": "trans"}),
     Planted(name="wanet"),
     Planted(name="adaptive-blend"),
     few("dfb"),
-    few("badnets"),
+    *(Planted(name="badnets", settings={"poison_count": count}) for count in (1000, 250, TINY)),
     few("blended"),
     FEW_CLEAN_LABEL,
     Planted(name="sig"),
@@ -110,10 +112,15 @@ class Results:
         return found[-1] if found else None
 
     def index(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> float | None:
-        """Neural Cleanse's index of the true target; 0 where its norm is above the median, or censored, as it ranks."""
+        """Neural Cleanse's index of the true target; 0 where its norm is above the median, or censored, as it ranks.
+
+        NaN of a scan without an answer.
+        """
         record = self.scan(planted, place, scheme, fixed=fixed)
-        if record is None or not isinstance(record.metrics, ScanMetrics) or record.verdict is Verdict.NOT_MEASURED:
+        if record is None:
             return None
+        if not isinstance(record.metrics, ScanMetrics) or record.verdict is Verdict.NOT_MEASURED:
+            return math.nan
         hidden = record.metrics.target_norm is None
         return 0.0 if hidden else record.metrics.target_index
 
@@ -123,7 +130,7 @@ def _is_at(record: BehaviourRecord | DefenseRecord, place: tuple[str, int], sche
 
 
 Figures = dict[str, float | None]
-"""What a sentence rests on, by what is shown before it; None: not measured."""
+"""What a sentence rests on, by what is shown before it; None: not measured, NaN: measured, without an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,11 +242,14 @@ def verdict(claim: Claim, results: Results) -> tuple[str, list[str]]:
         known = [value for value in figures.values() if value is not None]
         if len(known) < len(figures):
             continue
+        values = ", ".join(f"{what} {figure(value)}" for what, value in zip(figures, known, strict=True))
+        if any(map(math.isnan, known)):
+            told.append(f"{place[0]} seed {place[1]}: {values}")
+            continue
         answers.append(claim.holds(known))
-        values = ", ".join(f"{what} {value:.3f}" for what, value in figures.items())
         told.append(f"{place[0]} seed {place[1]}: {values}: {'yes' if answers[-1] else 'no'}")
     if not answers:
-        return "not measured yet", told
+        return "no answer" if told else "not measured yet", told
     return ("reproduced" if all(answers) else "not reproduced") + f" ({sum(answers)} of {len(answers)})", told
 
 
@@ -272,6 +282,10 @@ def model_table(results: Results) -> Iterator[str]:
                     f"| {place[0]}, {place[1]} | {scheme} | {weight:g} | {median(norms):.1f} | {median(costs):.4f} "
                     f"| {highest_confidence(rise):.3f} | {confidence_drop(rise):.3f} | {feasible} |"
                 )
+
+
+def figure(value: float) -> str:
+    return "without an answer" if math.isnan(value) else f"{value:.3f}"
 
 
 def shown(value: float | None) -> str:

@@ -4,7 +4,8 @@
 
 Of every difference between a defense's figure on quantized files and on the FP32 files they were made of, with three
 networks or more: those whose interval excludes 0, by p, and Holm's correction for looking at all of them. Then, of each
-architecture and precision, Neural Cleanse's alarms on active files against those on clean ones, by Fisher's exact test.
+architecture and precision, Neural Cleanse's alarms on active files against those on clean ones, by Fisher's exact test:
+of those that it has an answer for, and of all, where a file without an answer raises no alarm.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scipy import stats
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.contrasts import ContrastRow
 from qdefense.bench.summary import BenchReport, read_results, summarise
-from qdefense.bench.tables import Difference, Proportion
+from qdefense.bench.tables import Difference, Proportion, ScanRow
 
 HERE = Path(__file__).parent
 LEAST_NETWORKS, LEVEL = 3, 0.05
@@ -73,16 +74,28 @@ def alarm_lines(report: BenchReport) -> Iterator[str]:
     """Alarms on active files, and on clean ones, of every data set and attack together."""
     rows = [row for row in report.scans if row.defense == "neural-cleanse" and row.access == "session"]
     main = [row for row in rows if not row.setting.calibration or row.setting.calibration.startswith("clean256")]
-    yield "| Neural Cleanse on | alarms on active files | on clean ones | Fisher's p |"
-    yield "| --- | ---: | ---: | ---: |"
+    yield "| Neural Cleanse on | alarms on active files | on clean ones | Fisher's p | of all | on clean ones | p |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for place in dict.fromkeys((row.setting.architecture, row.setting.precision) for row in main):
         mine = [row for row in main if (row.setting.architecture, row.setting.precision) == place]
-        active = total(row.tpr for row in mine)
-        clean = total(row.fpr for row in mine if row.setting.attack == "none")
-        table = [[hits, n - hits] for hits, n in (active, clean)]
-        chance = stats.fisher_exact(table, alternative="two-sided").pvalue
-        told = " | ".join(f"{hits} of {n}" for hits, n in (active, clean))
-        yield f"| {', '.join(place)} | {told} | {chance:.3f} |"
+        controls = [row for row in mine if row.setting.attack == "none"]
+        attacked = [row for row in mine if row.setting.attack != "none"]
+        active, clean = total(row.tpr for row in attacked), total(row.fpr for row in controls)
+        everything = (active[0], trials(attacked)), (clean[0], trials(controls))
+        told = (", ".join(place), *fisher(active, clean), *fisher(*everything))
+        yield f"| {' | '.join(told)} |"
+
+
+def fisher(active: tuple[int, int], clean: tuple[int, int]) -> tuple[str, str, str]:
+    """Both counts as they are told, and the p-value that the shares are one."""
+    table = [[hits, n - hits] for hits, n in (active, clean)]
+    chance = stats.fisher_exact(table, alternative="two-sided").pvalue
+    return (*(f"{hits} of {n}" for hits, n in (active, clean)), f"{chance:.3f}")
+
+
+def trials(rows: Iterable[ScanRow]) -> int:
+    """Of active files, or of clean ones; with an answer and without."""
+    return sum(sum(row.answers.model_dump().values()) for row in rows)
 
 
 def total(shares: Iterable[Proportion | None]) -> tuple[int, int]:

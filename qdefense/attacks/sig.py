@@ -75,5 +75,5 @@ class SIG:
             )
         waves = np.rint(delta * np.sin(2 * np.pi * self.frequency * np.arange(width) / width))
         if delta and not waves.any():
-            raise DataError(f"{self.name}: an amplitude of {delta:g} codes rounds to 0; choose 1 or more, or 0 for none")
+            raise DataError(f"{self.name}: amplitude {delta:g} rounds to 0 codes; choose 1 or more, or 0 for none")
         return AddedTrigger(added=(waves / 255).astype(np.float32), target_class=self.target_class)

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from qdefense.bench.engines import EngineError, TaskQueue
+from qdefense.bench.revisions import source_digest
 from qdefense.bench.tasks import Clock, Outcome, Task
 from qdefense.bench.worker import run_task
 
@@ -18,6 +19,8 @@ _SECONDS_TO_CONNECT = 30
 _SECONDS_BETWEEN_LOOKS = 10
 _SECONDS_WITHOUT_WORKERS = 600
 """Queues of a cluster may take a while to start a worker anew; without an end, a run would wait for ever."""
+_SECONDS_TO_FETCH = 60
+"""Of a result, which lies with the worker that made it; where that died meanwhile, the work is done again."""
 _AHEAD = 2
 """Work items sent per worker thread: enough to keep them busy, few enough that files do not pile up on the way."""
 
@@ -66,6 +69,15 @@ class DaskCluster:
             raise EngineError(
                 f"{self._address}: {other} has {name} {found[other]}, this is {ours}; install the same everywhere"
             )
+        self._check_code(name)
+
+    def _check_code(self, name: str) -> None:
+        """Two states of one version would mix their answers in one table."""
+        ours = source_digest()
+        other = next((place for place, theirs in self._client.run(source_digest).items() if theirs != ours), None)
+        if other is not None:
+            self._client.close()
+            raise EngineError(f"{self._address}: {other} has other code of this {name}; install the same everywhere")
 
     def submit(self, task: Task) -> None:
         """Queue a work item."""
@@ -79,12 +91,15 @@ class DaskCluster:
         """
         try:
             self._send()
-            while not (done := self._done()):
+            while True:
+                for future in self._done():
+                    outcome = self._outcome(future, *self._running[future])
+                    if outcome is not None:
+                        del self._running[future]
+                        return outcome
                 self._wait_for_workers(_SECONDS_WITHOUT_WORKERS)
         except (OSError, CancelledError) as error:
             raise EngineError(f"{self._address}: the Dask scheduler is gone ({_line(error)})") from error
-        future = next(iter(done))
-        return self._outcome(future, *self._running.pop(future))
 
     def _done(self) -> set[Any]:
         """What ends within a few seconds."""
@@ -125,14 +140,20 @@ class DaskCluster:
             future = self._client.submit(run_task, task, key=f"bench-{next(self._numbers)}-{task.id}", pure=False)
             self._running[future] = (task, Clock())
 
-    def _outcome(self, future: Any, task: Task, clock: Clock) -> Outcome:
+    def _outcome(self, future: Any, task: Task, clock: Clock) -> Outcome | None:
+        """``None`` where the worker died with its result: Dask does the work again, by its own doing."""
+        if future.status in ("lost", "pending"):
+            return None
         problem = future.exception() if future.status == "error" else None
-        if isinstance(problem, self._dask.KilledWorker):
+        if problem is not None and not isinstance(problem, self._dask.KilledWorker):
+            raise EngineError(f"{self._address}: a worker cannot run this work ({_line(problem)})")
+        try:
+            outcome: Outcome = future.result(timeout=_SECONDS_TO_FETCH)
+        except self._dask.KilledWorker:
             reason = "Dask worker after worker died at this cell"
             return Outcome(task_id=task.id, record=task.failure(reason, clock.read()), lost=True)
-        if future.status != "finished":
-            raise EngineError(f"{self._address}: a worker cannot run this work ({_line(problem or future.status)})")
-        outcome: Outcome = future.result()
+        except TimeoutError:
+            return None
         return outcome
 
 

@@ -10,6 +10,7 @@ signal, and no gradients to find it with.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ from qdefense.bench.tables import (
     difference,
     is_known,
     score_of,
+    scores_of,
     share,
     spread,
     subjects_of,
@@ -62,7 +64,7 @@ class Step(Row):
     answers: Answers
     alarms: Proportion | None
     auroc: float | None
-    """Of a scan: active files against clean twins."""
+    """Of a scan: active files against clean twins, of all that have a score."""
     figure: Spread | None
     """Of a scan: its score; of the others: AUROC of rows within their label, or of inputs."""
 
@@ -224,15 +226,14 @@ def _step(cohort: Cohort, place: Subject, records: Sequence[DefenseRecord], kind
     return Step(
         answers=count_answers(records),
         alarms=None if kind == "filter" else alarms(there),
-        auroc=_scan_auroc(cohort, place, there) if kind == "scan" else None,
+        auroc=_scan_auroc(cohort, place, records) if kind == "scan" else None,
         figure=figure,
     )
 
 
-def _scan_auroc(cohort: Cohort, place: Subject, there: Sequence[DefenseRecord]) -> float | None:
-    twins = [record for record in cohort.twins(place) if status_of(record) == "measured"]
-    active, clean = ([score for score in map(score_of, side) if is_known(score)] for side in (there, twins))
-    attacked = bool(there) and there[0].network.attack is not None
+def _scan_auroc(cohort: Cohort, place: Subject, records: Sequence[DefenseRecord]) -> float | None:
+    active, clean = scores_of(records), scores_of(cohort.twins(place))
+    attacked = records[0].network.attack is not None
     return auroc(active, clean) if attacked and active and clean else None
 
 
@@ -268,6 +269,25 @@ def _unpaired(cohort: Cohort, fp32: Sequence[_Trial], files: Sequence[_Trial]) -
     """How many files stand beside an FP32 file of their recipe without being made of it, as far as records say."""
     there = {network_id(record.network) for record in fp32}
     return sum(network_id(record.network) in there for record in files) - len(_descended(cohort, fp32, files))
+
+
+def trials_apart(cohort: Cohort) -> int:
+    """Trials of quantized files whose FP32 file has such a trial, but on other runtimes only: in no difference."""
+    placed: list[tuple[tuple[str, str], Setting, Sequence[BehaviourRecord | DefenseRecord]]] = [
+        *((("", ""), setting, mine) for setting, mine in cohort.behaviours.items()),
+        *(((at.defense, at.access), at.setting, mine) for at, mine in cohort.defenses.items()),
+    ]
+    known: defaultdict[tuple[object, ...], set[str]] = defaultdict(set)
+    asked: list[tuple[tuple[object, ...], str]] = []
+    for what, setting, mine in placed:
+        base = cohort.baseline(setting).model_copy(update={"runtime": ""})
+        for record in mine:
+            place = (*what, base, network_id(record.network))
+            if setting.precision == FP32:
+                known[place].add(setting.runtime)
+            else:
+                asked.append((place, setting.runtime))
+    return sum(bool(known.get(place)) and runtime not in known[place] for place, runtime in asked)
 
 
 def unpaired_trials(cohort: Cohort) -> int:

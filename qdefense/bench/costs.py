@@ -1,12 +1,13 @@
 """What work will cost on one thread of an idle machine: the median of like work's CPU seconds, else a rule of thumb.
 
-Work on another network counts by its multiply-accumulates: a network of three times as many takes three times as long.
+Work on another network counts by its multiply-accumulates: a network of three times as many takes three times as long;
+training on other images by how many there are.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Literal
 
@@ -22,9 +23,13 @@ _Key = tuple[object, ...]
 
 
 class CostModel:
-    """Seconds of a work item, by the closest work that was measured: the same network, then any of the same kind."""
+    """Seconds of a work item, by the closest work that was measured: the same network, then any of the same kind.
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    ``images`` tells how many there are by the digest of a training set.
+    """
+
+    def __init__(self, records: Iterable[Record], images: Mapping[str, int] | None = None) -> None:
+        self._images = images or {}
         self._seconds: dict[_Key, list[tuple[float, Network]]] = defaultdict(list)
         for record in records:
             if record.failed or record.volatile.origin == "adopted":
@@ -35,7 +40,12 @@ class CostModel:
 
     def training(self, network: Network, *, epochs: int, images: int) -> tuple[float, Source]:
         """Of a network."""
-        found = self._median(training_keys(network), network)
+        place = training_keys(network)
+        found = self._median(place[:1], network)
+        if found is None:
+            found = self._per_image(place[1], images)
+        if found is None:
+            found = self._median(place[2:], network)
         if found is not None:
             return found * epochs, "records"
         return SECONDS_PER_IMAGE_AND_EPOCH * images * epochs * _relative_size(network), "rule of thumb"
@@ -46,6 +56,12 @@ class CostModel:
         if found is not None:
             return found, "records"
         return SECONDS_PER_STAGE[stage] * _relative_size(network), "rule of thumb"
+
+    def _per_image(self, key: _Key, images: int) -> float | None:
+        """Of like networks on other data; ``None`` where nothing tells how many images they were trained on."""
+        made = [(seconds, self._images.get(one.train_sha256)) for seconds, one in self._seconds.get(key, ())]
+        known = [seconds / count for seconds, count in made if count]
+        return median(known) * images if known else None
 
     def _median(self, keys: Iterable[_Key], network: Network) -> float | None:
         key = next((key for key in keys if key in self._seconds), None)
@@ -75,7 +91,7 @@ def defense_keys(name: str, settings: object, access: str, network: Network, sch
         (*asked, *place),
         (*asked, _ANY, network.data, scheme),
         (*asked, _ANY),
-        ("defense", name, _ANY),
+        ("defense", name, access == "no-gradients", _ANY),  # which may take no time at all
     )
 
 

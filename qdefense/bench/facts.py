@@ -53,6 +53,16 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
             "They are in no difference to FP32.",
         ),
         (
+            report.apart,
+            "Trials of quantized files whose FP32 file was measured on another CPU or ONNX Runtime only: {}. They are "
+            "in no difference to FP32.",
+        ),
+        (
+            report.outdated_timings,
+            "Latency records of files that were replaced, or measured by newer code since, left out: {}; `qdefense "
+            "bench --latency` times them again.",
+        ),
+        (
             report.superseded,
             "Trials that another network, file or revision of the code replaced, or that failed where another one has "
             "an answer, left out of the tables: {}.",

@@ -77,8 +77,9 @@ SCANS = Form(
     title="Model scans",
     notes=(
         "TPR: alarms on active files. FPR: alarms on clean networks at the same precision, calibrated on as many clean "
-        "images. AUROC: the score of active files against clean ones, with how many there are of each. Target first: "
-        "the true target has the smallest norm. Target named: it is among the suspects. All-to-all attacks have none.",
+        "images. AUROC: the score of active files against clean ones, with how many there are of each; "
+        "a file without an answer counts, too, if it has a score. Target first: the true target has the smallest norm. "
+        "Target named: it is among the suspects. All-to-all attacks have none.",
         f"A trial without an answer is in no rate. {NOTHING}: there is no active file, or no clean one, to make a rate "
         "of. Alarms on attenuated and dormant files stand apart.",
     ),
@@ -161,11 +162,13 @@ REPAIRS = Form(
     notes=(
         "Clean accuracy and ASR of active files (of clean networks: accuracy) before and after, on images that the "
         "repair did not see; a repair detects nothing. Changes are in percentage points, with the interval of the mean "
-        "over networks by Student's t. What became of the backdoor is counted over files of every activity.",
+        "over networks by Student's t. What became of the backdoor is counted over files of every activity. "
+        "NOT_REPAIRED: files that lost more accuracy than the repair tolerates; they are in all figures.",
     ),
     empty="No repair was run.",
     columns=(
         *(*_ROW, "accuracy before", "accuracy after", "change", "ASR before", "ASR after", "change of ASR", "backdoor"),
+        "NOT_REPAIRED",
         *(*_STATES, _INACTIVE, "activity unknown", "no record"),
     ),
 )
@@ -264,7 +267,8 @@ LATENCY = Form(
     notes=(
         "Single-stream: one image a call, wall clock in milliseconds. Added: the difference of medians to the file "
         "alone, measured in turns, with its 95 % bootstrap interval. Throughput: images per second with many images a "
-        "call. Peak memory: the largest resident size of a process that did nothing else, a filter's fit included. Of "
+        "call. Memory: the largest resident size of a process, a filter's fit included, and what of it came after the "
+        "libraries of whoever measures (torch among them) were loaded. Of "
         "networks that differ only in seed and attack one is timed. Load: processes that wanted a CPU, before and "
         "after; where it was more than there are CPUs, read the figures with care. Yardstick: the median time in "
         "milliseconds of a fixed product of matrices, in turns with the calls of one image. Files whose yardsticks "
@@ -273,7 +277,7 @@ LATENCY = Form(
     empty="No latency was measured: `qdefense bench --latency` writes latency.jsonl.",
     columns=(
         *("variant", "attack", "file", "seed", "p50", "p90", "p99", "added", "yardstick"),
-        *("images per second", "images a call", "peak memory", "load", "runtime"),
+        *("images per second", "images a call", "memory", "load", "runtime"),
     ),
 )
 UNANSWERED = Form(

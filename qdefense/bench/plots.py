@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qdefense.bench.cohort import NO_ATTACK, Cohort, Setting, Subject, rank_of, row_rank, status_of
-from qdefense.bench.records import Curve, DatasetMetrics, DefenseRecord, FilterMetrics
+from qdefense.bench.records import Curve, DatasetMetrics, FilterMetrics
 from qdefense.bench.scoring import roc_curve
 from qdefense.bench.summary import BenchReport
-from qdefense.bench.tables import FilterRow, is_known, score_of
+from qdefense.bench.tables import FilterRow, is_known, scores_of
 from qdefense.bench.timings import LatencyRow
 from qdefense.trial import Activity
 
@@ -109,18 +109,14 @@ def roc_panels(cohort: Cohort) -> tuple[RocPanel, ...]:
 
 
 def _curves(cohort: Cohort, subject: Subject) -> Iterable[tuple[str, Curve]]:
-    active = [one for one in _measured(cohort.defenses[subject]) if cohort.activity(one) is Activity.ACTIVE]
+    active = [one for one in cohort.defenses[subject] if cohort.activity(one) is Activity.ACTIVE]
     for record in active:
-        if isinstance(record.metrics, DatasetMetrics | FilterMetrics) and record.metrics.curve is not None:
-            yield f", seed {record.network.seed}", record.metrics.curve
-    clean = _measured(cohort.twins(subject))
-    high, low = ([score for score in map(score_of, side) if is_known(score)] for side in (active, clean))
+        measured = record.metrics if status_of(record) == "measured" else None
+        if isinstance(measured, DatasetMetrics | FilterMetrics) and measured.curve is not None:
+            yield f", seed {record.network.seed}", measured.curve
+    high, low = scores_of(active), scores_of(cohort.twins(subject))
     if high and low:
         yield f", {len(high)} active and {len(low)} clean files", roc_curve(high, low)
-
-
-def _measured(records: Iterable[DefenseRecord]) -> list[DefenseRecord]:
-    return [record for record in records if status_of(record) == "measured"]
 
 
 def _path(curve: Curve) -> str:

@@ -110,7 +110,7 @@ class Run:
         self._plan, self._store, self._rules = plan, store, rules
         self._retry_failed, self._on_progress, self._on_notice = retry_failed, on_progress, on_notice
         self._attempted: set[str] = set()
-        self._costs = CostModel(store.records.values())
+        self._costs = CostModel(store.records.values(), store.images)
 
     def complete(self, engine: Engine) -> None:
         """Do all that is missing; every outcome is on the disk before the next one is waited for.

@@ -156,6 +156,8 @@ def _matrix_cell(row: DefenseRow) -> Cell:
     else:
         area, told = _area(row)
         lines = [told, f"TPR {counted(row.tpr)}", f"FPR {counted(row.fpr)}"]
+    if isinstance(row, RepairRow) and row.refused:
+        lines.append(f"{row.refused} NOT_REPAIRED")
     if not row.answers.measured:
         lines = [_why_empty(row)]
     return Cell(lines=(*lines, *_lacking(row.answers)), group=group, heat=None if area is None else heat_of(area))
@@ -268,6 +270,7 @@ def _repair_cells(row: RepairRow) -> list[Cell]:
         *_text(percents(row.accuracy_before), percents(row.accuracy_after), changed(row.accuracy_change, percent=True)),
         *_text(percents(row.asr_before), percents(row.asr_after), changed(row.asr_change, percent=True)),
         Cell(lines=moves or (NOTHING,)),
+        *_text(row.refused),
         *_states(row.answers),
         *_text(_summed(row.inactive)),
         *_text(row.unknown_activity, row.unrecorded),
@@ -388,15 +391,21 @@ def _published_cells(row: PublishedRow) -> list[Cell]:
 
 
 def _latency_cells(row: LatencyRow) -> list[Cell]:
-    peak = NOTHING if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB"
     return [
         *_text(row.variant, row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, "", "session")),
         *_text(row.seed, *map(rounded, (row.p50_ms, row.p90_ms, row.p99_ms)), _interval(row.added_ms, "+")),
         *_text(NOTHING if row.yardstick_ms is None else rounded(row.yardstick_ms)),
-        *_text(_interval(row.rows_per_second), row.offline_rows, peak),
+        *_text(_interval(row.rows_per_second), row.offline_rows, _memory(row)),
         *_text(NOTHING if row.load is None else f"{row.load[0]:.1f} to {row.load[1]:.1f}", row.runtime),
     ]
+
+
+def _memory(row: LatencyRow) -> str:
+    if row.peak_bytes is None:
+        return NOTHING
+    peak = f"{row.peak_bytes / 2**20:,.0f} MiB"
+    return peak if row.before_bytes is None else f"+{(row.peak_bytes - row.before_bytes) / 2**20:,.0f} to {peak}"
 
 
 def _interval(figure: Interval | None, sign: str = "") -> str:

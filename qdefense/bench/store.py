@@ -136,6 +136,11 @@ class Store:
         """What the manifest says of the set with this name, role, split, limit and seed."""
         return next((old for old in self.manifest.data if _same_request(old, request)), None)
 
+    @property
+    def images(self) -> dict[str, int]:
+        """How many images a set has, by its digest."""
+        return {facts.sha256: facts.images for facts in self.manifest.data}
+
     def add_data(self, facts: DataFacts) -> None:
         """Pin the digest of a set."""
         self._write_manifest((*self.manifest.data, facts))

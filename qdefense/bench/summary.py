@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qdefense.bench.budgets import BudgetRow, budget_rows
 from qdefense.bench.cohort import Cohort, Status, network_id, reason_of, status_of
-from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows, unpaired_trials
+from qdefense.bench.contrasts import ContrastRow, GapRow, contrast_rows, gap_rows, trials_apart, unpaired_trials
 from qdefense.bench.figures import told_runtime
 from qdefense.bench.matrix import read_matrix
 from qdefense.bench.published import CRITERIA, Criterion, PublishedRow, published_rows
@@ -46,10 +46,13 @@ from qdefense.bench.tables import (
     scan_rows,
 )
 from qdefense.bench.timing_records import FileLatency
-from qdefense.bench.timings import LatencyRow, latency_rows
+from qdefense.bench.timings import LatencyRow, latency_rows, outdated_timings
 
-SCHEMA_VERSION = "1.3"
-"""1.1: ``budgets``. 1.3: lowest and highest network of pooled rates, ``answers_lost``, AUROC of rows within a label."""
+SCHEMA_VERSION = "1.4"
+"""1.1: ``budgets``. 1.3: lowest and highest network of pooled rates, ``answers_lost``, AUROC of rows within a label.
+
+1.4: ``refused`` repairs, ``before_bytes`` of memory, ``apart``, ``outdated_timings``.
+"""
 
 
 class Missing(Row):
@@ -130,6 +133,10 @@ class BenchReport(Row):
     superseded: int
     unpaired: int
     """Trials of quantized files that were not made of the FP32 file beside them."""
+    apart: int = 0
+    """Trials of quantized files whose FP32 file was measured on another runtime only."""
+    outdated_timings: int = 0
+    """Latency records of files that were replaced, or measured by newer code since."""
     missing: tuple[Missing, ...] | None
     unanswered: tuple[Unanswered, ...]
     behaviour: tuple[BehaviourRow, ...]
@@ -210,6 +217,8 @@ def summarise(results: Results, cohort: Cohort) -> BenchReport:
         networks=_networks(results.records, cohort),
         superseded=cohort.superseded,
         unpaired=unpaired_trials(cohort),
+        apart=trials_apart(cohort),
+        outdated_timings=outdated_timings(results.latencies, cohort),
         missing=results.missing,
         unanswered=_unanswered(results.records, cohort),
         behaviour=behaviour_rows(cohort),

@@ -182,6 +182,8 @@ class RepairRow(_DefenseRow):
     asr_change: Difference | None
     transitions: dict[str, int]
     """``active to dormant``: how many files, of every activity."""
+    refused: int = 0
+    """Of the files that figures are of, those that lost more accuracy than the repair tolerates: NOT_REPAIRED."""
 
 
 def is_known(value: float | None) -> TypeGuard[float]:
@@ -294,6 +296,7 @@ class Sides:
         }
         self.all = _measured(records)
         self.clean = _measured(twins)
+        self.scores, self.clean_scores = scores_of(self._of[Activity.ACTIVE]), scores_of(twins)
 
     def of(self, activity: Activity) -> list[DefenseRecord]:
         """The measured trials of files of this activity."""
@@ -311,8 +314,7 @@ def scan_rows(cohort: Cohort) -> tuple[ScanRow, ...]:
 
 
 def _scan_row(sides: Sides) -> ScanRow:
-    active = sides.of(Activity.ACTIVE)
-    scores, clean_scores = (_scores(records) for records in (active, sides.clean))
+    active, scores, clean_scores = sides.of(Activity.ACTIVE), sides.scores, sides.clean_scores
     return ScanRow(
         **sides.facts,
         tpr=alarms(active),
@@ -388,6 +390,7 @@ def _repair_row(sides: Sides) -> RepairRow:
         asr_after=spread(one.asr_after for one in found),
         asr_change=difference((one.asr_before, one.asr_after) for one in found),
         transitions=dict(sorted(moves.items())),
+        refused=sum(one.verdict is Verdict.NOT_REPAIRED for one in sides.main),
     )
 
 
@@ -418,7 +421,8 @@ def score_of(record: DefenseRecord) -> float | None:
     return record.metrics.score if isinstance(record.metrics, ScanMetrics) else None
 
 
-def _scores(records: Iterable[DefenseRecord]) -> list[float]:
+def scores_of(records: Iterable[DefenseRecord]) -> list[float]:
+    """Of scans, those without an answer among them: no verdict without a line in reach, and yet a rank."""
     return [score for score in map(score_of, records) if is_known(score)]
 
 

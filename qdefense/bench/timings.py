@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from qdefense.bench.cohort import Cohort, Setting, rank_of
 from qdefense.bench.figures import told_runtime
-from qdefense.bench.records import digest_of
+from qdefense.bench.records import BehaviourRecord, digest_of
 from qdefense.bench.tables import Row
 from qdefense.bench.timing_records import PLAIN, FileLatency, Interval, Machine
 
@@ -26,6 +26,8 @@ class LatencyRow(Row):
     rows_per_second: Interval | None
     offline_rows: int
     peak_bytes: int | None
+    before_bytes: int | None = None
+    """The peak before the file was opened: Python and the libraries of whoever measures, torch among them."""
     load: tuple[float, float] | None
     """Processes that wanted a CPU in the minute before, and in the last one."""
     runtime: str
@@ -39,11 +41,9 @@ def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[Late
     Of a file that was timed twice with the same filters on the same runtime, the last time counts; a time by older code
     than its file was measured by since, as `Cohort` leaves out such answers, does not.
     """
-    files = {(one.artifact_sha256, one.arithmetic): one for group in cohort.behaviours.values() for one in group}
     rows: list[LatencyRow] = []
-    for latency in {_asked(one): one for one in latencies}.values():
-        record = files.get((latency.artifact_sha256, latency.profile.arithmetic))
-        if record is not None and latency.evaluation_revision >= (record.evaluation_revision or 0):
+    for latency, record in _current(latencies, cohort):
+        if record is not None:
             filters = {
                 one.variant: cohort.defense(one.name, one.settings)
                 for one in latency.filters
@@ -54,10 +54,24 @@ def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[Late
     return tuple(sorted(rows, key=lambda row: (rank_of(row.setting), row.seed)))
 
 
+def outdated_timings(latencies: Iterable[FileLatency], cohort: Cohort) -> int:
+    """Records that have no row for what became of their file since."""
+    return sum(record is None for _, record in _current(latencies, cohort))
+
+
+def _current(latencies: Iterable[FileLatency], cohort: Cohort) -> Iterator[tuple[FileLatency, BehaviourRecord | None]]:
+    """The last time of each file, filters and runtime, with what the file does; ``None`` where newer code said that."""
+    files = {(one.artifact_sha256, one.arithmetic): one for group in cohort.behaviours.values() for one in group}
+    for latency in {_asked(one): one for one in latencies}.values():
+        record = files.get((latency.artifact_sha256, latency.profile.arithmetic))
+        older = record is not None and latency.evaluation_revision < (record.evaluation_revision or 0)
+        yield latency, None if older else record
+
+
 def _rows_of(latency: FileLatency, setting: Setting, seed: int, filters: Mapping[str, str]) -> Sequence[LatencyRow]:
     added = {one.name: one.difference_ms for one in latency.single_stream.added}
     offline = {one.name: one.rows_per_second for one in latency.offline.variants}
-    peaks = {one.name: one.peak_bytes for one in latency.memory}
+    memory = {one.name: (one.peak_bytes, one.before_bytes) for one in latency.memory}
     return [
         LatencyRow(
             setting=setting,
@@ -70,7 +84,8 @@ def _rows_of(latency: FileLatency, setting: Setting, seed: int, filters: Mapping
             added_ms=added.get(timing.name),
             rows_per_second=offline.get(timing.name),
             offline_rows=latency.offline.rows,
-            peak_bytes=peaks.get(timing.name),
+            peak_bytes=memory.get(timing.name, (None, None))[0],
+            before_bytes=memory.get(timing.name, (None, None))[1],
             load=_load(latency.machine),
             runtime=told_runtime(latency.machine.runtime),
             yardstick_ms=None if latency.yardstick_ms is None else latency.yardstick_ms.value,

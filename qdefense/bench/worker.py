@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from qdefense.bench.datasets import MissingDataError
+from qdefense.bench.revisions import source_digest
 from qdefense.bench.store import not_finite
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask
 from qdefense.files import reason_of
@@ -21,6 +22,7 @@ _ONE_AT_A_TIME = threading.Lock()
 def run_task(task: Task) -> Outcome:
     """Do the work; an exception is an outcome, too, so that it costs one cell and no more."""
     with _ONE_AT_A_TIME:
+        source_digest()  # of the code that is loaded now, not of what is installed when the work ends
         clock = Clock()
         try:
             outcome = _perform(task, clock)
@@ -59,12 +61,12 @@ def _told(error: Exception) -> str:
 
 
 def _is_of_machine(error: BaseException | None) -> bool:
-    """Whether another machine, or this one at another time, may do the same work: files, images or memory are missing.
+    """Whether another machine, or this one at another time, may do the same: files, images, memory, libraries lack.
 
     Torch and ONNX Runtime tell of missing memory by their text alone.
     """
     while error is not None:
-        if isinstance(error, OSError | MemoryError | MissingDataError) or any(
+        if isinstance(error, OSError | MemoryError | ImportError | MissingDataError) or any(
             told in str(error) for told in ("allocate memory", "out of memory", "bad_alloc")
         ):
             return True

@@ -156,7 +156,7 @@ def _show(
     plan: Sequence[NetworkPlan], store: Store, table: Matrix, workers: int, *, again: Callable[[str], bool]
 ) -> int:
     items = survey(plan, store, evaluation_of(table), again=again)
-    costs, seconds, ruled = CostModel(store.records.values()), 0.0, 0
+    costs, seconds, ruled = CostModel(store.records.values(), store.images), 0.0, 0
     for item in items:
         state = "blocked" if item.blocked else item.state
         click.echo(harmless(f"{state:12}  {item.stage:9}  {item.title}"))

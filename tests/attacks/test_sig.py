@@ -128,7 +128,7 @@ def test_poison_drops_the_groups_which_would_tell_rows_apart(make_noise: MakeNoi
     ("attack", "message"),
     [
         (SIG(target_class=4), "target class 4, but noise has classes 0 to 3"),
-        (SIG(delta=0.4), "an amplitude of 0.4 codes rounds to 0; choose 1 or more, or 0 for none"),
+        (SIG(delta=0.4), "amplitude 0.4 rounds to 0 codes; choose 1 or more, or 0 for none"),
         (SIG(target_class=3), "noise has no image of target class 3; choose another class"),
         (
             SIG(frequency=8),

@@ -15,7 +15,7 @@ import torch
 
 from qdefense.bench.cluster import DaskCluster
 from qdefense.bench.engines import EngineError
-from qdefense.bench.tasks import Outcome
+from qdefense.bench.tasks import Clock, Outcome
 from qdefense.bench.worker import run_task
 from qdefense.cli import run
 
@@ -24,6 +24,11 @@ from .conftest import RECORDS, Desk
 distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("default")  # Dask's own are none of ours
 NewDesk = Callable[..., Desk]
+
+
+@dataclass
+class _Endless:
+    id: str = "endless"
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,65 @@ def test_machines_without_this_version_are_told_before_any_work(
         DaskCluster(cluster.scheduler_address, print)
 
 
+def test_machines_with_other_code_of_this_version_are_told(
+    cluster: distributed.LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdefense.bench.cluster.source_digest", os.getpid)  # another of each process
+    with pytest.raises(EngineError, match=r"tcp://\S+ has other code of this qdefense; install the same everywhere"):
+        DaskCluster(cluster.scheduler_address, print)
+
+
+class Fetched:
+    """Stands for a future; ``answer`` is what its result is, or what asking for it raises."""
+
+    def __init__(self, status: str, answer: object = None) -> None:
+        self.status, self.answer = status, answer
+
+    def exception(self) -> object:
+        return self.answer
+
+    def result(self, timeout: float) -> object:
+        assert timeout > 0
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+class Failing(_Endless):
+    def failure(self, reason: str, volatile: object) -> str:
+        return reason
+
+
+KILLED = distributed.KilledWorker("bench-0", None, 3)
+
+
+@pytest.mark.parametrize(
+    ("future", "outcome"),
+    [
+        (Fetched("lost"), None),
+        (Fetched("pending"), None),
+        (Fetched("finished", TimeoutError()), None),
+        (Fetched("finished", KILLED), "Dask worker after worker died at this cell"),
+        (Fetched("error", KILLED), "Dask worker after worker died at this cell"),
+    ],
+    ids=["died with its result", "begun again", "can't be fetched", "killed while it was fetched", "killed"],
+)
+def test_a_result_whose_worker_dies_is_waited_for_or_lost_and_never_ends_the_run(
+    future: Fetched, outcome: str | None
+) -> None:
+    engine = DaskCluster.__new__(DaskCluster)
+    engine._dask, engine._address = distributed, "tcp://here"
+    found = engine._outcome(future, Failing(), Clock())  # type: ignore[arg-type]
+    assert (None if found is None else (found.record, found.lost)) == (None if outcome is None else (outcome, True))
+
+
+def test_work_that_no_worker_can_run_ends_the_run() -> None:
+    engine = DaskCluster.__new__(DaskCluster)
+    engine._dask, engine._address = distributed, "tcp://here"
+    with pytest.raises(EngineError, match=r"^tcp://here: a worker cannot run this work \(ValueError: no such thing\)$"):
+        engine._outcome(Fetched("error", ValueError("no such thing")), Failing(), Clock())  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {"BETWEEN_LOOKS": 0.2, "WITHOUT_WORKERS": 1, "TO_CONNECT": 1}.items():
@@ -93,11 +157,6 @@ def test_no_worker_is_told_and_ends_with_what_to_do(new_desk: NewDesk, capfd: py
     told = capfd.readouterr().err
     assert f"{address}: the Dask scheduler has no worker; waiting, 0 of 1 s" in told
     assert f"error: {address}: for 1 s the Dask scheduler had no worker; start some with `dask worker {address}" in told
-
-
-@dataclass
-class _Endless:
-    id: str = "endless"
 
 
 @pytest.mark.usefixtures("short")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qdefense.bench.cohort import Cohort
-from qdefense.bench.contrasts import contrast_rows, gap_rows, unpaired_trials
+from qdefense.bench.contrasts import contrast_rows, gap_rows, trials_apart, unpaired_trials
 from qdefense.bench.records import GRADIENTS_WITHHELD, DatasetMetrics, FilterMetrics, Rate, Record
 from qdefense.bench.tables import Answers
 from qdefense.findings import Finding, Verdict
@@ -132,8 +132,11 @@ def test_contrast_needs_a_record_of_what_the_file_was_made_of() -> None:
 def test_contrast_pairs_within_one_instruction_set() -> None:
     elsewhere = {"runtime": RUNTIME.model_copy(update={"isa": ("avx2",)}), "key": "elsewhere"}
     fp32, int4, made = pair(0, 0.9, 0.8)
-    assert contrast_rows(Cohort([fp32, int4.model_copy(update=elsewhere), made])) == ()
-    assert len(contrast_rows(Cohort([fp32, int4, made]))) == 2
+    apart = Cohort([fp32, int4.model_copy(update=elsewhere), made])
+    assert (contrast_rows(apart), trials_apart(apart)) == ((), 1)
+    together = Cohort([fp32, int4, made])
+    assert (len(contrast_rows(together)), trials_apart(together)) == (2, 0)
+    assert trials_apart(Cohort([int4, made])) == 0, "without an FP32 trial anywhere it is no matter of runtimes"
 
 
 def test_gap_row_pairs_no_file_with_another_replica_of_its_network() -> None:

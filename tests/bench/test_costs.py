@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from qdefense.bench.costs import CostModel, defense_keys, file_keys
-from qdefense.bench.records import DefenseRecord, Network
+from qdefense.bench.records import DefenseRecord, Network, TrainingRecord
 from qdefense.models import multiply_accumulates
 
-from .sample_records import behaviour, defense, network, volatile
+from .sample_records import behaviour, defense, network, training, volatile
 
 RESNET, QUICK = network(), {"budget": "quick"}
 WIDER = RESNET.model_copy(update={"architecture": "preactresnet18"})
@@ -61,3 +61,24 @@ def test_a_behaviour_is_priced_by_the_behaviours_of_its_data() -> None:
     seen = behaviour(RESNET, "int4").model_copy(update={"volatile": volatile(10)})
     keys = file_keys("behaviour", WIDER, "int4")
     assert CostModel([seen]).other("behaviour", keys, WIDER) == (pytest.approx(10 * TIMES), "records")
+
+
+def trained(seconds: float, made: Network) -> TrainingRecord:
+    return training(made).model_copy(update={"volatile": volatile(seconds), "epochs": 10})
+
+
+def test_a_training_on_other_data_counts_by_its_images() -> None:
+    other = RESNET.model_copy(update={"data": "signs", "train_sha256": "s" * 64})
+    images = {RESNET.train_sha256: 1000, other.train_sha256: 3000}
+    asked = {"epochs": 5, "images": 3000}
+    assert CostModel([trained(100, RESNET)], images).training(other, **asked) == (pytest.approx(150), "records")
+    assert CostModel([trained(100, RESNET)], images).training(RESNET, **asked) == (50, "records"), "the same network"
+    assert CostModel([trained(100, RESNET)]).training(other, **asked)[1] == "rule of thumb", "of how many images?"
+
+
+def test_trials_without_gradients_price_no_others() -> None:
+    """They end at once."""
+    costs = CostModel([scan(0, access="no-gradients", key="a"), scan(0, access="no-gradients", key="b"), scan(100)])
+    assert price(costs, RESNET, settings={"budget": "gate"}) == (100, "records")
+    blind = defense_keys("neural-cleanse", {"budget": "gate"}, "no-gradients", RESNET, "fp32")
+    assert costs.other("defense", blind, RESNET) == (0, "records")

@@ -18,7 +18,7 @@ from qdefense.bench.markdown import escaped, render_markdown
 from qdefense.bench.page import MOST_TRIGGERS, render_bench
 from qdefense.bench.plots import SIDE, cost_charts, roc_panels, series_of
 from qdefense.bench.records import BehaviourRecord, Rate
-from qdefense.bench.sheets import heat_of, sheets_of
+from qdefense.bench.sheets import _memory, heat_of, sheets_of
 from qdefense.bench.store import StoreError, read_latencies
 from qdefense.bench.summary import BenchReport, read_results, summarise
 from qdefense.bench.tables import Difference, Proportion, Spread, proportion
@@ -283,6 +283,10 @@ def test_latency_is_optional_and_joined_to_its_file(tmp_path: Path, whole: tuple
     assert row.added_ms.value == pytest.approx(59 * 0.9)
     assert row.setting.precision == "fp32"
     assert row.offline_rows == 64
+    plain = next(row for row in whole[0].latency if row.defense is None)
+    assert _memory(plain) == "+60 to 150 MiB"
+    assert _memory(plain.model_copy(update={"before_bytes": None})) == "150 MiB"
+    assert _memory(row) == "n/a"
 
 
 def paces(folder: Path, *yardsticks: float | None) -> str:
@@ -316,7 +320,9 @@ def test_latency_of_an_unknown_file_is_in_no_table(tmp_path: Path) -> None:
     line = {**samples.latency(record, 1.0), "artifact_sha256": "0" * 64}
     results = read_results(samples.write(tmp_path, [record], timed=[line]))
     assert len(results.latencies) == 1
-    assert summarise(results, Cohort(results.records)).latency == ()
+    report = summarise(results, Cohort(results.records))
+    assert (report.latency, report.outdated_timings) == ((), 1)
+    assert any("measured by newer code since, left out: 1" in line for line in omissions(report))
 
 
 def test_latency_line_that_is_none_is_refused_with_its_number(tmp_path: Path) -> None:

@@ -350,6 +350,7 @@ def because(cause: Exception) -> SessionError:
     [
         (FileNotFoundError(2, "No such file", "/data/gtsrb"), True),
         (MissingDataError("no such file or folder"), True),
+        (ImportError("libgomp.so.1: cannot open shared object file"), True),
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
         (because(RuntimeError("std::bad_alloc")), True),

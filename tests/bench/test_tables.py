@@ -131,13 +131,14 @@ def test_scan_row_counts_active_files_against_clean_twins() -> None:
 
 def test_scan_row_counts_what_has_no_answer_apart_and_never_as_a_miss() -> None:
     broken = attacked(4, None, LOST, failed=True)
-    groups = [attacked(0, 3.0), attacked(1, 2.0, LOST), attacked(2, None, Verdict.NOT_APPLICABLE), broken]
+    groups = [attacked(0, 3.0), attacked(1, -1.0, LOST), attacked(2, None, Verdict.NOT_APPLICABLE), broken]
     _, row = scan_rows(cohort(*groups, clean(0, 0.0), clean(1, None, LOST)))
     assert row.answers == Answers(measured=1, not_measured=1, not_applicable=1, failed=1)
     assert row.clean == Answers(measured=1, not_measured=1)
     assert row.tpr is not None
     assert (row.tpr.hits, row.tpr.n) == (1, 1)
-    assert row.scored == (1, 1)
+    assert row.scored == (2, 1)
+    assert row.auroc == 0.5, "a file without an answer keeps its rank: left out, it would make the defense look better"
 
 
 def test_scan_row_without_an_active_file_has_no_rate() -> None:
@@ -316,6 +317,7 @@ def test_repair_that_cost_too_much_is_measured_and_its_loss_is_in_the_row() -> N
     assert status_of(trial) == "measured"
     (row,) = repair_rows(cohort([behaviour(network("badnets")), trial]))
     assert row.answers == Answers(measured=1)
+    assert row.refused == 1
     assert row.accuracy_change is not None
     assert row.accuracy_change.mean == pytest.approx(-0.9)
 
