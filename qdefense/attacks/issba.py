@@ -134,8 +134,8 @@ class Issba(PoisonBudget):
     """Invisible sample-specific poisoning: each image's own residual, which hides one secret.
 
     ``bits`` is the secret's length and ``eps`` the bound of a residual in codes of 255. ``encoder_epochs`` train the
-    pair, the first ``secret_epochs`` for the secret alone; ``channels`` are those of the first of ``stages`` stages,
-    each twice as wide as the one before: fewer make a smaller trigger state.
+    pair, the first ``secret_epochs`` of them (all, where there are no more) for the secret alone; ``channels`` are
+    those of the first of ``stages`` stages, each twice as wide as the one before: fewer make a smaller trigger state.
 
     The defaults are for sets of some 50,000 images. On a small one they make too few steps, and the residual may round
     to next to nothing: raise ``encoder_epochs``, ``secret_epochs`` and ``learning_rate``.

@@ -124,8 +124,8 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
     """Every cell of the matrix once, by network and file, in the order of the matrix.
 
     Raises:
-        MatrixError: an architecture or precision is unknown, calibrations are missing or too small, or training and
-            test images are the same.
+        MatrixError: an architecture or precision is unknown, calibrations are missing or too small, an attack reads
+            images of its own, or training and test images are the same.
         SpecError: an attack or a defense is unknown or has no such setting.
         DataError: the images cannot be read.
     """
@@ -160,6 +160,7 @@ def _network_plan(
     matrix: Matrix, sources: Sources, data: str, architecture: str, attack: str, seed: int
 ) -> NetworkPlan:
     from qdefense.attacks import ATTACKS  # noqa: PLC0415 (torch stays off the way to --help)
+    from qdefense.attacks.interfaces import data_read_by  # noqa: PLC0415
     from qdefense.zoo import default_width, recipe_for  # noqa: PLC0415
 
     table = matrix.data[data]
@@ -168,6 +169,7 @@ def _network_plan(
     recipe = dataclasses.replace(recipe, epochs=table.epochs or recipe.epochs, flip=table.flip)
     spec = None if attack == "none" else _with_target(attack, table)
     attacker = None if spec is None else ATTACKS.create(spec)
+    _refuse_unpinned(attack, data_read_by(attacker))
     train = sources.train(data)
     network = Network(
         data=data,
@@ -181,6 +183,14 @@ def _network_plan(
     )
     title = f"{data}/{architecture}/{attack}/seed {seed}"
     return NetworkPlan(title=title, network=network, attack=spec, train=train, test=sources.test(data))
+
+
+def _refuse_unpinned(attack: str, paths: Sequence[str]) -> None:
+    if paths:
+        raise MatrixError(
+            f"attacks: {attack!r} reads the images at {paths[0]!r}, whose digest no record names: other images there "
+            "would give another network of the same name; choose an attack that draws them"
+        )
 
 
 def _architecture(text: str) -> tuple[str, int | None]:

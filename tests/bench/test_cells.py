@@ -173,6 +173,15 @@ def test_records_say_how_many_calibration_images_there_were(new_desk: NewDesk, m
         plan_of(calibrated(new_desk, 15))
 
 
+@pytest.mark.parametrize("attack", ["dfb:ood=things", "lsp:host=dfb,host.ood=things"])
+def test_an_attack_that_reads_images_which_nothing_pins_is_refused(new_desk: NewDesk, attack: str) -> None:
+    with pytest.raises(
+        MatrixError, match=rf"^attacks: '{attack}' reads the images at 'things', whose digest no record"
+    ):
+        plan_of(new_desk(TINY.replace('"badnets"', f'"{attack}"')))
+    assert plan_of(new_desk(TINY.replace('"badnets"', '"dfb:ood=signs"')))
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
