@@ -13,6 +13,7 @@ from onnx import TensorProto
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 METADATA_KEY = "qdefense.contract"
+_PIXELS = frozenset({"range", "mean", "std", "channels"})
 MAX_CLASSES = 65_536
 LARGEST_SIDE = 9_999
 """Pixels of height or width that a person can state."""
@@ -115,6 +116,11 @@ class InputContract(BaseModel):
         default=False, description="whether somebody named the classes 0 to K - 1, so that they are no stand-ins"
     )
     source: Source = Field(default="metadata", description="the strongest source that said anything")
+    pixels_from: Source | None = Field(
+        default=None,
+        description="who said range, mean, std and channels: metadata if the file said any of them, graph if nobody "
+        "said some; null in older reports",
+    )
 
     @property
     def classes(self) -> int:
@@ -162,7 +168,7 @@ def write_contract(model: onnx.ModelProto, contract: InputContract) -> None:
     """Put the contract into the model's metadata, replacing an older one."""
     kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != METADATA_KEY}
     # What older versions did not write is left out where it says nothing, so that equal models stay equal files.
-    unsaid = {"source", "numbers_stated"} | (set() if contract.fixed_inputs else {"fixed_inputs"})
+    unsaid = {"source", "pixels_from", "numbers_stated"} | (set() if contract.fixed_inputs else {"fixed_inputs"})
     kept[METADATA_KEY] = json.dumps(
         contract.model_dump(mode="json", exclude=unsaid), sort_keys=True, separators=(",", ":")
     )
@@ -183,7 +189,7 @@ def read_contract(model: onnx.ModelProto, stated: StatedContract | None = None) 
         ContractError: the metadata is not a contract, what is said does not fit the graph, or the graph is no
             single-image classifier.
     """
-    said, source = _said(model, stated)
+    said, source, pixels_from = _said(model, stated)
     image = _choose_input(model.graph, said)
     output = _choose_output(model.graph, said)
     drawn = _image_values(image, said) | {"output_name": output.name, "head": _head(model.graph, output.name, said)}
@@ -191,7 +197,7 @@ def read_contract(model: onnx.ModelProto, stated: StatedContract | None = None) 
     named = stated is not None and stated.class_names is not None  # in metadata numbers may be stand-ins
     drawn |= {"class_names": names, "numbers_stated": named and names == numbered(len(names))}
     try:
-        return InputContract(**{**said, **drawn, "source": source})
+        return InputContract(**{**said, **drawn, "source": source, "pixels_from": pixels_from})
     except ValidationError as error:
         raise ContractError(f"the contract does not hold together: {first_problem(error)}") from error
 
@@ -203,13 +209,15 @@ def first_problem(error: ValidationError) -> str:
     return f"{where}: {_PROBLEMS.get(first['type'], first['msg'].removeprefix('Value error, '))}"
 
 
-def _said(model: onnx.ModelProto, stated: StatedContract | None) -> tuple[dict[str, Any], Source]:
+def _said(model: onnx.ModelProto, stated: StatedContract | None) -> tuple[dict[str, Any], Source, Source]:
+    """What is said, and by whom: of all of it the strongest source, of the pixels' values the weakest."""
     written = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     said: dict[str, Any] = {} if written is None else _from_metadata(written, model.graph)
     source: Source = "graph" if written is None else "metadata"
-    if stated is not None and stated.values:
-        return {**said, **stated.values}, stated.source
-    return said, source
+    if stated is None or not stated.values:
+        return said, source, source
+    left = _PIXELS - stated.values.keys()
+    return {**said, **stated.values}, stated.source, source if left else stated.source
 
 
 def _from_metadata(text: str, graph: onnx.GraphProto) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def _from_metadata(text: str, graph: onnx.GraphProto) -> dict[str, Any]:
 
     Which output counts, and what its other inputs are set to, is for the person who deploys it to say.
     """
-    chosen = {"source", "numbers_stated", "fixed_inputs"}
+    chosen = {"source", "pixels_from", "numbers_stated", "fixed_inputs"}
     chosen |= {"output_name"} if len(graph.output) > 1 else set()
     chosen |= {"input_name"} if len(free_inputs(graph)) > 1 else set()
     try:

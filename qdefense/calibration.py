@@ -94,7 +94,7 @@ def driven(contract: InputContract) -> dict[str, Any]:
     return contract.model_dump(
         mode="json",
         exclude_defaults=True,
-        exclude={"input_name", "output_name", "class_names", "numbers_stated", "source"},
+        exclude={"input_name", "output_name", "class_names", "numbers_stated", "source", "pixels_from"},
     )
 
 
@@ -368,9 +368,10 @@ class Calibrations:
         enough = [pair for pair in fitting if pair[1].n >= models_needed(wanted)]
         largest = max(fitting, key=lambda pair: pair[1].n)
         usable = [pair for pair in enough if not pair[0].shipped] or enough or [largest]
+        usable = list({file.sha256: (file, entry) for file, entry in reversed(usable)}.values())[::-1]
         file, entry = chosen = min(usable, key=lambda pair: _promised(pair, wanted)[0])
         value = _promised(chosen, wanted)[0]
-        # What passes the lowest line passes that of its file alone, at worst; each file's models may miss the others'.
+        # A clean file raises an alarm if it passes any of the lines: at most as often as all of them together.
         rate = min(1.0, sum(_promised(pair, wanted)[1] for pair in usable))
         notes = [
             f"{small.name} fits, too, but has too few clean models ({few.n}) for a false-alarm rate of {wanted:g}"
@@ -378,7 +379,8 @@ class Calibrations:
             if (small, few) not in enough and not small.shipped
         ]
         if len(usable) > 1:
-            notes.append(f"the lowest threshold of the {len(usable)} files that fit, {file.name}")
+            lowest = f"the lowest threshold of the {len(usable)} files that fit, {file.name}"
+            notes.append(f"{lowest}: their false-alarm rates add up")
         different = entry.conditions.differences(self.conditions)
         notes += [f"calibrated with {', '.join(different)}"] if different else []
         threshold = Threshold(

@@ -207,7 +207,7 @@ def certify(
         logits = session.logits(x)
         other.compare(x, logits)
         sets.append(_compare_set(name, logits, shadow_logits(shadow, x, saturate=emulate)))
-        if not sets[-1].passes and (worst is None or sets[-1].top1_agreement < worst.top1_agreement):
+        if not sets[-1].passes and (worst is None or _badness(sets[-1]) > _badness(worst)):
             worst, differing = sets[-1], x
     cause = None
     if worst is not None:
@@ -224,6 +224,11 @@ def certify(
         cause=cause,
         arithmetic=other.agreement,
     )
+
+
+def _badness(compared: InputSetFidelity) -> tuple[bool, float]:
+    """A value that is not finite is worse than any disagreement."""
+    return compared.relative_rms is None, -compared.top1_agreement
 
 
 def _reason(worst: InputSetFidelity | None, gradients: GradientCheck, cause: MismatchCause | None) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from qdefense.bench.tables import Difference, Proportion, difference
+from qdefense.bench.tables import Answers, Difference, Proportion, difference
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +35,13 @@ def test_holm_multiplies_the_smallest_by_all_and_never_steps_back(chance: Module
 def test_a_total_leaves_out_what_is_not_there(chance: ModuleType) -> None:
     share = Proportion(hits=2, n=3, low=0.2, high=0.9, networks=1, lowest=None, highest=None)
     assert chance.total([share, None, share]) == (4, 6)
+
+
+def test_fisher_tells_both_counts_and_their_p_value(chance: ModuleType) -> None:
+    """Both hits of one side, none of the other's two: 1 of the 6 ways to choose, and its mirror."""
+    assert chance.fisher((2, 2), (0, 2)) == ("2 of 2", "0 of 2", "0.333")
+
+
+def test_trials_count_those_without_an_answer(chance: ModuleType) -> None:
+    rows = [SimpleNamespace(answers=Answers(measured=2, not_measured=1)), SimpleNamespace(answers=Answers(failed=1))]
+    assert chance.trials(rows) == 4

@@ -217,8 +217,12 @@ def test_line_takes_the_lowest_threshold_and_says_how_many_fit_when_several_do(o
     line = audit(*(files[index] for index in order)).line(SCAN, SETTINGS, paper=2.0)
     assert (line.threshold.value, line.threshold.calibration_sha256) == (28.0, files[1].sha256)
     assert line.clean_scores == files[1].body.entries[0].scores
-    assert line.threshold.note == "the lowest threshold of the 3 files that fit, 10.json"
+    assert (
+        line.threshold.note == "the lowest threshold of the 3 files that fit, 10.json: their false-alarm rates add up"
+    )
     assert line.threshold.false_alarm_rate == pytest.approx(0.15), "a clean model need only pass one of three lines"
+    twice = audit(files[1], files[1]).line(SCAN, SETTINGS, paper=2.0).threshold
+    assert (twice.false_alarm_rate, twice.note) == (0.05, None), "the same file twice is one"
 
 
 FEW = (0.5, 1.0, 1.5)

@@ -184,6 +184,8 @@ class ReportFolder:
             OSError: it cannot be written.
         """
         data = report.subject.data
+        if report.subject.contract is None:  # refused, or ended, before it was known: the gate says why
+            return Measured(model=model, report=report, finding=None)
         if _identity_of(report) != model.identity or (data and data.sha256 != model.population.data_sha256):
             raise CalibrationError(f"{model.name} or its images changed while it was audited; start again")
         about = json.dumps([model.population.model_dump(mode="json"), scan.settings, model.job.seed], sort_keys=True)

@@ -53,6 +53,7 @@ from qdefense.data.opening import open_data, training_split
 from qdefense.evidence import Evidence, gather_evidence
 from qdefense.files import reason_of
 from qdefense.findings import Finding, Kind, Verdict
+from qdefense.memory import ran_out_of_memory
 from qdefense.rates import MIN_SKILL, skill
 from qdefense.registry import SpecError
 from qdefense.report.escaping import harmless_lines, internal_error, shortened
@@ -109,6 +110,9 @@ def _stopped(error: Exception) -> Stopped:
 
 
 def _told(error: Exception) -> tuple[int, str]:
+    if ran_out_of_memory(error):  # before all else: a good file is not refused for want of it
+        what = f"not enough memory: {error}".removesuffix(": ")  # Python's own says no more
+        return INCOMPLETE, f"{what}; raise --memory-limit, or read fewer images with --limit"
     if isinstance(error, OSError) and error.filename is not None:
         return USAGE, reason_of(error)
     if isinstance(error, (DataError, SpecError, ContractError, CalibrationError, UnsupportedArithmeticError)):
@@ -117,9 +121,6 @@ def _told(error: Exception) -> tuple[int, str]:
         return REFUSED, str(error)
     if isinstance(error, (MisreadFileError, NoNumbersError)):
         return INCOMPLETE, str(error)
-    if isinstance(error, MemoryError):
-        what = f"not enough memory: {error}".removesuffix(": ")  # Python's own says no more
-        return INCOMPLETE, f"{what}; raise --memory-limit, or read fewer images with --limit"
     return INCOMPLETE, internal_error(error)
 
 
@@ -488,7 +489,7 @@ def _data_facts(read: ImageSet, fitted: ImageSet) -> DataFacts:
     return DataFacts(
         source=read.source,
         sha256=read.digest,
-        images=len(read),
+        images=len(fitted),
         classes=len(read.class_names),
         detection=read.detection,
         labelled=read.labelled,

@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any
 
 from qdefense.bench.engines import EngineError, TaskQueue
-from qdefense.bench.revisions import source_digest
+from qdefense.bench.revisions import SOURCES, source_digest
 from qdefense.bench.tasks import Clock, Outcome, Task
 from qdefense.bench.worker import run_task
 
@@ -19,7 +19,7 @@ _SECONDS_TO_CONNECT = 30
 _SECONDS_BETWEEN_LOOKS = 10
 _SECONDS_WITHOUT_WORKERS = 600
 """Queues of a cluster may take a while to start a worker anew; without an end, a run would wait for ever."""
-_SECONDS_TO_FETCH = 60
+_SECONDS_TO_FETCH = 600
 """Of a result, which lies with the worker that made it; where that died meanwhile, the work is done again."""
 _AHEAD = 2
 """Work items sent per worker thread: enough to keep them busy, few enough that files do not pile up on the way."""
@@ -60,7 +60,8 @@ class DaskCluster:
         name, ours = _required()
         try:
             found = {"the scheduler": self._client.run_on_scheduler(version, name)} | self._client.run(version, name)
-        except (OSError, ImportError) as error:
+            codes = self._client.run(source_digest)
+        except (OSError, ImportError, AttributeError) as error:
             self._client.close()
             raise EngineError(f"{self._address}: a machine has no {name}; install {name} {ours} there") from error
         other = next((place for place, theirs in found.items() if theirs != ours), None)
@@ -69,15 +70,13 @@ class DaskCluster:
             raise EngineError(
                 f"{self._address}: {other} has {name} {found[other]}, this is {ours}; install the same everywhere"
             )
-        self._check_code(name)
-
-    def _check_code(self, name: str) -> None:
-        """Two states of one version would mix their answers in one table."""
-        ours = source_digest()
-        other = next((place for place, theirs in self._client.run(source_digest).items() if theirs != ours), None)
-        if other is not None:
+        if any(code != source_digest() for code in codes.values()):
             self._client.close()
-            raise EngineError(f"{self._address}: {other} has other code of this {name}; install the same everywhere")
+            raise EngineError(self._other_code())
+
+    def _other_code(self) -> str:
+        """Two states of one version would mix their answers in one table."""
+        return f"{self._address}: a worker has other code of this version; install the same everywhere"
 
     def submit(self, task: Task) -> None:
         """Queue a work item."""
@@ -152,8 +151,13 @@ class DaskCluster:
         except self._dask.KilledWorker:
             reason = "Dask worker after worker died at this cell"
             return Outcome(task_id=task.id, record=task.failure(reason, clock.read()), lost=True)
-        except TimeoutError:
-            return None
+        except TimeoutError as error:
+            if future.status != "finished":
+                return None
+            told = f"a worker did not hand over its result in {_SECONDS_TO_FETCH} s; run this again"
+            raise EngineError(f"{self._address}: {told}") from error
+        if outcome.record.versions.get(SOURCES) != source_digest():  # of a worker that came later
+            raise EngineError(self._other_code())
         return outcome
 
 

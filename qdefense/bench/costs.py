@@ -18,7 +18,7 @@ RULED = ("resnet8", 16)
 """The network that the rules of thumb are of."""
 SECONDS_PER_IMAGE_AND_EPOCH = 1.4e-3
 """ResNet-8 at 32x32 on one thread: 330 s for ten epochs of 25,087 GTSRB images (`benchmarks/first_verdict`)."""
-SECONDS_PER_STAGE = {"quantize": 3.0, "behaviour": 15.0, "defense": 240.0}
+SECONDS_PER_STAGE = {"quantize": 3.0, "behaviour": 15.0, "defense": 240.0, "defense without gradients": 1.0}
 _Key = tuple[object, ...]
 
 

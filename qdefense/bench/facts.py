@@ -59,8 +59,8 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
         ),
         (
             report.outdated_timings,
-            "Latency records of files that were replaced, or measured by newer code since, left out: {}; `qdefense "
-            "bench --latency` times them again.",
+            "Latency records of files that newer code measured since, left out: {}; `qdefense bench --latency` times "
+            "them again.",
         ),
         (
             report.superseded,

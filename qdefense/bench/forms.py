@@ -30,7 +30,8 @@ MATRIX = Form(
     id="matrix",
     title="The matrix",
     notes=(
-        "AUROC of a scan is of active files against clean networks at the same precision; of a filter it is of inputs, "
+        "AUROC of a scan is of active files against clean networks at the same precision, of all that have a score, "
+        "with an answer or without; of a filter it is of inputs, "
         "of a dataset scan of the rows within the label that the poison has, mean over networks (lowest to highest). "
         "TPR is of active files and what belongs to them, FPR of clean: of files and of one network hits/n [Wilson "
         "interval, 95 %], of the rows or inputs of several networks (lowest to highest). A repair has no AUROC: it "
@@ -222,8 +223,8 @@ GAPS = Form(
     notes=(
         "The same networks, of an attack those whose quantized file is active: the defense on the FP32 file, on the "
         "shadow of the quantized file, on the quantized file itself, and on it without any gradients. Each column: "
-        "trials with an answer, alarms, AUROC, and the figure that is lost: a scan's score, else AUROC per network (of "
-        "rows within their label).",
+        "trials with an answer, alarms, AUROC of all that have a score, and the figure that is lost: a scan's score, "
+        "else AUROC per network (of rows within their label).",
         "Signal loss is the fall of that figure from the FP32 session to the quantized session: the numeric loss (to "
         "the shadow) and the runtime loss (from the shadow to the session) together. API loss is what the missing "
         "gradients alone take: files measured on the session and, for want of gradients, no longer. Losses are "

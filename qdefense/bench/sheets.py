@@ -159,7 +159,7 @@ def _matrix_cell(row: DefenseRow) -> Cell:
     if isinstance(row, RepairRow) and row.refused:
         lines.append(f"{row.refused} NOT_REPAIRED")
     if not row.answers.measured:
-        lines = [_why_empty(row)]
+        lines, area = [_why_empty(row)], None
     return Cell(lines=(*lines, *_lacking(row.answers)), group=group, heat=None if area is None else heat_of(area))
 
 

@@ -136,7 +136,7 @@ class BenchReport(Row):
     apart: int = 0
     """Trials of quantized files whose FP32 file was measured on another runtime only."""
     outdated_timings: int = 0
-    """Latency records of files that were replaced, or measured by newer code since."""
+    """Latency records of files that newer code measured since."""
     missing: tuple[Missing, ...] | None
     unanswered: tuple[Unanswered, ...]
     behaviour: tuple[BehaviourRow, ...]

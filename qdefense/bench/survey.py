@@ -162,4 +162,5 @@ def estimate(item: Item, costs: CostModel) -> tuple[float, Source]:
         return costs.other(item.stage, file_keys(item.stage, made, item.file.scheme), made)
     asked = item.cell.defense
     keys = defense_keys(asked.name, asked.settings, item.cell.access, made, item.file.scheme)
-    return costs.other(item.stage, keys, made)
+    blind = item.cell.access == "no-gradients"  # asked of defenses alone that need them, and end at once
+    return costs.other("defense without gradients" if blind else item.stage, keys, made)

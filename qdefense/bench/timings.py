@@ -42,8 +42,8 @@ def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[Late
     than its file was measured by since, as `Cohort` leaves out such answers, does not.
     """
     rows: list[LatencyRow] = []
-    for latency, record in _current(latencies, cohort):
-        if record is not None:
+    for latency, record in _joined(latencies, cohort):
+        if not _is_outdated(latency, record):
             filters = {
                 one.variant: cohort.defense(one.name, one.settings)
                 for one in latency.filters
@@ -55,17 +55,21 @@ def latency_rows(latencies: Iterable[FileLatency], cohort: Cohort) -> tuple[Late
 
 
 def outdated_timings(latencies: Iterable[FileLatency], cohort: Cohort) -> int:
-    """Records that have no row for what became of their file since."""
-    return sum(record is None for _, record in _current(latencies, cohort))
+    """How many files were timed by older code than they were measured by since."""
+    return sum(_is_outdated(latency, record) for latency, record in _joined(latencies, cohort))
 
 
-def _current(latencies: Iterable[FileLatency], cohort: Cohort) -> Iterator[tuple[FileLatency, BehaviourRecord | None]]:
-    """The last time of each file, filters and runtime, with what the file does; ``None`` where newer code said that."""
+def _is_outdated(latency: FileLatency, record: BehaviourRecord) -> bool:
+    return latency.evaluation_revision < (record.evaluation_revision or 0)
+
+
+def _joined(latencies: Iterable[FileLatency], cohort: Cohort) -> Iterator[tuple[FileLatency, BehaviourRecord]]:
+    """The last time of each file, filters and runtime, with what the file does; none of a file that is in no table."""
     files = {(one.artifact_sha256, one.arithmetic): one for group in cohort.behaviours.values() for one in group}
     for latency in {_asked(one): one for one in latencies}.values():
         record = files.get((latency.artifact_sha256, latency.profile.arithmetic))
-        older = record is not None and latency.evaluation_revision < (record.evaluation_revision or 0)
-        yield latency, None if older else record
+        if record is not None:
+            yield latency, record
 
 
 def _rows_of(latency: FileLatency, setting: Setting, seed: int, filters: Mapping[str, str]) -> Sequence[LatencyRow]:

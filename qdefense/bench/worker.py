@@ -10,6 +10,7 @@ from qdefense.bench.revisions import source_digest
 from qdefense.bench.store import not_finite
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask
 from qdefense.files import reason_of
+from qdefense.memory import ran_out_of_memory
 from qdefense.report.escaping import harmless, internal_error, shortened
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _ONE_AT_A_TIME = threading.Lock()
 def run_task(task: Task) -> Outcome:
     """Do the work; an exception is an outcome, too, so that it costs one cell and no more."""
     with _ONE_AT_A_TIME:
-        source_digest()  # of the code that is loaded now, not of what is installed when the work ends
+        source_digest()  # read now: while the work goes on, other code may be installed
         clock = Clock()
         try:
             outcome = _perform(task, clock)
@@ -63,12 +64,14 @@ def _told(error: Exception) -> str:
 def _is_of_machine(error: BaseException | None) -> bool:
     """Whether another machine, or this one at another time, may do the same: files, images, memory, libraries lack.
 
-    Torch and ONNX Runtime tell of missing memory by their text alone.
+    A module of this package that is not there is a bug, wherever it runs.
     """
+    if ran_out_of_memory(error):
+        return True
     while error is not None:
-        if isinstance(error, OSError | MemoryError | ImportError | MissingDataError) or any(
-            told in str(error) for told in ("allocate memory", "out of memory", "bad_alloc")
-        ):
+        if isinstance(error, ImportError) and not (error.name or "").startswith("qdefense"):
+            return True
+        if isinstance(error, OSError | MissingDataError):
             return True
         error = error.__cause__
     return False

@@ -117,13 +117,22 @@ def _dispatch(arguments: list[str]) -> int:
     for argument in arguments:
         if any("\ud800" <= char <= "\udfff" for char in argument):
             raise click.UsageError(f"{argument!r} is not UTF-8; rename the file")
-    if _COMPLETION in os.environ:
-        importlib.import_module("qdefense.cli.completion").answer_shells()
-        group.main(args=arguments, prog_name="qdefense", standalone_mode=False)
+    if os.environ.get(_COMPLETION) and not arguments:  # as shells ask; one that lies about answers for no command
+        return _answer_shell()
     # Not `group.main`, which turns a reader that left into 1 and an EOFError into an interruption.
     with group.make_context("qdefense", list(arguments)) as context:
         result = group.invoke(context)
     return result if isinstance(result, int) else PASSED
+
+
+def _answer_shell() -> int:
+    """Click ends the process with 1 at a question that it does not know, which here would be a verdict."""
+    importlib.import_module("qdefense.cli.completion").answer_shells()
+    try:
+        group.main(args=[], prog_name="qdefense", standalone_mode=False)
+    except SystemExit as stop:
+        return USAGE if stop.code else PASSED
+    return PASSED
 
 
 def _explain(error: Exception, arguments: list[str]) -> int:

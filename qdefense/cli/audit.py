@@ -14,7 +14,7 @@ from qdefense.audit.supervisor import run_audit
 from qdefense.calibration import DEFAULT_RATE
 from qdefense.cli.job_options import job_options
 from qdefense.cli.options import NumberRange, output_console, progress_bar, write_json
-from qdefense.cli.outputs import check_output, keep_inputs, keep_weights
+from qdefense.cli.outputs import check_output, keep_inputs, keep_weights, make_folder
 from qdefense.files import reason_of, write_atomically
 from qdefense.report.escaping import harmless, shortened
 from qdefense.report.html import render
@@ -30,6 +30,8 @@ DATASET_SCANS = ("activation-clustering", "spectral-signatures")
 """Every dataset scan there is: to ask the registry would import torch."""
 RANKING = frozenset({"spectral-signatures"})
 """Those that rank samples and give no verdict as published: where the user did not name them, none is required."""
+_HEAD_BYTES = 1 << 16
+"""Of a page, its title among them."""
 
 
 @click.command("audit")
@@ -106,7 +108,7 @@ def command(
     if output_dir is None and (len(set(formats)) > 1 or "html" in formats):
         raise click.UsageError("html and several formats need --output-dir; one text format alone goes to stdout")
     if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
         for name in (REPORT, PAGE) if "html" in formats else (REPORT,):
             check_output(output_dir / name)
         keep_inputs(output_dir / PAGE)  # of an earlier report, which goes with it
@@ -195,5 +197,13 @@ def _write(folder: Path, text: bytes, page: bytes | None) -> None:
     write_atomically(folder / REPORT, text)
     if page is not None:
         write_atomically(folder / PAGE, page)
-    elif (folder / PAGE).is_file():  # of an earlier report, which this one has replaced
+    elif _is_own_page(folder / PAGE):  # of an earlier report, which this one has replaced
         (folder / PAGE).unlink()
+
+
+def _is_own_page(path: Path) -> bool:
+    """Whether an audit wrote it: a bench's report, or anybody's, may have the same name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"(qdefense audit)</title>" in file.read(_HEAD_BYTES)

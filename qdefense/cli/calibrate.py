@@ -17,7 +17,7 @@ from qdefense.audit.supervisor import default_memory_limit
 from qdefense.calibration import DEFAULT_RATE, CalibrationBody, CalibrationEntry
 from qdefense.cli.contract_options import contract_options, stated_contract
 from qdefense.cli.options import data_options, output_console, progress_bar, run_options, worker_verbose_option
-from qdefense.cli.outputs import check_output, keep_weights
+from qdefense.cli.outputs import check_output, keep_weights, make_folder
 from qdefense.files import check_writable, write_atomically
 from qdefense.rates import models_needed, rounded_up
 from qdefense.report.escaping import harmless
@@ -69,7 +69,7 @@ def command(
     """
     check_output(output)
     folder = reports or output.with_name(f"{output.name}.reports")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     check_writable(folder / "any.json")
     memory, contract = default_memory_limit(), stated_contract(models[0], said)
     common = {"data": data, "split": split, "limit": limit, "seed": seed, "threads": threads}

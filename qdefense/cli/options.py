@@ -18,6 +18,7 @@ from rich.segment import Segment
 
 F = TypeVar("F", bound=Callable[..., Any])
 ProgressBar = Callable[[str, int, int], None]
+_UNSHOWN = re.compile(r"[^ -~\n]")
 UNLIMITED = 1_000_000
 """Characters in a line: more than any has."""
 
@@ -171,5 +172,17 @@ def output_width() -> int:
 
 
 def write_json(text: str) -> None:
-    """A JSON text to stdout, in UTF-8 whatever the terminal speaks."""
-    click.echo(text.encode())
+    """A JSON text to stdout, in UTF-8 whatever the terminal speaks.
+
+    What a terminal would obey or hide, and JSON leaves alone in the words of a file, is written as its code.
+    """
+    click.echo(_UNSHOWN.sub(_coded, text).encode())
+
+
+def _coded(found: re.Match[str]) -> str:
+    """A character as JSON's escape of its 16 bits, beyond those as two; one that can be shown as it is."""
+    char = found[0]
+    if char.isprintable():
+        return char
+    units = char.encode("utf-16-be").hex()
+    return "".join(f"\\u{units[place : place + 4]}" for place in range(0, len(units), 4))

@@ -49,6 +49,19 @@ def check_output(target: Path) -> None:
     keep_inputs(target)
 
 
+def make_folder(folder: Path) -> None:
+    """The folder of results, unless it would be a new one in a folder of data: a class more, without an image.
+
+    Raises:
+        DataError: it would.
+        OSError: it cannot be made.
+    """
+    for path, called in () if folder.exists() else _inputs(click.get_current_context().params):
+        if path.is_dir() and _lies_in(folder, path):
+            raise DataError(f"{folder} would be read as a part of {called}; write to another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def keep_inputs(target: Path) -> None:
     """The same of a file that would be replaced or removed, or that would be new in a folder of data or results.
 

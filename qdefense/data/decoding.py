@@ -183,7 +183,7 @@ def decode_files(
         images.put(position, decoded.image, name)
         modes[decoded.mode] += 1
         turned += decoded.turned
-    return images.finish(), _notes(modes, turned)
+    return images.finish(), notes_on(modes, turned)
 
 
 def _count_unreadable(paths: Sequence[Path], root: Path) -> int:
@@ -218,7 +218,8 @@ def _decode_file(path: Path, name: str) -> Decoded:
         return decode(file, name, upright=True)
 
 
-def _notes(modes: Counter[str], turned: int) -> tuple[str, ...]:
+def notes_on(modes: Counter[str], turned: int) -> tuple[str, ...]:
+    """How many images were of other modes than RGB, and how many did not stand upright."""
     total = modes.total()
     others = {mode: count for mode, count in sorted(modes.items()) if mode != "RGB"}
     notes = []

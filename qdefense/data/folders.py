@@ -104,6 +104,7 @@ def _choose(found: ImageFolders, split: str | None) -> tuple[Path, str]:
     source = f"images {name}/{wanted}"
     if wanted not in found.splits:
         raise NoSplitError(f"{source}: no split {quoted(wanted)}; it has {', '.join(map(repr, found.splits))}")
+    require_inside(found.root / wanted, found.root, source)
     return found.root / wanted, source
 
 

@@ -87,6 +87,10 @@ def load_gtsrb(
         held = ", ".join(map(repr, sorted(found.places)))
         raise NoSplitError(f"{source}: no split {quoted(wanted)}; it has {held}")
     place = found.places[wanted]
+    for folder in (place, *place.parents):
+        if folder == found.root:
+            break
+        require_inside(folder, found.root, source)
     rows = list(_training_rows(place, source) if wanted == "train" else _test_rows(place, source))
     if not rows:
         raise DataError(f"{source}: the CSV files name no images; unpack the archives again")

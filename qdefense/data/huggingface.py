@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from qdefense.data.decoding import ImageArray, decode
+from qdefense.data.decoding import ImageArray, decode, notes_on
 from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, folder_name, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_rows, numbered_names, order_notes, to_labels, track_groups
@@ -55,7 +56,7 @@ def load_parquet(
         if not len(labels):
             raise DataError(f"{source}: holds no rows")
         rows = choose_rows(len(labels), limit=limit, seed=seed)
-        images = _decode_rows(files, columns, rows, resize, source)
+        images, notes = _decode_rows(files, columns, rows, resize, source)
         tracks = _read_tracks(files, columns)
         if tracks is not None and len(tracks) != len(labels):
             raise DataError(f"{source}: {len(labels)} labels but {len(tracks)} image paths; fetch it again")
@@ -66,7 +67,7 @@ def load_parquet(
         class_names=names,
         source=source,
         detection=_why(path, shards),
-        notes=order_notes(names),
+        notes=(*order_notes(names), *notes),
         groups=None if tracks is None else track_groups(labels[rows], tracks[rows]),
     )
 
@@ -262,17 +263,22 @@ def _read_tracks(files: list[Any], columns: _Columns) -> NDArray[np.int64] | Non
 
 def _decode_rows(
     files: list[Any], columns: _Columns, rows: NDArray[np.int64], resize: Resize | None, source: str
-) -> Images:
-    """``(len(rows), H, W, 3) uint8`` in the order of ``rows``; the file is read once, from front to back."""
+) -> tuple[Images, tuple[str, ...]]:
+    """``(len(rows), H, W, 3) uint8`` in the order of ``rows``, and notes; the file is read once, from front to back."""
     order = np.argsort(rows)
     images = ImageArray(len(rows), resize, source)
     encoded = _encoded_images(files, columns, rows[order])
+    modes: Counter[str] = Counter()
+    turned = 0
     for position, (row, data) in zip(order.tolist(), encoded, strict=True):
         name = f"row {row}"
         if data is None:
             raise DataError(f"{source}: {name} has no image bytes; an image kept outside the file is not read")
-        images.put(position, decode(io.BytesIO(data), f"{source}: {name}").image, name)
-    return images.finish()
+        decoded = decode(io.BytesIO(data), f"{source}: {name}", upright=True)
+        images.put(position, decoded.image, name)
+        modes[decoded.mode] += 1
+        turned += decoded.turned
+    return images.finish(), notes_on(modes, turned)
 
 
 def _encoded_images(

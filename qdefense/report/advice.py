@@ -161,7 +161,7 @@ def _vouched_for(report: Report) -> Iterator[Gap]:
             f"The images have no labels: the clean accuracy is {said}, and no other reading of the file was compared.",
         )
     contract = report.subject.contract
-    if contract is not None and contract.source == "metadata":
+    if contract is not None and (contract.pixels_from or contract.source) == "metadata":
         yield Gap(
             "Whether your product feeds the file as it says",
             "Range, mean, deviation and channels are the file's own word, and it was judged on such pixels alone. "

@@ -13,7 +13,7 @@ from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
 from qdefense.session import Runtime, SessionProfile
 
-SCHEMA_VERSION = "1.5"
+SCHEMA_VERSION = "1.6"
 MISREAD_MARGIN = 0.02
 """A reading of the file that is better by more than this is taken for the right one."""
 

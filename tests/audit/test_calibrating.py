@@ -349,6 +349,19 @@ def test_report_folder_passes_over_what_is_no_report(jobs: list[Job], tmp_path: 
     assert kept.find(read_models(jobs[:1])[0], SCAN, HERE) is not None
 
 
+def test_report_folder_keeps_no_report_of_a_file_that_was_not_described_and_says_why(
+    jobs: list[Job], tmp_path: Path
+) -> None:
+    """Its external weights are not known then, so that it would read as another file."""
+    (tmp_path / "reports").mkdir()
+    (model,) = read_models(jobs[:1])
+    report = report_on(jobs[0], 1.0)
+    cut = report.model_copy(update={"subject": report.subject.model_copy(update={"contract": None, "sha256": None})})
+    found = ReportFolder(tmp_path / "reports").keep(model, SCAN, cut)
+    assert (found.finding, found.reason) == (None, "; ".join(cut.gate.reasons))
+    assert list((tmp_path / "reports").iterdir()) == []
+
+
 @pytest.mark.parametrize(("where", "values"), [STRANGERS["file"], STRANGERS["data"]])
 def test_report_folder_keeps_no_report_when_file_or_images_changed(
     jobs: list[Job], tmp_path: Path, where: str, values: dict[str, Any]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.message import DecodeError
 from PIL import Image
 
 from qdefense.audit import worker
@@ -257,7 +258,9 @@ STOPS = {
     "a file the runtime refuses": (SessionError("no kernel"), 4, "no kernel"),
     "memory": (MemoryError("40 TB"), 3, "not enough memory: 40 TB; raise --memory-limit, or read"),
     "memory, of which nothing is said": (MemoryError(), 3, "not enough memory; raise --memory-limit, or read"),
-    "mapped memory": (OSError(12, "Cannot allocate memory"), 3, "internal error: OSError: [Errno 12] Cannot"),
+    "memory of the runtime": (SessionError("std::bad_alloc"), 3, "not enough memory: std::bad_alloc; raise --memory"),
+    "memory of the parser": (DecodeError("Arena alloc failed"), 3, "not enough memory: Arena alloc failed; raise --m"),
+    "mapped memory": (OSError(12, "Cannot allocate memory"), 3, "not enough memory: [Errno 12] Cannot allocate"),
     "a name that is no UTF-8": (DataError("gr\udcfcn: no labels"), 2, "gr\\udcfcn: no labels"),
     "a bug": (KeyError("x"), 3, "internal error: KeyError: 'x'"),
     "a long text": (RuntimeError("one\ntwo\n" * 1000), 3, "internal error: RuntimeError: one two one two"),

@@ -15,10 +15,12 @@ import torch
 
 from qdefense.bench.cluster import DaskCluster
 from qdefense.bench.engines import EngineError
+from qdefense.bench.revisions import SOURCES, source_digest
 from qdefense.bench.tasks import Clock, Outcome
 from qdefense.bench.worker import run_task
 from qdefense.cli import run
 
+from . import sample_records as samples
 from .conftest import RECORDS, Desk
 
 distributed = pytest.importorskip("distributed")
@@ -88,7 +90,7 @@ def test_machines_with_other_code_of_this_version_are_told(
     cluster: distributed.LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qdefense.bench.cluster.source_digest", os.getpid)  # another of each process
-    with pytest.raises(EngineError, match=r"tcp://\S+ has other code of this qdefense; install the same everywhere"):
+    with pytest.raises(EngineError, match="a worker has other code of this version; install the same everywhere"):
         DaskCluster(cluster.scheduler_address, print)
 
 
@@ -121,11 +123,10 @@ KILLED = distributed.KilledWorker("bench-0", None, 3)
     [
         (Fetched("lost"), None),
         (Fetched("pending"), None),
-        (Fetched("finished", TimeoutError()), None),
         (Fetched("finished", KILLED), "Dask worker after worker died at this cell"),
         (Fetched("error", KILLED), "Dask worker after worker died at this cell"),
     ],
-    ids=["died with its result", "begun again", "can't be fetched", "killed while it was fetched", "killed"],
+    ids=["died with its result", "begun again", "killed while it was fetched", "killed"],
 )
 def test_a_result_whose_worker_dies_is_waited_for_or_lost_and_never_ends_the_run(
     future: Fetched, outcome: str | None
@@ -134,6 +135,33 @@ def test_a_result_whose_worker_dies_is_waited_for_or_lost_and_never_ends_the_run
     engine._dask, engine._address = distributed, "tcp://here"
     found = engine._outcome(future, Failing(), Clock())  # type: ignore[arg-type]
     assert (None if found is None else (found.record, found.lost)) == (None if outcome is None else (outcome, True))
+
+
+def test_a_result_that_does_not_come_is_waited_for_only_where_it_is_made_again() -> None:
+    engine = DaskCluster.__new__(DaskCluster)
+    engine._dask, engine._address = distributed, "tcp://here"
+    slow = Fetched("finished", TimeoutError())
+    with pytest.raises(EngineError, match=r"^tcp://here: a worker did not hand over its result in 600 s; run this aga"):
+        engine._outcome(slow, Failing(), Clock())  # type: ignore[arg-type]
+
+    class Recomputed(Fetched):
+        def result(self, timeout: float) -> object:
+            self.status = "pending"
+            return super().result(timeout)
+
+    assert engine._outcome(Recomputed("finished", TimeoutError()), Failing(), Clock()) is None  # type: ignore[arg-type]
+
+
+def test_an_outcome_of_other_code_ends_the_run() -> None:
+    engine = DaskCluster.__new__(DaskCluster)
+    engine._dask, engine._address = distributed, "tcp://here"
+    record = samples.behaviour(samples.network())  # of a code that its versions do not name
+    outcome = Outcome(task_id="x", record=record)
+    with pytest.raises(EngineError, match="a worker has other code of this version; install the same everywhere"):
+        engine._outcome(Fetched("finished", outcome), Failing(), Clock())  # type: ignore[arg-type]
+    mine = record.model_copy(update={"versions": {SOURCES: source_digest()}})
+    found = Outcome(task_id="x", record=mine)
+    assert engine._outcome(Fetched("finished", found), Failing(), Clock()) is found  # type: ignore[arg-type]
 
 
 def test_work_that_no_worker_can_run_ends_the_run() -> None:

@@ -218,6 +218,27 @@ def test_gap_row_has_auroc_against_clean_twins_of_the_same_access() -> None:
     assert row.api_lost is None
 
 
+def test_gap_row_ranks_a_file_without_an_answer_by_its_score() -> None:
+    spotless = network(None, 0)
+    records = [
+        *(record for seed in range(2) for record in pair(seed, 0.9, 0.9)),
+        *(scanned(seed, "int4", 3.0, access="no-gradients") for seed in range(2)),
+        scanned(0, "int4", 3.0),
+        scanned(1, "int4", 1.0, LOST),
+        behaviour(spotless, "int4"),
+        defense(spotless, "int4", scan_metrics(2.0)),
+    ]
+    row = next(row for row in gap_rows(Cohort(records)) if row.setting.attack == "badnets")
+    assert row.session is not None
+    assert (row.session.auroc, row.session.answers) == (0.5, Answers(measured=1, not_measured=1))
+
+
+def test_trials_of_a_defense_are_apart_from_those_on_another_cpu() -> None:
+    elsewhere = RUNTIME.model_copy(update={"isa": ("avx2",)})
+    tried = [scanned(0, "fp32", 3.0), scanned(0, "int4", 3.0, runtime=elsewhere), scanned(0, "int8-static", 3.0)]
+    assert trials_apart(Cohort([*pair(0, 0.9, 0.9), *tried])) == 1
+
+
 def test_gap_rows_are_none_where_only_the_session_was_tried() -> None:
     assert gap_rows(Cohort([*pair(0, 0.9, 0.9), scanned(0, "fp32", 3.0), scanned(0, "int4", 3.0)])) == ()
 

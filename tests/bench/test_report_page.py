@@ -17,11 +17,12 @@ from qdefense.bench.figures import changed, counted, decimals, percents, rounded
 from qdefense.bench.markdown import escaped, render_markdown
 from qdefense.bench.page import MOST_TRIGGERS, render_bench
 from qdefense.bench.plots import SIDE, cost_charts, roc_panels, series_of
-from qdefense.bench.records import BehaviourRecord, Rate
+from qdefense.bench.records import BehaviourRecord, DefenseRecord, Rate
 from qdefense.bench.sheets import _memory, heat_of, sheets_of
 from qdefense.bench.store import StoreError, read_latencies
 from qdefense.bench.summary import BenchReport, read_results, summarise
 from qdefense.bench.tables import Difference, Proportion, Spread, proportion
+from qdefense.findings import Verdict
 
 from ..report import sample_reports as reports  # noqa: TID252 (the made-up findings are there)
 from ..report.test_html import Element, parse  # noqa: TID252 (the reader of pages is there)
@@ -252,6 +253,11 @@ def test_roc_of_a_scan_is_over_files(tmp_path: Path) -> None:
     corners = [(0, SIDE), (0, half), (half, half), (half, 0), (SIDE, 0)]
     assert line.points == " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
     assert line.name == "fp32, 2 active and 2 clean files"
+    unanswered = [
+        one.model_copy(update={"verdict": Verdict.NOT_MEASURED}) if isinstance(one, DefenseRecord) else one
+        for one in records
+    ]
+    assert roc_panels(Cohort(unanswered)) == (panel,), "a score ranks its file whatever the verdict"
 
 
 def test_roc_needs_both_sides() -> None:
@@ -321,8 +327,15 @@ def test_latency_of_an_unknown_file_is_in_no_table(tmp_path: Path) -> None:
     results = read_results(samples.write(tmp_path, [record], timed=[line]))
     assert len(results.latencies) == 1
     report = summarise(results, Cohort(results.records))
+    assert (report.latency, report.outdated_timings) == ((), 0)
+
+
+def test_page_says_that_a_file_was_timed_by_older_code_than_it_was_measured_by(tmp_path: Path) -> None:
+    record = samples.behaviour(samples.network()).model_copy(update={"evaluation_revision": 2})
+    results = read_results(samples.write(tmp_path, [record], timed=[samples.latency(record, 1.0)]))
+    report = summarise(results, Cohort(results.records))
     assert (report.latency, report.outdated_timings) == ((), 1)
-    assert any("measured by newer code since, left out: 1" in line for line in omissions(report))
+    assert any(line.startswith("Latency records of files that newer code measured") for line in omissions(report))
 
 
 def test_latency_line_that_is_none_is_refused_with_its_number(tmp_path: Path) -> None:

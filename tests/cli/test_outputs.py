@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from qdefense.cli import run
+from qdefense.cli.options import write_json
 from qdefense.cli.outputs import check_output
 
 from ..bench import sample_records as samples  # noqa: TID252 (the made-up records are there)
@@ -240,3 +242,40 @@ def test_output_may_replace(params: dict[str, object], target: str) -> None:
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["audit", "m.onnx", "--data", "others", "--output-dir", "others/report"],
+        ["audit", "m.onnx", "--data", "others", "--output-dir", "others/any/deep/report"],
+        ["calibrate", "m.onnx", "--data", "others", "-o", "others/c.json"],
+    ],
+    ids=["audit", "audit, in a class", "calibrate: its reports"],
+)
+def test_no_new_folder_becomes_a_class_of_the_data(here: Path, command: list[str], capfd: Capture) -> None:
+    before = sorted(here.rglob("*"))
+    assert run(command) == 2
+    assert "would be read as a part of --data; write to another folder" in capfd.readouterr().err
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("title", "stays"),
+    [("<title>PASSED: m.onnx (qdefense audit)</title>", False), ("<title>blindspots</title>", True)],
+    ids=["of an audit", "of anybody else"],
+)
+def test_only_an_earlier_audits_page_goes_with_it(here: Path, title: str, *, stays: bool) -> None:
+    page = here / "out/report.html"
+    page.parent.mkdir()
+    page.write_text(f"<!DOCTYPE html>{title}", encoding="utf-8")
+    assert run(["audit", "m.onnx", "--data", "toy.npz", "--output-dir", "out", "--format", "json"]) in (0, 1, 3)
+    assert page.exists() is stays
+
+
+def test_json_on_stdout_holds_no_character_that_a_terminal_obeys(capfd: Capture) -> None:
+    words = "a\x9b2J \u202e \x7f \u2028 ü \U000e0001"
+    write_json(json.dumps({"name": words}, ensure_ascii=False))
+    shown = capfd.readouterr().out
+    assert json.loads(shown) == {"name": words}
+    assert shown == '{"name": "a\\u009b2J \\u202e \\u007f \\u2028 ü \\udb40\\udc01"}\n'

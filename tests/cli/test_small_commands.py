@@ -159,6 +159,21 @@ def test_script_completes_a_command_when_the_shell_asks(shell: str) -> None:
     assert done.stdout.count("plain") == 1
 
 
+@pytest.mark.parametrize("asked", ["bash_source", "x", ""])
+def test_a_variable_that_lies_about_answers_for_no_command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], asked: str
+) -> None:
+    """Exit code 0 or 1 would be a verdict."""
+    monkeypatch.setenv("_QDEFENSE_COMPLETE", asked)
+    assert run(["audit", "nothing.onnx", "--data", "signs"]) == 2
+    assert "nothing.onnx" in capfd.readouterr().err
+
+
+def test_a_question_that_no_shell_asks_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_QDEFENSE_COMPLETE", "no_such")
+    assert run([]) == 2
+
+
 def test_script_completes_an_option_when_the_shell_asks() -> None:
     done = script(_QDEFENSE_COMPLETE="bash_complete", COMP_WORDS="qdefense completion ", COMP_CWORD="2")
     assert done.stdout.split() == ["plain,bash", "plain,fish", "plain,zsh"]

@@ -21,7 +21,9 @@ from qdefense.converters.contract import (
 Shape = list[int | str | None] | None
 IMAGE: Shape = ["batch", 3, 16, 24]
 LOGITS: Shape = ["batch", 3]
-CONTRACT = InputContract(input_name="image", output_name="logits", height=16, width=24, class_names=("a", "b", "ç"))
+CONTRACT = InputContract(
+    input_name="image", output_name="logits", height=16, width=24, class_names=("a", "b", "ç"), pixels_from="metadata"
+)
 
 
 def _model(
@@ -99,9 +101,22 @@ def test_write_contract_gives_the_same_bytes_twice() -> None:
 def test_read_contract_reads_the_graph_when_there_is_no_metadata() -> None:
     contract = read_contract(_model())
     assert contract == InputContract(
-        input_name="image", output_name="logits", height=16, width=24, class_names=("0", "1", "2"), source="graph"
-    )
+        input_name="image", output_name="logits", height=16, width=24, class_names=("0", "1", "2"), source="graph",
+        pixels_from="graph",
+    )  # fmt: skip
     assert contract.batch is None
+
+
+def test_read_contract_says_who_said_what_the_pixels_are() -> None:
+    """Whoever names the classes alone has not said how the file is fed."""
+    model, names = _model(), {"class_names": ("a", "b", "c")}
+    pixels = {"range": (0, 1), "mean": (0, 0, 0), "std": (1, 1, 1), "channels": "RGB"}
+    nobody = read_contract(model, StatedContract.model_validate(names))
+    write_contract(model, CONTRACT)
+    some = {name: value for name, value in pixels.items() if name != "std"}
+    found = [nobody, *(read_contract(model, StatedContract.model_validate(said)) for said in (names, some, pixels))]
+    assert [one.source for one in found] == ["options"] * 4
+    assert [one.pixels_from for one in found] == ["graph", "metadata", "metadata", "options"]
 
 
 @pytest.mark.parametrize("fixed", [{}, {"training": 0.0}])
@@ -356,7 +371,7 @@ def test_read_contract_gives_back_a_uint8_contract_that_was_written() -> None:
     model = _image(IMAGE, TensorProto.UINT8)
     contract = read_contract(model)
     write_contract(model, contract)
-    assert read_contract(model) == contract.model_copy(update={"source": "metadata"})
+    assert read_contract(model) == contract.model_copy(update={"source": "metadata", "pixels_from": "metadata"})
 
 
 # --- what the output means --------------------------------------------------------------------------------------------

@@ -153,7 +153,9 @@ def test_new_file_is_certified_as_any_file(files: dict[str, bytes], kind: str) -
 def test_graph_contract_and_types_stay(files: dict[str, bytes], kind: str) -> None:
     proto = onnx.load_from_string(files[kind])
     names = tuple(f"class {index}" for index in range(CLASSES))
-    contract = InputContract(input_name="x", output_name="y", height=SIZE, width=SIZE, class_names=names)
+    contract = InputContract(
+        input_name="x", output_name="y", height=SIZE, width=SIZE, class_names=names, pixels_from="metadata"
+    )
     write_contract(proto, contract)
     model = bytes(proto.SerializeToString())
     shadow = build_shadow(model, source="shipped", contract=contract, trainable=True)

@@ -185,6 +185,18 @@ def test_load_folders_draws_the_same_rows_and_decodes_no_others_when_limited(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+def test_load_folders_refuses_a_split_that_is_a_link_leading_out(tmp_path: Path, write_image: WriteImage) -> None:
+    write_classes(tmp_path / "data" / "train", write_image)
+    write_classes(tmp_path / "outside", write_image)
+    (tmp_path / "data" / "test").symlink_to(tmp_path / "outside")
+    with pytest.raises(
+        DataError, match=r"^images data/test: 'test' is a link that leads out of the folder; put the im"
+    ):
+        load(tmp_path / "data", "test")
+    load(tmp_path / "data", "train")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 @pytest.mark.parametrize("linked", ["a/link.png", "c"])
 def test_load_folders_refuses_a_link_that_leads_out(tmp_path: Path, write_image: WriteImage, linked: str) -> None:
     write_classes(tmp_path / "data", write_image)

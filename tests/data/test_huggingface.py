@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from qdefense.data import huggingface
 from qdefense.data.huggingface import list_splits, load_parquet
@@ -293,6 +293,23 @@ def test_load_parquet_notes_when_class_names_are_numbers_in_the_order_of_strings
     (note,) = load(write(tmp_path / "test.parquet", {"image": [png(0)], "label": [2]}, features)).notes
     assert "label 2 is '10'" in note
     assert load(write_rows(tmp_path / "words.parquet")).notes == ()
+
+
+def test_load_parquet_turns_images_upright_and_says_what_it_converted(tmp_path: Path) -> None:
+    """As a folder of images does."""
+    turned = io.BytesIO()
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter turn clockwise
+    image.save(turned, "PNG", exif=exif)
+    columns = {"image": [png(0, size=(4, 6), mode="L"), turned.getvalue()], "label": [0, 1]}
+    loaded = load(write(tmp_path / "test.parquet", columns))
+    assert loaded.images.shape == (2, 6, 4, 3)
+    np.testing.assert_array_equal(loaded.images[1], np.rot90(np.asarray(image), -1))
+    assert loaded.notes == (
+        "converted to RGB: 1 of 2 images (1 L)",
+        "turned upright as their EXIF orientation says: 1 of 2 images",
+    )
 
 
 def test_load_parquet_prefers_class_labels_when_integers_abound(tmp_path: Path) -> None:

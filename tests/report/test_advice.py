@@ -215,6 +215,10 @@ def test_not_checked_says_that_the_pixels_range_is_the_files_own_word() -> None:
         for stated in (contract.model_copy(update={"source": source}),)
     }
     assert told == {"metadata": True, "options": False, "sidecar": False, "graph": False}
+    named = contract.model_copy(update={"source": "options", "pixels_from": "metadata"})
+    assert "Whether your product feeds the file as it says" in gaps(with_subject(passed, contract=named))
+    whole = contract.model_copy(update={"source": "options", "pixels_from": "options"})
+    assert "Whether your product feeds the file as it says" not in gaps(with_subject(passed, contract=whole))
 
 
 def test_not_checked_counts_the_classes_without_a_trigger_of_a_clean_scan() -> None:

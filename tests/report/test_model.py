@@ -42,7 +42,9 @@ def body() -> Json:
 def test_golden_files_are_there_for_each_outcome() -> None:
     outcomes = ("failed", "incomplete", "refused")
     names = [
-        f"{version}-{outcome}.json" for version in ("1.0", "1.1", "1.2", "1.3", "1.4", "1.5") for outcome in outcomes
+        f"{version}-{outcome}.json"
+        for version in ("1.0", "1.1", "1.2", "1.3", "1.4", "1.5", "1.6")
+        for outcome in outcomes
     ]
     assert [path.name for path in GOLDEN] == names
 

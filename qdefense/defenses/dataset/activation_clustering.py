@@ -259,10 +259,10 @@ def _check_reference(evidence: Evidence) -> None:
         NoFeaturesError: it answers no numbers, or hardly better than chance.
     """
     if evidence.reference is not None and evidence.clean.labelled:
-        _refuse_guesses(evidence.reference.logits_of(evidence.clean), evidence.clean.labels)
+        _refuse_guesses(evidence.reference.logits_of(evidence.clean), evidence.clean.labels, on="the clean images")
 
 
-def _refuse_guesses(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+def _refuse_guesses(logits: NDArray[np.float32], labels: NDArray[np.int64], *, on: str) -> None:
     """A reference that guesses clears or accuses any cluster.
 
     Raises:
@@ -272,7 +272,7 @@ def _refuse_guesses(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> N
         raise NoFeaturesError(Verdict.NOT_MEASURED, "the reference answers with values that are not finite")
     problem = answers_near_chance(logits, labels)
     if problem is not None:
-        raise NoFeaturesError(Verdict.NOT_MEASURED, f"the reference guesses: {problem}")
+        raise NoFeaturesError(Verdict.NOT_MEASURED, f"the reference guesses on {on}: {problem}")
 
 
 def _reclassified(
@@ -283,7 +283,7 @@ def _reclassified(
     if evidence.reference is None or evidence.training_set is None or not rows:
         return found
     logits = evidence.reference.logits_of(evidence.training_set)
-    _refuse_guesses(logits, evidence.training_set.labels)
+    _refuse_guesses(logits, evidence.training_set.labels, on="the training set")
     answers = logits.argmax(axis=1)
     _check_copy(evidence, answers == training.answers, np.concatenate(rows))
     return [

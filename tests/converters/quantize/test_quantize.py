@@ -47,6 +47,7 @@ def test_quantize_keeps_the_contract(scheme: Any) -> None:
         width=SIDE,
         mean=(0.1, 0.2, 0.3),
         class_names=tuple("abc"[:CLASSES]),
+        pixels_from="metadata",
     )
     write_contract(model, contract)
     made = quantize(model.SerializeToString(), scheme, calibration=images(), contract=contract)

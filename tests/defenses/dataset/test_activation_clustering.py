@@ -176,12 +176,12 @@ def test_a_reference_that_guesses_is_asked_nothing(monkeypatch: pytest.MonkeyPat
     given = evidence(pixel_set(poison=15)[0], reference=reference)
     finding = EXRE.scan(given)
     assert finding.verdict is Verdict.NOT_MEASURED
-    assert finding.reason.startswith("the reference guesses: clean accuracy ")
+    assert finding.reason.startswith("the reference guesses on the clean images: clean accuracy ")
     assert ActivationClustering().scan(given).verdict is Verdict.BACKDOORED, "a rule that asks none is not voided by it"
     unlabelled = replace(given, clean=replace(given.clean, labelled=False), stated_accuracy=0.9)
     finding = EXRE.scan(unlabelled)
     assert finding.verdict is Verdict.NOT_MEASURED
-    assert finding.reason.startswith("the reference guesses: clean accuracy "), "the training labels tell it, too"
+    assert finding.reason.startswith("the reference guesses on the training set: clean accuracy ")
 
 
 @pytest.mark.parametrize("threshold", [1e-17, 1e-300])
