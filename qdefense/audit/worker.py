@@ -110,13 +110,13 @@ def _stopped(error: Exception) -> Stopped:
 
 
 def _told(error: Exception) -> tuple[int, str]:
-    if ran_out_of_memory(error):  # before all else: a good file is not refused for want of it
-        what = f"not enough memory: {error}".removesuffix(": ")  # Python's own says no more
-        return INCOMPLETE, f"{what}; raise --memory-limit, or read fewer images with --limit"
     if isinstance(error, OSError) and error.filename is not None:
         return USAGE, reason_of(error)
     if isinstance(error, (DataError, SpecError, ContractError, CalibrationError, UnsupportedArithmeticError)):
         return USAGE, str(error)
+    if ran_out_of_memory(error):  # a good file is not refused for want of it
+        what = f"not enough memory: {error}".removesuffix(": ")  # Python's own says no more
+        return INCOMPLETE, f"{what}; raise --memory-limit, or read fewer images with --limit"
     if isinstance(error, (FileRefusedError, RuntimeGraphError, SessionError)):
         return REFUSED, str(error)
     if isinstance(error, (MisreadFileError, NoNumbersError)):

@@ -1188,9 +1188,9 @@ case(
 case(
     "the file wants more memory than the limit",
     3,
-    "ONNX Runtime refused an input of shape (64, 3, 16, 16): Non-zero status code returned while running "
-    "ConstantOfShape node. Name:'huge' Status Message: Failed to allocate memory for requested buffer of size "
-    "4294967296",
+    "not enough memory: ONNX Runtime refused an input of shape (64, 3, 16, 16): Non-zero status code returned while "
+    "running ConstantOfShape node. Name:'huge' Status Message: Failed to allocate memory for requested buffer of size "
+    "4294967296; raise --memory-limit, or read fewer images with --limit",
     changed(huge, options=["--memory-limit", "2GiB"]),
 )
 case(
