@@ -104,10 +104,14 @@ def follow_pixels(graph: Graph) -> Flow:
 
 def blind_nodes(graph: Graph, flow: Flow) -> Iterator[BlindNode]:
     """The nodes on the pixels' way to the output that pass no useful gradient, in graph order."""
-    rows = _count_rows(graph, flow)
+    rows, scales = _count_rows(graph, flow), _kernel_scales(graph, flow)
     for node in graph.nodes:
         if any(out in flow.live for out in node.outputs):
             reason = blindness(graph, node, flow)
+            if node.operator == "DynamicQuantizeLinear" and any(
+                out in flow.live and out not in scales for out in node.outputs[1:]
+            ):
+                reason = "carries the image in its scale, which has no gradient"
             if reason is None and node.operator not in _SHAPE_READERS:
                 reason = _batch_blindness(graph, node, rows)
             if reason is not None:
@@ -262,7 +266,7 @@ def _joined_axes(graph: Graph, node: Node, index: int) -> Iterable[int] | None:
         return {node.attribute("axis", _ALONG[kind])}
     if kind in _ALONG_FROM:
         first = node.attribute("axis", _ALONG_FROM[kind])
-        return range(first, 0 if first < 0 else _RANK_LIMIT)
+        return range(max(first, -_RANK_LIMIT), 0 if first < 0 else _RANK_LIMIT)
     return _chosen_axes(graph, node)
 
 
@@ -375,18 +379,27 @@ _CODE_READERS = frozenset({"ConvInteger", "DequantizeLinear", "MatMulInteger", "
 
 
 def _takes_codes(graph: Graph, node: Node, codes: Value | None) -> bool:
-    return node.operator in _CODE_READERS and codes is not None and behind_layout(graph, node.input(0)) == codes
+    if node.operator not in _CODE_READERS or codes is None:
+        return False
+    return codes in (behind_layout(graph, node.input(0)), behind_layout(graph, node.input(1)))
 
 
 def _rescales(graph: Graph, node: Node, scale: Value, codes: Value | None, flow: Flow) -> bool:
-    """Whether the node is ``scale * constant`` and multiplies nothing but products of these codes."""
+    """Whether the node is ``scale * constant``, or the product of both sides' scales, and rescales their sums alone."""
     product = node.output(0)
     others = [value for value in node.inputs if value != scale]
-    if node.operator != "Mul" or product is None or len(others) != 1 or others[0] in flow.data:
+    if node.operator != "Mul" or product is None or len(others) != 1:
+        return False
+    if others[0] in flow.data and not _is_scale(graph, others[0]):
         return False
     if product in graph.outputs:
         return False
     return all(_multiplies_product(graph, user, product, codes) for user in graph.consumers.get(product, []))
+
+
+def _is_scale(graph: Graph, value: Value) -> bool:
+    producer = graph.producer.get(value)
+    return producer is not None and producer.operator == "DynamicQuantizeLinear" and producer.output(1) == value
 
 
 def _multiplies_product(graph: Graph, node: Node, scale: Value, codes: Value | None) -> bool:

@@ -84,8 +84,11 @@ def _quiet_exporter() -> Iterator[None]:
 
 def _average_pools(graph: onnx.GraphProto) -> None:
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
     for node in graph.node:
         if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in constants:
+            continue
+        if ranks.get(node.input[0], 4) != 4:  # the pool averages all axes behind the second, of whatever rank
             continue
         axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
         keep = all(attribute.i == 1 for attribute in node.attribute if attribute.name == "keepdims")

@@ -332,7 +332,7 @@ def _fold(
     )
     try:
         return _fold_values(node.op_type, given, axes)
-    except (IndexError, ValueError):
+    except (IndexError, OverflowError, ValueError):
         return None
 
 

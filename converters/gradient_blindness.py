@@ -58,8 +58,17 @@ BLIND_INPUTS: dict[str, tuple[str, tuple[int, ...] | None]] = {
 """Operators without a useful gradient, why, and the inputs that matter (None: any)."""
 
 BLIND_OUTPUTS = {"Dropout": 1, "TopK": 1, "MaxPool": 1}
-_WRAPPING = frozenset({"Add", "Div", "Mul", "Neg", "Pow", "Sub", "Sum"})
-"""Arithmetic that rounds or wraps around in bytes, which pixels may be without any cast; a cast is reported itself."""
+_WRAPPING = frozenset(
+    {
+        *("Abs", "Add", "CumSum", "Div", "Einsum", "Gemm", "MatMul", "Mean", "Mul", "Neg", "Pow", "Sub", "Sum"),
+        *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare"),
+    }
+)
+"""Arithmetic that rounds or wraps around in whole numbers.
+
+Pixels may be bytes without any cast, and the sums of integer kernels are; a cast is reported itself.
+"""
+_INTEGERS = BYTES | {"int16", "int32", "int64", "uint16", "uint32", "uint64"}
 _SMOOTH_ML_OPERATORS = frozenset({"FeatureVectorizer", "LinearRegressor", "Normalizer", "Scaler"})
 
 
@@ -85,7 +94,7 @@ def _own_blindness(graph: Graph, node: Node, given: list[Value], flow: Flow) -> 
         return "has no gradient"
     if node.operator in ("Cast", "CastLike") and _cast_target(graph, node) not in FLOATS:
         return "casts to integer or bool"
-    if node.operator in _WRAPPING and any(graph.type(value) in BYTES for value in given):
+    if node.operator in _WRAPPING and any(graph.type(value) in _INTEGERS for value in given):
         return _WHOLE
     if node.operator == "GridSample" and node.input(1) in flow.data and _is_nearest(node):
         return _AT

@@ -21,6 +21,7 @@ from qdefense.converters.shadow.windows import Window, slid
 
 # float32 holds every integer up to here, so a sum whose terms stay below it is exact in any order
 _EXACT_IN_FLOAT32 = 2**24
+_WRAPS_AROUND = 2**31
 
 
 def mixed_signs(node: Node, zero_point: int, right: int) -> bool:
@@ -36,6 +37,16 @@ def largest_sum(weight: Tensor, bias: Tensor | None, axes: tuple[int, ...]) -> f
     """Upper bound of every partial sum of 8 bit codes times `weight`, reduced over `axes`."""
     total = weight.detach().double().abs().sum(axes) * 255
     return float((total if bias is None else total + bias.detach().double().abs()).max())
+
+
+def refuse_wrapping(node: Node, bound: float) -> None:
+    """Refuse sums that may leave int32: the kernels wrap around there, a step that no gradient sees.
+
+    Raises:
+        ShadowError: ``bound``, of `largest_sum`, is too large.
+    """
+    if bound >= _WRAPS_AROUND:
+        raise node.unsupported("its sums can leave 32 bits, where they wrap around, which is not covered")
 
 
 @dataclass(frozen=True)
@@ -59,10 +70,14 @@ class IntegerConvolution:
     saturates: bool
 
     @cached_property
+    def bound(self) -> float:
+        """No partial sum is larger."""
+        return largest_sum(self.weight, self.bias, tuple(range(1, self.weight.ndim)))
+
+    @property
     def fits_float32(self) -> bool:
         """Whether float32 sums are exact."""
-        bound = largest_sum(self.weight, self.bias, tuple(range(1, self.weight.ndim)))
-        return bound < _EXACT_IN_FLOAT32
+        return self.bound < _EXACT_IN_FLOAT32
 
     @property
     def is_trained(self) -> bool:
@@ -213,12 +228,17 @@ class IntegerProduct:
         return None if self.raw is None else self._centred(self.raw)
 
     @cached_property
+    def bound(self) -> float | None:
+        """No partial sum is larger, whatever the left codes are; ``None`` where the right ones are computed."""
+        if self.weight is None:
+            return None
+        bias = None if self.bias is None else self.bias.abs().max()
+        return largest_sum(self.weight, bias, (-2,))
+
+    @property
     def fits_float32(self) -> bool:
         """Whether float32 sums are exact, whatever the left codes are."""
-        if self.weight is None:
-            return False
-        bias = None if self.bias is None else self.bias.abs().max()
-        return largest_sum(self.weight, bias, (-2,)) < _EXACT_IN_FLOAT32
+        return self.bound is not None and self.bound < _EXACT_IN_FLOAT32
 
     @cached_property
     def pairs(self) -> list[OverflowingPairs]:

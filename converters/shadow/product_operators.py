@@ -16,6 +16,7 @@ from qdefense.converters.shadow.integer_products import (
     IntegerProduct,
     RequantizedConvolution,
     mixed_signs,
+    refuse_wrapping,
 )
 from qdefense.converters.shadow.operands import spread
 from qdefense.converters.shadow.registry import MICROSOFT, Kernel, Mode, Node, operator
@@ -35,9 +36,11 @@ def _integer_convolution(
     groups = node.integer("group", 1)
     # depthwise convolutions have kernels of their own, which don't saturate
     wide = saturates and not (raw.shape[1] == 1 and raw.shape[0] == groups)
-    return IntegerConvolution(
+    made = IntegerConvolution(
         raw, centred, None if offset is None else offset.double(), window(node, raw.shape[2:]), groups, wide
     )
+    refuse_wrapping(node, made.bound)
+    return made
 
 
 @operator("ConvInteger", since=10, per_row=True, needs_mode=True)
@@ -76,12 +79,14 @@ def _integer_product(
         raise node.unsupported("its right operand is a vector, which is not covered")
     shift = nonzero(node.optional_constant(zero_point))
     offset = node.optional_constant(bias) if bias is not None else None
-    return IntegerProduct(
+    made = IntegerProduct(
         raw.t().contiguous() if raw is not None and transposed else raw,
         shift if shift is None or shift.numel() > 1 else shift.reshape(()),
         None if offset is None else offset.double(),
         mixed_signs(node, left_zero, right),
     )
+    refuse_wrapping(node, made.bound or 0.0)
+    return made
 
 
 def _zero_point_of_rows(node: Node, index: int) -> Callable[[Tensor, Tensor | None], Tensor | None]:

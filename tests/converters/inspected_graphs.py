@@ -273,7 +273,7 @@ ATTACKS: dict[str, tuple[Callable[[Net], None], list[str]]] = {
     "relu": (with_relu, []),
     "gemm-bias": (with_gemm_bias, []),
     "scale": (with_scale, []),
-    "dynamic-scale": (with_dynamic_scale, []),
+    "dynamic-scale": (with_dynamic_scale, ["DynamicQuantizeLinear"]),
 }
 
 

@@ -192,6 +192,40 @@ def lookup(net: Net, source: str) -> None:
     net.node("Gather", [net.const("table", np.ones(9999, np.float32)), "codes_out"], "probed")
 
 
+def on_sums(kind: str, constant: Any) -> Callable[[Net, str], None]:
+    """Arithmetic on what an integer kernel answers, before it becomes float: where it leaves 32 bits, it wraps."""
+
+    def build(net: Net, source: str) -> None:
+        net.node("DynamicQuantizeLinear", [source], "q", "scale", "zero")
+        net.node("MatMulInteger", ["q", net.const("codes", np.ones((6, 6), np.int8)), "zero"], "sums")
+        changed = net.node(kind, ["sums", net.const("constant", constant)], "changed")
+        net.node("Cast", [changed], "probed", to=TensorProto.FLOAT)
+
+    return build
+
+
+def both_dynamic(net: Net, source: str) -> None:
+    """Two activations multiplied in whole numbers, as attention is; the product of their scales undoes both."""
+    net.node("DynamicQuantizeLinear", [source], "q", "scale", "zero")
+    turned = net.node("Transpose", [source], "turned", perm=[1, 0])
+    net.node("DynamicQuantizeLinear", [turned], "q2", "scale2", "zero2")
+    net.node("MatMulInteger", ["q", "q2", "zero", "zero2"], "sums")
+    scales = net.node("Mul", ["scale", "scale2"], "scales")
+    product = net.node("Mul", [net.node("Cast", ["sums"], "floats", to=TensorProto.FLOAT), scales], "product")
+    net.node("MatMul", [product, source], "probed")
+
+
+def test_scales_of_two_activations_that_undo_their_codes_are_no_channel() -> None:
+    operators = {node.operator for node in probe(both_dynamic).gradient_blind_nodes}
+    assert "DynamicQuantizeLinear" not in operators
+
+
+def test_a_huge_axis_costs_nothing() -> None:
+    """Ranges of axes were sets of all of them: 83 MiB for this one."""
+    found = probe(apply("Softmax", axis=-(2**40)))
+    assert found.operators["Softmax"] == 1
+
+
 def nonzero(net: Net, source: str) -> None:
     places = net.node("Cast", [net.node("NonZero", [source], "places")], "numbers", to=TensorProto.FLOAT)
     count = net.node("ReduceSum", [places], "count", keepdims=0)
@@ -271,7 +305,12 @@ BLIND = {
     "BitShift": on_integer("BitShift", np.array(1, np.uint8), direction="RIGHT"),
     "BitwiseAnd": on_integer("BitwiseAnd", np.array(1, np.uint8)),
     "BitwiseNot": on_integer("BitwiseNot"),
-    "Cast": on_integer("Neg", to=TensorProto.INT32),
+    "Cast": on_integer("Identity", to=TensorProto.INT32),
+    "Neg": on_integer("Neg", to=TensorProto.INT32),
+    "Div": on_integer("Div", np.array(1000, np.int32), to=TensorProto.INT32),
+    "ReduceMean": on_integer("ReduceMean", np.array([1], np.int64), to=TensorProto.INT32),
+    "Add": on_sums("Add", np.array(2**31 - 2001, np.int32)),
+    "Mul": on_sums("Mul", np.array(1_000_000, np.int32)),
     "CastLike": cast_like(np.int32),
     "TopK": top(1),
     "Gather": lookup,

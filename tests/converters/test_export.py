@@ -118,14 +118,16 @@ def test_export_model_raises_when_the_exporter_gives_nothing(monkeypatch: pytest
     assert module.training
 
 
-def _graph(axes: list[int], attributes: dict[str, int]) -> onnx.GraphProto:
+def _graph(
+    axes: list[int], attributes: dict[str, int], shape: tuple[str | int, ...] = ("N", 3, 4, 4)
+) -> onnx.GraphProto:
     return helper.make_graph(
         [
             helper.make_node("ReduceMean", ["x", "axes"], ["mean"], None, None, None, None, **attributes),
             helper.make_node("Identity", ["mean"], ["y"]),
         ],
         "graph",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 4, 4])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes)],
     )
@@ -153,6 +155,14 @@ def test_average_pools_replaces_only_means_over_height_and_width_that_keep_them(
     x = np.random.default_rng(0).random((2, 3, 4, 4), dtype=np.float32)
     (y,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])).run(None, {"x": x})
     assert np.allclose(y, x.mean(axis=tuple(axes), keepdims=attributes.get("keepdims", 1) == 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("axes", "shape"), [([-2, -1], ("N", 5, 3)), ([2, 3], ("N", 3, 4, 4, 4))])
+def test_average_pools_leaves_means_of_other_ranks_alone(axes: list[int], shape: tuple[str | int, ...]) -> None:
+    """Of three axes the pool would average the last alone, of five the last three."""
+    graph = _graph(axes, {"keepdims": 1}, shape)
+    export._average_pools(graph)
+    assert graph.node[0].op_type == "ReduceMean"
 
 
 def test_check_raises_when_the_opset_is_another() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from qdefense.converters.shadow import build_shadow
+from qdefense.converters.shadow import ShadowError, build_shadow
 from qdefense.converters.shadow.integer_products import IntegerProduct
 from qdefense.converters.shadow.registry import Mode
 from qdefense.converters.shadow.rounding import round_product
@@ -65,3 +65,29 @@ def test_product_of_two_activations_is_exact_when_asked_for() -> None:
     right[::2] -= 1
     exact = int(codes.long() @ right.long())
     assert int(product.sums(codes, None, right, Mode(exact=True))) == exact > 2**24
+
+
+@pytest.mark.parametrize("operator", ["QLinearConv", "MatMulInteger"])
+def test_sums_that_could_wrap_around_are_refused(operator: str) -> None:
+    """ONNX Runtime's fused kernel answers 0 where the exact sum is the largest code: a step that no gradient sees."""
+    constants = scalars(xs=(1 / 255, np.float32), xz=(0, np.uint8), ys=(84215.0, np.float32), yz=(0, np.uint8))
+    bias = np.array([2**31 - 1 - 500_000], dtype=np.int32)
+    constants |= {
+        "w": np.full((1, 3, 4, 4), 64, np.int8),
+        "ws": np.array([0.01], np.float32),
+        "wz": np.zeros(1, np.int8),
+    }
+    node, x = helper.make_node("QLinearConv", ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b"], ["y"]), (1, 3, 4, 4)
+    kind = TensorProto.UINT8
+    if operator == "MatMulInteger":
+        constants, x, kind = {"w": np.full((67_000, 1), 127, np.int8)}, (1, 67_000), TensorProto.INT32
+        node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+
+    def build(**more: np.ndarray) -> None:
+        model = graph_model([node], np.zeros(x, np.uint8), constants | more, output_type=kind)
+        build_shadow(model, source="shipped")
+
+    with pytest.raises(ShadowError, match="its sums can leave 32 bits, where they wrap around, which is not covered"):
+        build(b=bias) if operator == "QLinearConv" else build()
+    if operator == "QLinearConv":
+        build(b=bias - 500_000)
