@@ -40,8 +40,9 @@ def test_export_model_writes_opset_21_and_one_file(zoo_file: Zoo, exported: onnx
 
 def test_export_model_writes_a_contract_that_reads_back(zoo_file: Zoo, exported: onnx.ModelProto) -> None:
     assert read_contract(exported) == InputContract(
-        input_name="image", output_name="logits", height=32, width=32, class_names=zoo_file.dataset.class_names
-    )
+        input_name="image", output_name="logits", height=32, width=32, class_names=zoo_file.dataset.class_names,
+        pixels_from="metadata",
+    )  # fmt: skip
 
 
 def test_export_model_replaces_the_spatial_mean_by_a_pool(exported: onnx.ModelProto) -> None:

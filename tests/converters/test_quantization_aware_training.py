@@ -81,7 +81,9 @@ def test_quantization_aware_training_improves_four_bit_weights(fitted: onnx.Mode
 
 def test_repaired_file_is_certified_as_any_file(fitted: onnx.ModelProto) -> None:
     names = tuple(f"class {index}" for index in range(CLASSES))
-    contract = InputContract(input_name="x", output_name="y", height=SIZE, width=SIZE, class_names=names)
+    contract = InputContract(
+        input_name="x", output_name="y", height=SIZE, width=SIZE, class_names=names, pixels_from="metadata"
+    )
     model = onnx.ModelProto()
     model.CopyFrom(fitted)
     write_contract(model, contract)
