@@ -107,11 +107,7 @@ def blind_nodes(graph: Graph, flow: Flow) -> Iterator[BlindNode]:
     rows, scales = _count_rows(graph, flow), _kernel_scales(graph, flow)
     for node in graph.nodes:
         if any(out in flow.live for out in node.outputs):
-            reason = blindness(graph, node, flow)
-            if node.operator == "DynamicQuantizeLinear" and any(
-                out in flow.live and out not in scales for out in node.outputs[1:]
-            ):
-                reason = "carries the image in its scale, which has no gradient"
+            reason = blindness(graph, node, flow) or _scale_blindness(node, flow, scales)
             if reason is None and node.operator not in _SHAPE_READERS:
                 reason = _batch_blindness(graph, node, rows)
             if reason is not None:
@@ -207,6 +203,15 @@ def _count_rows(graph: Graph, flow: Flow) -> _Rows:
             if not any(out in flow.data for out in outs) and _batch_blindness(graph, node, rows) is not None:
                 rows.counted.update(outs)
     return rows
+
+
+def _scale_blindness(node: Node, flow: Flow, scales: set[Value]) -> str | None:
+    """Why a DynamicQuantizeLinear hides the image, or None: its scale goes elsewhere than into undoing its codes."""
+    if node.operator != "DynamicQuantizeLinear":
+        return None
+    if any(out in flow.live and out not in scales for out in node.outputs[1:]):
+        return "carries the image in its scale, which has no gradient"
+    return None
 
 
 def _batch_blindness(graph: Graph, node: Node, rows: _Rows) -> str | None:

@@ -368,11 +368,11 @@ class Calibrations:
         enough = [pair for pair in fitting if pair[1].n >= models_needed(wanted)]
         largest = max(fitting, key=lambda pair: pair[1].n)
         usable = [pair for pair in enough if not pair[0].shipped] or enough or [largest]
-        usable = list({file.sha256: (file, entry) for file, entry in reversed(usable)}.values())[::-1]
-        file, entry = chosen = min(usable, key=lambda pair: _promised(pair, wanted)[0])
-        value = _promised(chosen, wanted)[0]
+        usable = list({pair[0].sha256: pair for pair in usable}.values())  # the same file named twice is one
+        promises = [(*_promised(pair, wanted), pair) for pair in usable]
+        value, _, (file, entry) = min(promises, key=lambda promise: promise[0])
         # A clean file raises an alarm if it passes any of the lines: at most as often as all of them together.
-        rate = min(1.0, sum(_promised(pair, wanted)[1] for pair in usable))
+        rate = min(1.0, sum(promised for _, promised, _ in promises))
         notes = [
             f"{small.name} fits, too, but has too few clean models ({few.n}) for a false-alarm rate of {wanted:g}"
             for small, few in fitting

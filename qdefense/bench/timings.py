@@ -75,7 +75,7 @@ def _joined(latencies: Iterable[FileLatency], cohort: Cohort) -> Iterator[tuple[
 def _rows_of(latency: FileLatency, setting: Setting, seed: int, filters: Mapping[str, str]) -> Sequence[LatencyRow]:
     added = {one.name: one.difference_ms for one in latency.single_stream.added}
     offline = {one.name: one.rows_per_second for one in latency.offline.variants}
-    memory = {one.name: (one.peak_bytes, one.before_bytes) for one in latency.memory}
+    memory = {one.name: {"peak_bytes": one.peak_bytes, "before_bytes": one.before_bytes} for one in latency.memory}
     return [
         LatencyRow(
             setting=setting,
@@ -88,8 +88,7 @@ def _rows_of(latency: FileLatency, setting: Setting, seed: int, filters: Mapping
             added_ms=added.get(timing.name),
             rows_per_second=offline.get(timing.name),
             offline_rows=latency.offline.rows,
-            peak_bytes=memory.get(timing.name, (None, None))[0],
-            before_bytes=memory.get(timing.name, (None, None))[1],
+            **memory.get(timing.name, {"peak_bytes": None}),
             load=_load(latency.machine),
             runtime=told_runtime(latency.machine.runtime),
             yardstick_ms=None if latency.yardstick_ms is None else latency.yardstick_ms.value,

@@ -46,13 +46,12 @@ class Decoded:
     turned: bool
 
 
-def decode(file: BinaryIO, name: str, *, upright: bool = False) -> Decoded:
-    """Read one image.
+def decode(file: BinaryIO, name: str) -> Decoded:
+    """Read one image, and turn it as its EXIF orientation says.
 
     Args:
         file: its bytes.
         name: what a message calls it.
-        upright: turn the image as its EXIF orientation says.
 
     Raises:
         DataError: no image of a known format, broken, more than 8 bits a channel, or a decompression bomb.
@@ -65,7 +64,7 @@ def decode(file: BinaryIO, name: str, *, upright: bool = False) -> Decoded:
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 deep = _has_16_bits(image)
                 if image.mode in IMAGE_MODES and not deep:
-                    return _to_rgb(image, upright=upright)
+                    return _to_rgb(image)
                 mode = image.mode
     except UnidentifiedImageError as error:
         # Pillow's own words hold an address in memory or the path from the root.
@@ -86,8 +85,8 @@ def _has_16_bits(image: Image.Image) -> bool:
     )
 
 
-def _to_rgb(image: Image.Image, *, upright: bool) -> Decoded:
-    turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+def _to_rgb(image: Image.Image) -> Decoded:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     mode = image.mode
     if turned:
         image = ImageOps.exif_transpose(image)
@@ -97,20 +96,25 @@ def _to_rgb(image: Image.Image, *, upright: bool) -> Decoded:
 
 
 class ImageArray:
-    """``(N, H, W, 3) uint8``, filled image by image; the first one decides the size unless a resize does."""
+    """``(N, H, W, 3) uint8``, filled image by image; the first one decides the size unless a resize does.
+
+    It keeps count of the images that were not in RGB or did not stand upright, for `notes`.
+    """
 
     def __init__(self, count: int, resize: Resize | None, source: str) -> None:
         self._count, self._resize, self._source = count, resize, source
         self._images: Images | None = None
         self._first = ""
+        self._modes: Counter[str] = Counter()
+        self._turned = 0
 
-    def put(self, position: int, image: Image.Image, name: str) -> None:
+    def put(self, position: int, decoded: Decoded, name: str) -> None:
         """Put an image in its place.
 
         Raises:
             DataError: its size is not that of the first, it cannot be resized, or the array does not fit into memory.
         """
-        pixels = self._fit(image, name)
+        pixels = self._fit(decoded.image, name)
         if self._images is None:
             self._images, self._first = self._allocate(pixels.shape), name
         if pixels.shape != self._images.shape[1:]:
@@ -119,6 +123,13 @@ class ImageArray:
                 f"{self._source}: images differ in size: {sizes}; resize them to one size: --resize bilinear"
             )
         self._images[position] = pixels
+        self._modes[decoded.mode] += 1
+        self._turned += decoded.turned
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many of the images were of other modes than RGB, and how many did not stand upright."""
+        return _notes(self._modes, self._turned)
 
     def finish(self) -> Images:
         """The images.
@@ -168,8 +179,6 @@ def decode_files(
             cannot be read the first is named, and the rest of the files are tried to count the others.
     """
     images = ImageArray(len(paths), resize, source)
-    modes: Counter[str] = Counter()
-    turned = 0
     for position, (path, name) in enumerate(zip(paths, names, strict=True)):
         require_inside(path, root, source)
         try:
@@ -180,10 +189,8 @@ def decode_files(
                 raise
             more = f"{others} more of the {len(paths):,} files cannot be read either"
             raise DataError(f"{error}; {more}") from error
-        images.put(position, decoded.image, name)
-        modes[decoded.mode] += 1
-        turned += decoded.turned
-    return images.finish(), notes_on(modes, turned)
+        images.put(position, decoded, name)
+    return images.finish(), images.notes
 
 
 def _count_unreadable(paths: Sequence[Path], root: Path) -> int:
@@ -215,11 +222,10 @@ def _decode_file(path: Path, name: str) -> Decoded:
     except OSError as error:
         raise DataError(f"{name} cannot be opened ({error.strerror}); check its permissions") from error
     with file:
-        return decode(file, name, upright=True)
+        return decode(file, name)
 
 
-def notes_on(modes: Counter[str], turned: int) -> tuple[str, ...]:
-    """How many images were of other modes than RGB, and how many did not stand upright."""
+def _notes(modes: Counter[str], turned: int) -> tuple[str, ...]:
     total = modes.total()
     others = {mode: count for mode, count in sorted(modes.items()) if mode != "RGB"}
     notes = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from qdefense.data.decoding import ImageArray, decode, notes_on
+from qdefense.data.decoding import ImageArray, decode
 from qdefense.data.images import DataError, Images, ImageSet, Labels, NoSplitError, first_line, folder_name, quoted
 from qdefense.data.resizing import Resize
 from qdefense.data.selection import choose_rows, numbered_names, order_notes, to_labels, track_groups
@@ -268,17 +267,12 @@ def _decode_rows(
     order = np.argsort(rows)
     images = ImageArray(len(rows), resize, source)
     encoded = _encoded_images(files, columns, rows[order])
-    modes: Counter[str] = Counter()
-    turned = 0
     for position, (row, data) in zip(order.tolist(), encoded, strict=True):
         name = f"row {row}"
         if data is None:
             raise DataError(f"{source}: {name} has no image bytes; an image kept outside the file is not read")
-        decoded = decode(io.BytesIO(data), f"{source}: {name}", upright=True)
-        images.put(position, decoded.image, name)
-        modes[decoded.mode] += 1
-        turned += decoded.turned
-    return images.finish(), notes_on(modes, turned)
+        images.put(position, decode(io.BytesIO(data), f"{source}: {name}"), name)
+    return images.finish(), images.notes
 
 
 def _encoded_images(
