@@ -46,7 +46,7 @@ def refuse_wrapping(node: Node, bound: float) -> None:
         ShadowError: ``bound``, of `largest_sum`, is too large.
     """
     if bound >= _WRAPS_AROUND:
-        raise node.unsupported("its sums can leave 32 bits, where they wrap around, which is not covered")
+        raise node.corrupt("its sums can leave 32 bits, where they wrap around, which is not covered")
 
 
 @dataclass(frozen=True)
