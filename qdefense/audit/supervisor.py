@@ -35,6 +35,7 @@ from qdefense.audit.events import (
 from qdefense.audit.provenance import environment
 from qdefense.fidelity import FidelityCertificate
 from qdefense.findings import Finding
+from qdefense.memory import REUSED
 from qdefense.report.model import Environment, Gate, Report, Subject, Volatile
 
 ProgressBar = Callable[[str, int, int], None]
@@ -180,7 +181,7 @@ def _worker(job: Job, *, verbose: bool) -> Iterator[subprocess.Popen[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if verbose else subprocess.DEVNULL,
-        env={"OMP_WAIT_POLICY": "passive"} | os.environ | {"OMP_NUM_THREADS": "1"},
+        env={"OMP_WAIT_POLICY": "passive", **REUSED} | os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     try:

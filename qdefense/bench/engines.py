@@ -16,6 +16,7 @@ from typing import Protocol
 
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask
 from qdefense.bench.worker import serve
+from qdefense.memory import REUSED
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -172,7 +173,7 @@ def _spawn() -> _Child:
     """A fresh interpreter, not a fork: ONNX Runtime and torch have threads, which no fork survives."""
     ours, theirs = Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_live, args=(theirs,), daemon=True)
-    with _environment(ONE_THREAD):
+    with _environment({**REUSED, **os.environ, **ONE_THREAD}):
         process.start()
     theirs.close()
     return _Child(process=process, connection=ours)

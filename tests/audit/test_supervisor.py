@@ -20,6 +20,7 @@ from qdefense.audit.provenance import environment
 from qdefense.audit.supervisor import UsageProblemError, default_memory_limit, run_audit
 from qdefense.cli import run
 from qdefense.findings import Finding, Verdict
+from qdefense.memory import REUSED
 from qdefense.report.model import Report, Subject
 
 if TYPE_CHECKING:
@@ -441,3 +442,16 @@ def test_audit_leaves_no_worker_when_the_supervisor_is_killed(
     process.kill()
     process.communicate(timeout=30)
     assert gone(worker)
+
+
+def test_the_worker_reuses_its_memory_where_the_user_has_no_other_wish(
+    started: Callable[[], tuple[subprocess.Popen[bytes], psutil.Process]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = REUSED
+    monkeypatch.setenv(theirs, "4096")
+    monkeypatch.delenv(ours, raising=False)
+    process, worker = started()
+    told = worker.environ()
+    process.kill()
+    process.communicate(timeout=30)
+    assert (told[theirs], told[ours]) == ("4096", REUSED[ours])

@@ -17,6 +17,7 @@ from qdefense.bench.records import TrainingRecord
 from qdefense.bench.running import sources_of
 from qdefense.bench.store import Store
 from qdefense.bench.tasks import TrainTask, train_task
+from qdefense.memory import REUSED
 
 from .conftest import Desk
 
@@ -91,13 +92,17 @@ def test_a_child_that_died_idle_costs_no_cell(pool: LocalPool, failing_task: Tra
 def test_the_environment_of_children_is_pinned_and_ours_left_alone(
     pool: LocalPool, failing_task: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    theirs, ours = REUSED
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv(theirs, "4096")
+    monkeypatch.delenv(ours, raising=False)
     pool.submit(failing_task)
     pool.completed()
-    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert (os.environ["OMP_NUM_THREADS"], ours in os.environ) == ("7", False)
     pid = pool._children[0].process.pid
     child = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    assert {f"{name}={value}".encode() for name, value in ONE_THREAD.items()} <= set(child)
+    wanted = ONE_THREAD | {theirs: "4096", ours: REUSED[ours]}
+    assert {f"{name}={value}".encode() for name, value in wanted.items()} <= set(child)
 
 
 def test_closing_kills_the_children(pool: LocalPool, failing_task: TrainTask) -> None:
