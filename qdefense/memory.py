@@ -7,7 +7,7 @@ from collections.abc import Mapping
 REUSED: Mapping[str, str] = {"MALLOC_MMAP_THRESHOLD_": f"{2**25}", "MALLOC_TRIM_THRESHOLD_": f"{2**28}"}
 """Environment of a process whose tensors of up to 32 MiB get the memory of earlier ones.
 
-By itself glibc asks the kernel for fresh pages for each, an eighth of a gradient step. No result depends on it; other C
+By itself glibc asks the kernel for fresh pages for each, a tenth of an audit's time. No result depends on it; other C
 libraries ignore it.
 """
 
