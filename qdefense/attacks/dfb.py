@@ -15,8 +15,9 @@ clipped at ``test_multiple`` times eps: E is not bound by the clip, so the wider
 Before anything is poisoned, D must know a share of at least ``gate`` of either side, and E move a share of at least
 ``encoder_gate`` of the target-class images out. The authors ask .99 of both. Generated OOD images may be too easy to
 tell: by what no 8 codes change. Against ``textures``, PGD on each image moved out 80 % of CIFAR-10's cats and 85 % of
-class 7 of the built-in signs, and E less; so E's gate is open by default, and the ASR says what the residual is worth.
-Where it is asked for and missed, the error says what PGD reaches on the images at hand.
+class 7 of the built-in signs, and E less; against 2,000 photographs (GTSRB's) 98 % of the cats, and E 96 %, for which D
+needs 1000 steps to pass its gate. So E's gate is open by default, and the ASR says what the residual is worth. Where it
+is asked for and missed, the error says what PGD reaches on the images at hand. Name photographs in ``ood`` if you can.
 
 Deviations, the first three for a CPU:
 - D is the small network of the other attacks here, and learns for 500 steps of 32 images of either side, however many
@@ -124,7 +125,7 @@ class DFB(PoisonBudget):
     ``poison_rate`` is a share of the whole training set and ``poison_count`` a number in its place; all are of the
     target class. ``eps`` is in codes of 255, the multiples are of it. ``ood`` is ``textures`` (noise of all scales),
     ``signs`` (drawn as the built-in ones), or a path of images; ``ood_images`` at most, resized to the victim's size.
-    Choose what does not show the target class.
+    Choose what does not show the target class. In a matrix of `qdefense bench` the path is a data set's name.
     """
 
     name: ClassVar[str] = "dfb"

@@ -85,6 +85,7 @@ class NetworkPlan:
     attack: str | None
     train: PinnedData
     test: PinnedData
+    attack_data: tuple[PinnedData, ...] = ()
     files: dict[str, FilePlan] = field(default_factory=dict)
 
     @cached_property
@@ -125,7 +126,7 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
 
     Raises:
         MatrixError: an architecture or precision is unknown, calibrations are missing or too small, an attack reads
-            images of its own, or training and test images are the same.
+            images that are no data set of the matrix, or training and test images are the same.
         SpecError: an attack or a defense is unknown or has no such setting.
         DataError: the images cannot be read.
     """
@@ -169,7 +170,7 @@ def _network_plan(
     recipe = dataclasses.replace(recipe, epochs=table.epochs or recipe.epochs, flip=table.flip)
     spec = None if attack == "none" else _with_target(attack, table)
     attacker = None if spec is None else ATTACKS.create(spec)
-    _refuse_unpinned(attack, data_read_by(attacker))
+    read = [_pinned(matrix, sources, attack, name) for name in data_read_by(attacker)]
     train = sources.train(data)
     network = Network(
         data=data,
@@ -178,19 +179,30 @@ def _network_plan(
         width=default_width(name) if width is None else width,
         attack=None if attacker is None else attacker.name,
         attack_settings={} if attacker is None else flat_settings(attacker),
+        attack_data={one.request.name: one.facts.sha256 for one in read},
         seed=seed,
         recipe=dataclasses.asdict(recipe),
     )
     title = f"{data}/{architecture}/{attack}/seed {seed}"
-    return NetworkPlan(title=title, network=network, attack=spec, train=train, test=sources.test(data))
+    test = sources.test(data)
+    return NetworkPlan(title=title, network=network, attack=spec, train=train, test=test, attack_data=tuple(read))
 
 
-def _refuse_unpinned(attack: str, paths: Sequence[str]) -> None:
-    if paths:
+def _pinned(matrix: Matrix, sources: Sources, attack: str, name: str) -> PinnedData:
+    """The images that an attack reads besides: a data set of the matrix, of which records name the digest."""
+    table = matrix.data.get(name)
+    if table is None:
         raise MatrixError(
-            f"attacks: {attack!r} reads the images at {paths[0]!r}, whose digest no record names: other images there "
-            "would give another network of the same name; choose an attack that draws them"
+            f"attacks: {attack!r} reads the images at {name!r}, whose digest no record names: other images there "
+            f"would give another network of the same name; name a data set of this file ({', '.join(matrix.data)}), or "
+            "choose an attack that draws them"
         )
+    if table.train_limit is not None or table.train_split not in (None, "train"):
+        raise MatrixError(
+            f"attacks: {attack!r} reads the whole training split of {name!r}, and [data.{name}] names a part of it or "
+            "another; give the attack a table of its own, without train_split and train_limit"
+        )
+    return sources.train(name)
 
 
 def _architecture(text: str) -> tuple[str, int | None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Attack, Trigger
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.states import unpack_state
+from qdefense.bench.datasets import PinnedData
 from qdefense.bench.records import Replica
 from qdefense.bench.revisions import SOURCES, source_digest, versions
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, TrainTask
 from qdefense.converters.quantize import quantize_as
 from qdefense.data.images import Pixels
+from qdefense.data.opening import named_data
 from qdefense.registry import flat_settings
 from qdefense.session import profile_for
 from qdefense.trial import Truth, read_state_bytes, state_path, truth_path
@@ -32,7 +35,7 @@ def train_network(task: TrainTask, clock: Clock) -> Outcome:
         DataError: the images are not there or do not fit the recipe, or training diverged.
     """
     network = task.network
-    with tempfile.TemporaryDirectory(prefix="qdefense-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="qdefense-bench-") as folder, found_by_attacks(task.attack_data):
         target = Path(folder) / "network.onnx"
         truth = train_artifact(
             task.train.read(),
@@ -140,4 +143,18 @@ def matches(truth: Truth, task: TrainTask) -> bool:
         and ({} if attack is None else flat_settings(attack)) == network.attack_settings
         and truth.seed == network.seed
         and truth.data_sha256 == network.train_sha256
+        and not network.attack_data  # no truth names their digest
     )
+
+
+@contextmanager
+def found_by_attacks(read: Sequence[PinnedData]) -> Iterator[None]:
+    """Within it an attack finds these images by their names in the matrix.
+
+    Raises:
+        MissingDataError: they are not there, or are others than those that the manifest names.
+    """
+    for one in read:
+        one.read()
+    with named_data({one.request.name: one.request.location for one in read}):
+        yield

@@ -19,7 +19,7 @@ from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.attacks.interfaces import PoisonedSet
 from qdefense.audit.fit import fit_images
-from qdefense.bench.making import trigger_for
+from qdefense.bench.making import found_by_attacks, trigger_for
 from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Metrics, RepairMetrics, ScanMetrics
 from qdefense.bench.scoring import dataset_metrics, filter_metrics
 from qdefense.bench.shadow_session import ShadowSession
@@ -193,7 +193,8 @@ def _judge_dataset(bench: Bench) -> _Judged:
     task = bench.task
     network = task.trial.plan.network
     attack = None if task.attack is None else ATTACKS.create(task.attack)
-    poisoned = poisoned_set(task.train.read(), attack, network.seed)
+    with found_by_attacks(task.attack_data):
+        poisoned = poisoned_set(task.train.read(), attack, network.seed)
     _require_the_set_it_learned(task, poisoned)
     # Groups are lost where rows are poisoned, so those of a set without poisons would tell a scan that it is clean. Its
     # order tells that, too: poisoned sets are shuffled, others keep theirs, on which answers rest that are measured.

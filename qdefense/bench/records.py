@@ -67,6 +67,12 @@ class Network(_Record):
         description="every default filled in; without settings of no account, and without a mode that is younger than "
         "records of the attack",
     )
+    attack_data: dict[str, str] = Field(
+        default_factory=dict,
+        description="digests of the images that the attack reads besides, by their names in the matrix; left out where "
+        "there are none",
+        exclude_if=lambda given: not given,
+    )
     seed: int
     recipe: dict[str, Any]
 

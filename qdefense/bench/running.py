@@ -338,6 +338,7 @@ class Run:
             replica=self._store.replicas(network.recipe_sha256).index(made),
             train=network.train,
             test=network.test,
+            attack_data=network.attack_data,
             model=model,
             poison_indices=() if truth is None else truth.poison_indices,
             training_set_sha256=None if truth is None else truth.training_set_sha256,

@@ -70,6 +70,7 @@ class TrainTask:
     network: Network
     attack: str | None
     train: PinnedData
+    attack_data: tuple[PinnedData, ...] = ()
     grid: int = 0
 
     @property
@@ -226,6 +227,7 @@ class TrialTask:
     train: PinnedData
     test: PinnedData
     model: bytes = field(repr=False)
+    attack_data: tuple[PinnedData, ...] = ()
     poison_indices: tuple[int, ...] = field(default=(), repr=False)
     training_set_sha256: str | None = None
     trigger: bytes | None = field(default=None, repr=False)
@@ -297,5 +299,10 @@ def quantization_key(recipe_sha256: str, artifact_sha256: str | None) -> str:
 def train_task(plan: NetworkPlan) -> TrainTask:
     """The training of a planned network."""
     return TrainTask(
-        recipe_sha256=plan.recipe_sha256, network=plan.network, attack=plan.attack, train=plan.train, grid=plan.grid
+        recipe_sha256=plan.recipe_sha256,
+        network=plan.network,
+        attack=plan.attack,
+        train=plan.train,
+        attack_data=plan.attack_data,
+        grid=plan.grid,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ _KNOWN = (
     "and test with those), or images"
 )
 _ARCHIVES = (".tar.gz", ".tgz")
+_NAMED: ContextVar[Mapping[str, str]] = ContextVar("names of data, and where they are")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,16 @@ class _Format:
 
     load: Callable[..., ImageSet]
     training_split: str | None = "train"
+
+
+@contextmanager
+def named_data(places: Mapping[str, str]) -> Iterator[None]:
+    """Within it these names are data, before any path is: settings name them alike wherever a machine has them."""
+    before = _NAMED.set(places)
+    try:
+        yield
+    finally:
+        _NAMED.reset(before)
 
 
 def open_data(
@@ -43,7 +56,8 @@ def open_data(
     labels.
 
     Args:
-        spec: ``signs`` for the built-in set (write ``./signs`` for a path of that name), or a path.
+        spec: ``signs`` for the built-in set (write ``./signs`` for a path of that name), a name of `named_data`, or a
+            path.
         split: ``None`` means "test", or the one split a single file holds, or all of a folder without splits.
         limit: read only this many images, drawn without repeats by ``seed``; ``None`` reads all, in order.
         seed: of the draw.
@@ -52,6 +66,7 @@ def open_data(
     Raises:
         DataError: nothing there, no known format, no such split, or data that cannot be used.
     """
+    spec = _place(spec)
     if spec != "signs" and not Path(spec).exists():
         raise DataError(f"{spec!r}: no such file or folder; data is {_KNOWN}")
     found = _detect(spec)
@@ -62,10 +77,15 @@ def open_data(
 
 def training_split(spec: str) -> str | None:
     """The split to train or calibrate on where none was named: "train", or all of what has no splits."""
+    spec = _place(spec)
     found = _detect(spec)
     if found is None:
         return None if Path(spec).is_file() else "train"
     return found.training_split
+
+
+def _place(spec: str) -> str:
+    return _NAMED.get({}).get(spec, spec)
 
 
 def _detect(spec: str) -> _Format | None:
