@@ -74,6 +74,7 @@ SHOWN = (
     Planted(name="adaptive-blend"),
     DFB,
     *(Planted(name="badnets", settings={"poison_count": count}) for count in (1000, 250, TINY)),
+    Planted(name="blended", settings={"poison_count": 1000}),
     few("blended"),
     FEW_CLEAN_LABEL,
     Planted(name="sig"),
