@@ -10,7 +10,7 @@ import pytest
 
 from qdefense.attacks import ATTACKS
 from qdefense.bench.matrix import read_matrix
-from qdefense.bench.records import ScanMetrics
+from qdefense.bench.records import DatasetMetrics, Rate, ScanMetrics
 from qdefense.findings import InvertedTrigger, ScanResult, Verdict
 from qdefense.registry import flat_settings
 
@@ -106,6 +106,21 @@ def test_index_of_the_target(orderings: ModuleType, record: SimpleNamespace, ind
     results.scans = [record]
     assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=False) == pytest.approx(index, nan_ok=True)
     assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=True) is None
+
+
+def test_share_of_the_poisons_that_a_ranking_holds(orderings: ModuleType) -> None:
+    network = SimpleNamespace(data="signs", seed=0, attack="badnets", attack_settings={"poison_count": 1000})
+    metrics = DatasetMetrics.model_construct(top_recall=Rate(hits=870, n=1000))
+    results = orderings.Results(())
+    results.rankings = [SimpleNamespace(network=network, scheme="fp32", metrics=metrics)]
+    planted = orderings.Planted(name="badnets", settings={"poison_count": 1000})
+    assert results.held(planted, ("signs", 0), "fp32") == 0.87
+    assert results.held(planted, ("signs", 1), "fp32") is None
+    results.rankings[0].metrics = None
+    assert math.isnan(results.held(planted, ("signs", 0), "fp32"))
+    assert orderings.held_and_missed([0.86, 0.85])
+    assert not orderings.held_and_missed([0.85, 0.1])
+    assert not orderings.held_and_missed([0.9, 0.86])
 
 
 def told_by_the_model(orderings: ModuleType, costs: list[float | None], weight: float = 0.01) -> list[str]:

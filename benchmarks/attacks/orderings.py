@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from qdefense.attacks.compensation import confidence_drop, feasible_smoothings, highest_confidence, minimum_rise
-from qdefense.bench.records import BehaviourRecord, DefenseRecord, Record, ScanMetrics
+from qdefense.bench.records import BehaviourRecord, DatasetMetrics, DefenseRecord, Record, ScanMetrics
 from qdefense.bench.store import RECORDS, read_records
 from qdefense.findings import ScanResult, Verdict
 from qdefense.rates import wilson_interval
@@ -28,6 +28,7 @@ SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
 PATCH_PIXELS = 9
 """Norm of BadNets' true mask, 3x3."""
 PAPER_INDEX, KEPT_ASR, TINY = 2.0, 0.9, 50
+SWEPT, HELD_SHARE = 1000, 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ def few(name: str) -> Planted:
 BADNETS, BLENDED = (Planted(name=name, settings={"poison_rate": 0.1, "mode": None}) for name in ("badnets", "blended"))
 LSP = {smoothing: Planted(name="lsp", settings={"smoothing": smoothing}) for smoothing in (0.2, 0.4, 0.5)}
 DFB = Planted(name="dfb", settings={"poison_count": TINY, "ood": "gtsrb"})
+SWEPT_BLENDED = Planted(name="blended", settings={"poison_count": SWEPT})
 FEW_CLEAN_LABEL = Planted(name="clean-label", settings={"class_rate": 0.01})
 SHOWN = (
     BADNETS,
@@ -73,8 +75,8 @@ SHOWN = (
     Planted(name="wanet"),
     Planted(name="adaptive-blend"),
     DFB,
-    *(Planted(name="badnets", settings={"poison_count": count}) for count in (1000, 250, TINY)),
-    Planted(name="blended", settings={"poison_count": 1000}),
+    *(Planted(name="badnets", settings={"poison_count": count}) for count in (SWEPT, 250, TINY)),
+    SWEPT_BLENDED,
     few("blended"),
     FEW_CLEAN_LABEL,
     Planted(name="sig"),
@@ -92,7 +94,9 @@ class Results:
     def __init__(self, records: Iterable[Record]) -> None:
         every = [record for record in records if not record.failed]
         self.behaviours = [record for record in every if isinstance(record, BehaviourRecord)]
-        self.scans = [r for r in every if isinstance(r, DefenseRecord) and r.defense == "neural-cleanse"]
+        answers = [record for record in every if isinstance(record, DefenseRecord)]
+        self.scans = [record for record in answers if record.defense == "neural-cleanse"]
+        self.rankings = [record for record in answers if record.defense == "spectral-signatures"]
 
     @property
     def places(self) -> list[tuple[str, int]]:
@@ -125,6 +129,15 @@ class Results:
             return math.nan
         hidden = record.metrics.target_norm is None
         return 0.0 if hidden else record.metrics.target_index
+
+    def held(self, planted: Planted, place: tuple[str, int], scheme: str) -> float | None:
+        """Share of the poisons among the 1.5 times as many rows that Spectral Signatures rank first in their label."""
+        found = [record for record in self.rankings if _is_at(record, place, scheme) and planted.made(record)]
+        if not found:
+            return None
+        metrics = found[-1].metrics
+        rate = metrics.top_recall if isinstance(metrics, DatasetMetrics) else None
+        return math.nan if rate is None else rate.hits / rate.n
 
 
 def _is_at(record: BehaviourRecord | DefenseRecord, place: tuple[str, int], scheme: str) -> bool:
@@ -172,6 +185,13 @@ def indices_of(*attacks: Planted, scheme: str = "fp32", fixed: bool) -> Callable
     return figures
 
 
+def held_of(*attacks: Planted, scheme: str = "fp32") -> Callable[[Results, tuple[str, int]], Figures]:
+    def figures(results: Results, place: tuple[str, int]) -> Figures:
+        return {f"share of the poisons of {planted.title}": results.held(planted, place, scheme) for planted in attacks}
+
+    return figures
+
+
 def first_is_highest(values: list[float]) -> bool:
     return all(values[0] > other for other in values[1:])
 
@@ -186,6 +206,10 @@ def hidden(values: list[float]) -> bool:
 
 def falling(values: list[float]) -> bool:
     return all(before >= after for before, after in pairwise(values))
+
+
+def held_and_missed(values: list[float]) -> bool:
+    return values[0] > HELD_SHARE >= values[1]
 
 
 def kept(values: list[float]) -> bool:
@@ -223,6 +247,13 @@ CLAIMS = (
         sentence=f"at {TINY} poisons its ASR is higher than that of BadNets, Blended and clean-label",
         figures=asr_of(DFB, few("badnets"), few("blended"), FEW_CLEAN_LABEL),
         holds=first_is_highest,
+    ),
+    Claim(
+        paper="Spectral Signatures",
+        sentence=f"of {SWEPT} poisons the 1.5 times as many rows it ranks first in their label hold more than "
+        f"{HELD_SHARE:.0%} with BadNets, and not with Blended",
+        figures=held_of(Planted(name="badnets", settings={"poison_count": SWEPT}), SWEPT_BLENDED),
+        holds=held_and_missed,
     ),
     *(
         Claim(
