@@ -36,7 +36,7 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
     return (
         (
             len(report.missing or ()),
-            "Work items of the matrix without a record: {}; `qdefense bench` goes on where it stopped.",
+            "Work items of the matrix without a record: {}; 'qdefense bench' goes on where it stopped.",
         ),
         (sum(row.failed for row in report.networks), "Networks that could not be trained: {}."),
         (
@@ -59,7 +59,7 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
         ),
         (
             report.outdated_timings,
-            "Latency records of files that newer code measured since, left out: {}; `qdefense bench --latency` times "
+            "Latency records of files that newer code measured since, left out: {}; 'qdefense bench --latency' times "
             "them again.",
         ),
         (
