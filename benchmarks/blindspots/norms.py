@@ -132,6 +132,10 @@ def main() -> None:
     print(f"| {' | '.join('---' for _ in HEAD)} |")
     for line in rows([scan for scan in scans if scan.activity in (Activity.CLEAN, Activity.ACTIVE)]):
         print(line)
+    attacked, clean = ([one for one in scans if one.activity == kind] for kind in (Activity.ACTIVE, Activity.CLEAN))
+    pooled = area([one.index for one in attacked], [one.index for one in clean])
+    print(f"\nall together: AUROC of the index {pooled}, of lowest / median", end=" ")
+    print(area([-one.ratio for one in attacked], [-one.ratio for one in clean]))
     for activity in (Activity.ACTIVE, Activity.ATTENUATED, Activity.DORMANT, Activity.CLEAN):
         found = [scan for scan in scans if scan.activity == activity]
         ratios = [scan.ratio for scan in found]
