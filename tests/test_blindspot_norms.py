@@ -30,7 +30,14 @@ def test_lowest_norm_over_the_median(norms: ModuleType, found: list[float | None
 def scan(norms: ModuleType, attack: str, index: float | None, ratio: float) -> object:
     activity = "clean" if attack == "none" else "active"
     return norms.Scan(
-        kind="signs", precision="fp32", attack=attack, network=attack, activity=activity, index=index, ratio=ratio
+        kind="signs",
+        precision="fp32",
+        attack=attack,
+        network=attack,
+        file=attack,
+        activity=activity,
+        index=index,
+        ratio=ratio,
     )
 
 

@@ -42,6 +42,7 @@ class Scan:
     precision: str
     attack: str
     network: str
+    file: str
     activity: str
     index: float | None
     ratio: float
@@ -74,7 +75,8 @@ def scans_of_records(path: Path) -> Iterator[Scan]:
                 kind=f"{network.data}, {network.architecture}",
                 precision=record.scheme,
                 attack=network.attack or "none",
-                network=f"{network.architecture} {network.title}",
+                network=f"{network.architecture} {network.title} {record.replica}",
+                file=record.artifact_sha256,
                 activity=found,
                 index=result.score,
                 ratio=ratio,
@@ -96,6 +98,7 @@ def scans_of_signs() -> Iterator[Scan]:
                 precision=told["scheme"],
                 attack="none" if told["attack"] is None else told["attack"].partition(":")[0],
                 network=f"signs {told['model'].partition('.')[0]}",
+                file=report["subject"]["sha256"],
                 activity=told["behaviour"]["activity"],
                 index=result.score,
                 ratio=ratio,
@@ -127,7 +130,7 @@ def rows(scans: list[Scan]) -> Iterator[str]:
 def main() -> None:
     recorded = chain.from_iterable(scans_of_records(HERE.parent / name / "results" / RECORDS) for name in BENCHES)
     # of a file that was scanned on two machines, or for two matrices, the last
-    scans = list({(scan.network, scan.precision): scan for scan in chain(recorded, scans_of_signs())}.values())
+    scans = list({scan.file: scan for scan in chain(recorded, scans_of_signs())}.values())
     print(f"| {' | '.join(HEAD)} |")
     print(f"| {' | '.join('---' for _ in HEAD)} |")
     for line in rows([scan for scan in scans if scan.activity in (Activity.CLEAN, Activity.ACTIVE)]):
