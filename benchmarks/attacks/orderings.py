@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from qdefense.attacks.compensation import confidence_drop, feasible_smoothings, highest_confidence, minimum_rise
 from qdefense.bench.records import BehaviourRecord, DatasetMetrics, DefenseRecord, Record, ScanMetrics
@@ -29,6 +29,7 @@ PATCH_PIXELS = 9
 """Norm of BadNets' true mask, 3x3."""
 PAPER_INDEX, KEPT_ASR, TINY = 2.0, 0.9, 50
 SWEPT, HELD_SHARE = 1000, 0.85
+Told = TypeVar("Told", BehaviourRecord, DefenseRecord)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +106,12 @@ class Results:
 
     def behaviour(self, planted: Planted, place: tuple[str, int], scheme: str = "fp32") -> BehaviourRecord | None:
         """What a file of this attack does."""
-        found = [record for record in self.behaviours if _is_at(record, place, scheme) and planted.made(record)]
-        return found[-1] if found else None
+        return _last_of(self.behaviours, planted, place, scheme)
 
     def scan(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> DefenseRecord | None:
         """What Neural Cleanse says of a file of this attack."""
-        found = [
-            record
-            for record in self.scans
-            if _is_at(record, place, scheme) and planted.made(record) and (record.settings["multiplier"] == 1) == fixed
-        ]
-        return found[-1] if found else None
+        costed = (record for record in self.scans if (record.settings["multiplier"] == 1) == fixed)
+        return _last_of(costed, planted, place, scheme)
 
     def index(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> float | None:
         """Neural Cleanse's index of the true target; 0 where its norm is above the median, or censored, as it ranks.
@@ -132,16 +128,16 @@ class Results:
 
     def held(self, planted: Planted, place: tuple[str, int], scheme: str) -> float | None:
         """Share of the poisons among the 1.5 times as many rows that Spectral Signatures rank first in their label."""
-        found = [record for record in self.rankings if _is_at(record, place, scheme) and planted.made(record)]
-        if not found:
+        record = _last_of(self.rankings, planted, place, scheme)
+        if record is None:
             return None
-        metrics = found[-1].metrics
-        rate = metrics.top_recall if isinstance(metrics, DatasetMetrics) else None
-        return math.nan if rate is None else rate.hits / rate.n
+        rate = record.metrics.top_recall if isinstance(record.metrics, DatasetMetrics) else None
+        return math.nan if rate is None else rate.value
 
 
-def _is_at(record: BehaviourRecord | DefenseRecord, place: tuple[str, int], scheme: str) -> bool:
-    return (record.network.data, record.network.seed) == place and record.scheme == scheme
+def _last_of(records: Iterable[Told], planted: Planted, place: tuple[str, int], scheme: str) -> Told | None:
+    there = [r for r in records if (r.network.data, r.network.seed) == place and r.scheme == scheme and planted.made(r)]
+    return there[-1] if there else None
 
 
 Figures = dict[str, float | None]

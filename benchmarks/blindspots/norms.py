@@ -117,9 +117,7 @@ def rows(scans: list[Scan]) -> Iterator[str]:
         cells[scan.kind, scan.precision][scan.attack].append(scan)
     for (kind, precision), by_attack in sorted(cells.items()):
         clean = by_attack.pop("none", [])
-        for attack, found in sorted(by_attack.items()):
-            if not clean:
-                continue
+        for attack, found in sorted(by_attack.items()) if clean else ():
             index = area([scan.index for scan in found], [scan.index for scan in clean])
             ratio = area([-scan.ratio for scan in found], [-scan.ratio for scan in clean])
             worst, best = max(scan.ratio for scan in found), min(scan.ratio for scan in clean)
