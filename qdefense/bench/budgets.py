@@ -48,10 +48,13 @@ class BudgetRow(Row):
     rate: float | None
     """Poisons by clean training images."""
     networks: int
+    """Those whose file was measured."""
     asr: Spread | None
     repairs: tuple[BudgetFigure, ...]
     detections: tuple[BudgetFigure, ...]
     keys: tuple[str, ...]
+    failed: int = 0
+    """Networks whose file could not be measured."""
 
 
 class _Budget(NamedTuple):
@@ -116,6 +119,7 @@ def _budget_of(network: Network, images: int | None) -> _Budget:
 
 def _row(cohort: Cohort, setting: Setting, network: Network, budget: _Budget) -> BudgetRow:
     files = cohort.behaviours.get(setting, ())
+    failed = sum(one.failed for one in files)
     subjects = [one for one in cohort.defenses if one.setting == setting and one.access == "session"]
     figures = {one: _figure(one, cohort.defenses[one], cohort) for one in sorted(subjects, key=row_rank)}
     return BudgetRow(
@@ -124,7 +128,8 @@ def _row(cohort: Cohort, setting: Setting, network: Network, budget: _Budget) ->
         budget=budget.text,
         poisons=budget.poisons,
         rate=budget.rate,
-        networks=len(files),
+        networks=len(files) - failed,
+        failed=failed,
         asr=spread(one.asr for one in files if not one.failed),
         repairs=tuple(one for one in figures.values() if one is not None and one.figure == AFTER_REPAIR),
         detections=tuple(one for one in figures.values() if one is not None and one.figure != AFTER_REPAIR),

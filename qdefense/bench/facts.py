@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from qdefense.bench.cohort import NO_ATTACK
@@ -26,6 +26,7 @@ def _sentences(report: BenchReport) -> Iterator[str]:
         yield "No defense was run."
     yield from (text.format(count) for count, text in _counts(report, rows) if count)
     yield from _without_twins(report, rows)
+    yield from _weaknesses(report)
     yield from _paces(report)
     majors = {version.partition(".")[0] for version in report.environment.schema_versions}
     if majors - {SCHEMA_VERSION.partition(".")[0]}:
@@ -113,6 +114,15 @@ def _cause(row: ScanRow | DatasetRow | FilterRow | RepairRow, rows: _Rows) -> st
         return "this defense was tried on no clean network at this precision"
     parts = min(near, key=len)
     return "clean networks were measured " + " and ".join(told for name, told in _PARTS.items() if name in parts)
+
+
+def _weaknesses(report: BenchReport) -> Iterator[str]:
+    """What a filter says of itself on a file, which no rate shows."""
+    told: Counter[tuple[str, str]] = Counter()
+    for row in report.filters:
+        told.update({(row.defense, what): count for what, count in row.weaknesses.items()})
+    for (defense, what), count in told.items():
+        yield f"{defense}, on {count} files: {what}."
 
 
 def _paces(report: BenchReport) -> Iterator[str]:

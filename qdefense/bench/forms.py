@@ -115,8 +115,9 @@ DATASET_SCANS = Form(
         "a label: the AUROC of all rows compares what no method claims to compare. Attenuated, dormant: within. Top: "
         "of the rows within, the "
         "rows with the highest scores, 1.5 times as many as there are poisons; recall is the share of the poisons "
-        "with a score among them, precision the share of them that is poison, at most 2/3. Rows without a score are "
-        "in no rate. Alarms: files whose training set was called poisoned.",
+        "with a score among them, precision the share of them that is poison: at most 2/3, but for rounding and labels "
+        "with fewer rows than that. Rows without a score are in no rate. Alarms: files whose training set was called "
+        "poisoned.",
     ),
     empty="No dataset scan was run.",
     columns=(
@@ -138,7 +139,9 @@ FILTERS = Form(
     title="Input filters",
     notes=(
         "Stamped against clean test images, none of which the filter was fitted on. " + _POOLED.format("Inputs"),
-        "ASR after: stamped images that were let in and did what the attacker wants. Inputs unscored are in no rate.",
+        "ASR after: stamped images that were let in and did what the attacker wants. Inputs unscored are in no rate. "
+        "Without a line: files, clean twins among them, on which the boundary is not above the lowest score there is: "
+        "their TPR and FPR are 0 whatever the inputs are, and an audit calls the filter NOT_MEASURED there.",
     ),
     empty="No input filter was run.",
     columns=(
@@ -148,6 +151,7 @@ FILTERS = Form(
             "TPR",
             "FPR",
             "FPR, clean networks",
+            "without a line",
             "ASR after",
             "inputs unscored",
             *_STATES,

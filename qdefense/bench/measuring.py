@@ -19,6 +19,7 @@ from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.attacks.interfaces import PoisonedSet
 from qdefense.audit.fit import fit_images
+from qdefense.bench.cells import DefenseSpec
 from qdefense.bench.making import found_by_attacks, trigger_for
 from qdefense.bench.records import GRADIENTS_WITHHELD, FilterMetrics, Metrics, RepairMetrics, ScanMetrics
 from qdefense.bench.scoring import dataset_metrics, filter_metrics
@@ -30,7 +31,7 @@ from qdefense.defenses import DEFENSES, FittedFilter
 from qdefense.evidence import Evidence, gather_evidence
 from qdefense.fidelity import uncertified
 from qdefense.findings import DatasetResult, FilterResult, Finding, ScanResult, Verdict
-from qdefense.session import DeployedSession, SessionError, runtime
+from qdefense.session import DeployedSession, SessionError
 from qdefense.training import poisoned_set
 from qdefense.trial import Behaviour, measure_behaviour
 
@@ -72,13 +73,12 @@ def measure(task: TrialTask, clock: Clock) -> Outcome:
     session, test = open_trial(task)
     if task.trial.cell.defense is None:
         seen = measure_behaviour(session.logits, test, _trigger(task, test))
-        facts = {**seen.model_dump(), "activity": seen.activity, "runtime": runtime()}
+        facts = {**seen.model_dump(), "activity": seen.activity}
         return Outcome(task_id=task.id, record=task.behaviour(clock.read(), **facts))
     bench = lay_out(task, session, test)
     judged = _JUDGES[task.trial.cell.defense.kind](bench)
     record = task.defense(
         clock.read(),
-        runtime=runtime(),
         verdict=judged.verdict,
         reason=judged.reason,
         finding=judged.finding,
@@ -133,11 +133,25 @@ def _evidence(bench: Bench) -> tuple[Any, Evidence]:
             seed=bench.seed,
             gradient_blind_nodes=tuple(node.name for node in blind),
         )
-    if cell.access == "shadow":
-        if evidence.shadow is None:
-            raise SessionError(f"there is no shadow to answer for the file: {evidence.certificate.reason}")
-        evidence = replace(evidence, session=ShadowSession(bench.session, evidence.shadow))
-    return defense, evidence
+    return defense, _on_the_shadow(evidence, cell.defense) if cell.access == "shadow" else evidence
+
+
+def _on_the_shadow(evidence: Evidence, defense: DefenseSpec) -> Evidence:
+    """The shadow as its own session, which adds nothing, saturation neither: what a defense replays there agrees.
+
+    A defense that needs gradients looks at the certificate itself; for one that does not it is looked at here.
+
+    Raises:
+        SessionError: there is none, or none that is known to answer as the file does.
+    """
+    certificate = evidence.certificate
+    if evidence.shadow is None or not (certificate.certified or defense.needs_gradients):
+        raise SessionError(f"there is no certified shadow to answer for the file: {certificate.reason}")
+    return replace(
+        evidence,
+        session=ShadowSession(evidence.session, evidence.shadow),
+        certificate=certificate.model_copy(update={"saturation_emulated": False}),
+    )
 
 
 def _judge_scan(bench: Bench) -> _Judged:

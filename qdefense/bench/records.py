@@ -236,8 +236,9 @@ class DatasetMetrics(_Record):
     is drawn up label by label, and there is no curve; ``auroc`` and ``fpr`` are of all rows. Rows without a score are
     in no rate.
     ``top`` are the ``round(1.5 * poisons)`` rows of these with the highest scores: ``top_recall`` is the share of all
-    poisons that they hold, ``top_precision`` the share of poison among them, which cannot exceed 2/3. Where poison is
-    most of its label, any order scores high: a random one has a recall of ``top_precision.n / (tpr.n + within_fpr.n)``.
+    poisons that they hold, ``top_precision`` the share of poison among them: 2/3 at most, but for rounding and for a
+    label with fewer rows than that. Where poison is most of its label, any order scores high: a random one has a recall
+    of ``top_precision.n / (tpr.n + within_fpr.n)``.
     """
 
     kind: Literal["dataset"] = "dataset"
@@ -266,6 +267,18 @@ class FilterMetrics(_Record):
     boundary: dict[str, Any] | None = Field(default=None, description="where the filter drew its line")
     asr_after: Rate | None = None
     curve: Curve | None = None
+
+    @property
+    def rejects_nothing(self) -> bool:
+        """Whether no score can be below the line, so that every rate of rejections is 0 whatever the inputs."""
+        line, lowest = ((self.boundary or {}).get(name) for name in ("value", "lowest_score"))
+        return isinstance(line, int | float) and isinstance(lowest, int | float) and line <= lowest
+
+    @property
+    def weakness(self) -> str | None:
+        """What weakens the filter on the file, in its own words."""
+        note = (self.boundary or {}).get("note")
+        return note if isinstance(note, str) else None
 
 
 class RepairMetrics(_Record):

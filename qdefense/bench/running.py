@@ -281,7 +281,11 @@ class Run:
         path = self._path(artifact)
         if path is not None and (cells := self._missing_cells(network, file, artifact)):
             model = read_model(path, artifact.artifact_sha256)
-            yield from (self._trial(network, file, cell, artifact, made, model) for cell in cells)
+            for cell in cells:
+                try:
+                    yield self._trial(network, file, cell, artifact, made, model)
+                except StoreError as error:  # a truth that only scans of the training set read
+                    self._tell_broken(network, str(error))
 
     def _making(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
         """A file, or first its network: what is not here may not be committed, and this is another machine."""

@@ -158,6 +158,8 @@ def _matrix_cell(row: DefenseRow) -> Cell:
         lines = [told, f"TPR {counted(row.tpr)}", f"FPR {counted(row.fpr)}"]
     if isinstance(row, RepairRow) and row.refused:
         lines.append(f"{row.refused} NOT_REPAIRED")
+    if isinstance(row, FilterRow) and row.without_line:
+        lines.append(f"{row.without_line} without a line")
     if not row.answers.measured:
         lines, area = [_why_empty(row)], None
     return Cell(lines=(*lines, *_lacking(row.answers)), group=group, heat=None if area is None else heat_of(area))
@@ -255,7 +257,7 @@ def _filter_cells(row: FilterRow) -> list[Cell]:
     return [
         *_named(row),
         *_text(decimals(row.auroc), counted(row.tpr), counted(row.fpr), counted(row.clean_fpr)),
-        *_text(counted(row.asr_after), f"{row.unmeasured_inputs:,}"),
+        *_text(row.without_line, counted(row.asr_after), f"{row.unmeasured_inputs:,}"),
         *_states(row.answers),
         *_text(_summed(row.inactive)),
         *_text(_summed(row.clean), decimals(row.attenuated), decimals(row.dormant)),
@@ -305,11 +307,14 @@ def _figure_name(figure: BudgetFigure) -> str:
 def _budget_cells(row: BudgetRow, names: Sequence[str]) -> list[Cell]:
     mine = {_figure_name(one): _figure_cell(row, one) for one in (*row.repairs, *row.detections)}
     share = NOTHING if row.rate is None else f"{100 * row.rate:.3g} %"
-    files = (row.setting, "", "session") if row.networks else None
+    files = (row.setting, "", "session") if row.networks + row.failed else None
+    networks = (f"{row.networks}", *((f"{row.failed} failed",) if row.failed else ()))
     return [
         *_text(row.family, row.budget if row.poisons is None else f"{row.poisons:,}"),
         Cell(lines=(row.setting.file,), group=files),
-        *_text(share, row.networks, percents(row.asr)),
+        *_text(share),
+        Cell(lines=networks),
+        *_text(percents(row.asr)),
         *(mine.get(name, Cell(lines=(NO_RECORD,))) for name in names),
     ]
 

@@ -169,6 +169,10 @@ class FilterRow(_DefenseRow):
     unmeasured_inputs: int
     attenuated: Spread | None
     dormant: Spread | None
+    without_line: int = 0
+    """Of the measured files, the clean twins among them, those on which no score can be below the line."""
+    weaknesses: dict[str, int] = {}
+    """What weakens the filter, in its words, and on how many measured files of the row."""
 
 
 class RepairRow(_DefenseRow):
@@ -359,17 +363,21 @@ def filter_rows(cohort: Cohort) -> tuple[FilterRow, ...]:
 
 
 def _filter_row(sides: Sides) -> FilterRow:
-    found = _metrics(sides.of(Activity.ACTIVE), FilterMetrics)
+    found, every = _metrics(sides.of(Activity.ACTIVE), FilterMetrics), _metrics(sides.all, FilterMetrics)
+    twins = _metrics(sides.clean, FilterMetrics)
+    rated = twins if sides.subject.setting.attack == NO_ATTACK else [*found, *twins]
     return FilterRow(
         **sides.facts,
         auroc=spread(one.auroc for one in found),
         tpr=proportion(one.tpr for one in found),
         fpr=proportion(one.fpr for one in found),
-        clean_fpr=proportion(one.fpr for one in _metrics(sides.clean, FilterMetrics)),
+        clean_fpr=proportion(one.fpr for one in twins),
         asr_after=proportion(one.asr_after for one in found),
-        unmeasured_inputs=sum(one.unmeasured for one in _metrics(sides.all, FilterMetrics)),
+        unmeasured_inputs=sum(one.unmeasured for one in every),
         attenuated=spread(map(auroc_of, sides.of(Activity.ATTENUATED))),
         dormant=spread(map(auroc_of, sides.of(Activity.DORMANT))),
+        without_line=sum(one.rejects_nothing for one in rated),
+        weaknesses=dict(Counter(one.weakness for one in every if one.weakness is not None)),
     )
 
 

@@ -26,7 +26,7 @@ from qdefense.bench.records import (
 )
 from qdefense.bench.revisions import EVALUATION_REVISION, versions
 from qdefense.findings import Verdict
-from qdefense.profile import SessionProfile
+from qdefense.profile import SessionProfile, runtime
 
 
 class Clock:
@@ -277,6 +277,7 @@ class TrialTask:
             "evaluation": trial.rules,
             "evaluation_revision": EVALUATION_REVISION,
             "profile": trial.profile,
+            "runtime": runtime(),
             "replica": self.replica,
             "versions": versions(),
             "volatile": volatile,

@@ -73,6 +73,16 @@ def test_what_was_not_measured_has_no_figure_and_is_counted() -> None:
     assert scan.answers == Answers(not_measured=2)
 
 
+def test_a_file_that_failed_is_none_of_the_networks_that_a_mean_is_of() -> None:
+    made = [network(poison_count=count, seed=seed) for count in (50, 300) for seed in (0, 1, 2)]
+    records: list[Record] = [behaviour(one, asr=0.9) for one in made[:4]]
+    records += [behaviour(one, accuracy=None, asr=None, failed=True) for one in made[4:]]
+    few, many = rows_of(records)
+    assert (few.networks, few.failed, many.networks, many.failed) == (3, 0, 1, 2)
+    assert many.asr is not None
+    assert many.asr.n == 1
+
+
 def test_a_filter_is_told_by_its_auroc() -> None:
     records: list[Record] = []
     for count in (50, 100):

@@ -48,6 +48,7 @@ from qdefense.findings import (
     TriggerPicture,
     Verdict,
 )
+from qdefense.profile import runtime
 from qdefense.registry import Registry
 from qdefense.session import DeployedSession
 
@@ -389,13 +390,53 @@ def test_filter(measured: Callable[..., list[DefenseRecord]]) -> None:
 
 
 def test_filter_on_the_shadow_is_judged_by_what_the_shadow_answers(
-    measured: Callable[..., list[DefenseRecord]],
+    measured: Callable[..., list[DefenseRecord]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its decisions held against the deployed file's answers are a rate of neither."""
+    monkeypatch.setattr("qdefense.fidelity.MIN_ROWS", 40)
     _, poisoned = measured("planted-filter", accesses='["shadow"]')
     assert isinstance(poisoned.metrics, FilterMetrics)
     assert poisoned.metrics.asr_after is not None
     assert [evidence.session.forwards for evidence in SEEN] == [0, poisoned.metrics.asr_after.n]
+
+
+def test_filter_on_a_shadow_that_is_not_certified_has_no_answer(new_desk: NewDesk, finished: Desk) -> None:
+    """It never looks at the certificate, so what such a shadow answers would pass for what the file does."""
+    text = TINY.replace("neural-cleanse:budget=quick", "planted-filter") + 'accesses = ["shadow"]\n'
+    made = new_desk(text, name="uncertified")
+    shutil.copytree(finished.results / "models", made.results / "models")
+    made.run(Inline())
+    found = [record for record in made.records.values() if isinstance(record, DefenseRecord)]
+    assert len(found) == 4
+    for record in found:
+        assert (record.failed, record.verdict, record.metrics) == (True, Verdict.NOT_MEASURED, None)
+        assert "no certified shadow to answer for the file: 40 clean images" in record.reason
+        assert record.runtime == runtime(), "or it stands in a row of its own where a folder holds two CPUs' answers"
+
+
+def test_a_shadow_that_answers_for_itself_is_compared_without_saturation(
+    measured: Callable[..., list[DefenseRecord]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own session adds none: emulated in the replay alone, shadow and shadow would disagree on such a CPU."""
+    monkeypatch.setattr("qdefense.converters.shadow.runtime_saturation", lambda: ("QLinearConv",))
+    measured("planted-scan", accesses='["session", "shadow"]')
+    session, shadow = SEEN[:2]
+    assert (type(session.session), type(shadow.session).__name__) == (DeployedSession, "ShadowSession")
+    assert (session.certificate.saturation_emulated, shadow.certificate.saturation_emulated) == (True, False)
+
+
+def test_a_missing_truth_costs_the_scans_of_the_training_set_alone(new_desk: NewDesk, finished: Desk) -> None:
+    text = TINY.replace('"neural-cleanse:budget=quick"', '"planted-dataset", "planted-filter"')
+    made = new_desk(text, name="untold")
+    made.run(Inline())
+    table = made.results / "records.jsonl"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if '"defense":"planted-' not in line))
+    for truth in (made.results / "models").glob("*.truth.json"):
+        truth.unlink()
+    _, told = made.run(Inline())
+    found = [record.defense for record in made.records.values() if isinstance(record, DefenseRecord)]
+    assert found == ["planted-filter"] * 4
+    assert all("no readable truth beside its network" in line for line in told)
 
 
 def test_filter_that_cannot_be_fitted(measured: Callable[..., list[DefenseRecord]]) -> None:

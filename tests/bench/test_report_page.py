@@ -17,7 +17,7 @@ from qdefense.bench.figures import changed, counted, decimals, percents, rounded
 from qdefense.bench.markdown import escaped, render_markdown
 from qdefense.bench.page import MOST_TRIGGERS, render_bench
 from qdefense.bench.plots import SIDE, cost_charts, roc_panels, series_of
-from qdefense.bench.records import BehaviourRecord, DefenseRecord, Rate
+from qdefense.bench.records import BehaviourRecord, DefenseRecord, FilterMetrics, Rate, Record
 from qdefense.bench.sheets import _memory, heat_of, sheets_of
 from qdefense.bench.store import StoreError, read_latencies
 from qdefense.bench.summary import BenchReport, read_results, summarise
@@ -197,6 +197,25 @@ def test_page_says_that_rates_without_clean_networks_have_no_control(tmp_path: P
     results = read_results(samples.write(tmp_path, records))
     (told,) = omissions(summarise(results, Cohort(results.records)))
     assert "no clean network" in told
+
+
+def test_page_says_what_a_filter_says_of_itself_and_where_it_has_no_line(tmp_path: Path) -> None:
+    records: list[Record] = []
+    for attack in (None, "badnets"):
+        made_ = samples.network(attack)
+        line = {"value": -0.1, "lowest_score": 0.0, "note": "the file cuts <pixels> at 1"}
+        none = Rate(hits=0, n=10)
+        metrics = FilterMetrics(tpr=none if attack else None, fpr=none, boundary=line)
+        trial = samples.defense(made_, metrics=metrics, name="strip", kind="filter", verdict=None, settings={})
+        records += [samples.behaviour(made_), trial]
+    results = read_results(samples.write(tmp_path, records))
+    cohort = Cohort(results.records)
+    report = summarise(results, cohort)
+    assert omissions(report) == ("strip, on 2 files: the file cuts <pixels> at 1.",)
+    page = render_bench(report, cohort)
+    assert "2 without a line" in page
+    assert "cuts &lt;pixels&gt; at 1" in page
+    assert "<pixels>" not in page
 
 
 ELSEWHERE = samples.RUNTIME.model_copy(update={"isa": ("avx2",)})

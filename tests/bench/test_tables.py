@@ -279,6 +279,26 @@ def test_filter_row_pools_inputs_and_counts_those_without_a_score() -> None:
     assert row.unmeasured_inputs == 3
 
 
+def lined(value: float, note: str | None = None) -> FilterMetrics:
+    rate = Rate(hits=0, n=10)
+    line = {"value": value, "lowest_score": 0.0, "note": note}
+    return FilterMetrics(auroc=0.9, tpr=rate, fpr=rate, asr_after=rate, boundary=line)
+
+
+def test_filter_row_counts_files_whose_line_no_score_is_below() -> None:
+    """A TPR and an FPR of 0 that no input could have changed are no measurement of either."""
+    records: list[Record] = []
+    for seed, (value, note) in enumerate([(0.1, None), (0.0, "it cuts"), (-0.3, None)]):
+        for attack in (None, "badnets"):
+            made = network(attack, seed)
+            metrics = lined(value, note if attack else None)
+            records += [behaviour(made), defense(made, metrics=metrics, name="strip", kind="filter", verdict=None)]
+    clean, attacked = filter_rows(cohort(records))
+    assert (clean.without_line, attacked.without_line) == (2, 4)
+    assert (clean.weaknesses, attacked.weaknesses) == ({}, {"it cuts": 1})
+    assert FilterMetrics(fpr=Rate(hits=0, n=1)).rejects_nothing is False, "an old line that does not say"
+
+
 def test_repair_row_shows_change_and_never_detection() -> None:
     records: list[Record] = []
     for seed, (accuracy, asr) in enumerate([(0.93, 0.1), (0.91, 0.3), (0.89, 0.02)]):
