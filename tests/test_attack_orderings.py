@@ -75,7 +75,61 @@ def test_rules_of_the_sentences(orderings: ModuleType) -> None:
     assert not orderings.hidden([2.0, 1.0]), "a host that is not found hides nothing"
     assert orderings.kept([0.901])
     assert not orderings.kept([0.9])
-    assert orderings.not_below([0.5, 0.5])
+    assert orderings.above([0.9, 0.5, 0.01, 0.2])
+    assert orderings.above([0.5, 0.9, -0.2, -0.01]) is False
+    assert orderings.above([0.9, 0.89, -0.01, 0.03]) is None
+    assert orderings.below([0.1, 0.2, -0.2, -0.01])
+    assert orderings.below([0.1, 0.1, -0.1, 0.1]) is None
+    assert orderings.first_is_highest([0.06, 0.05])
+    assert orderings.first_is_highest([0.06, 0.07]) is False
+    assert orderings.first_is_highest([0.04, 0.01]) is None, "no attack did anything"
+
+
+def test_places_that_do_not_decide_are_counted_apart(orderings: ModuleType) -> None:
+    open_, whole = {"a": 0.04, "b": 0.01}, {"a": 0.9, "b": 0.1}
+    word, lines = told(orderings, {("signs", 0): open_})
+    assert (word, lines) == ("undecided (all 1)", ["signs seed 0: a 0.040, b 0.010: undecided"])
+    assert told(orderings, {("signs", 0): open_, ("signs", 1): whole})[0] == "reproduced (1 of 1; 1 undecided)"
+
+
+def test_interval_of_a_difference_is_newcombe_of_two_rates_and_widens_with_more(orderings: ModuleType) -> None:
+    """Newcombe 1998, example (a), method 10: 56 of 70 less 48 of 80 is .2 [.0524, .3339]."""
+    first, second = orderings.Count(hits=56, n=70), orderings.Count(hits=48, n=80)
+    low, high = orderings.difference_interval([first], [second])
+    assert (low, high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))
+    none, few = orderings.Count(hits=0, n=50), orderings.Count(hits=10, n=50)
+    wide = orderings.difference_interval([first, none], [second, few])
+    assert sum(wide) / 2 > sum((low, high)) / 2, "the second network's FPR is taken from it"
+    assert wide[1] - wide[0] > high - low
+
+
+def behaves(asr: float | None, fpr: float | None, variant: str = "trans", sha: str = "f") -> SimpleNamespace:
+    network = SimpleNamespace(data="signs", seed=0, attack="cassock", attack_settings={"variant": variant})
+    rates = {"asr": asr, "eligible": 100, "fpr": fpr, "bystanders": 1000}
+    return SimpleNamespace(network=network, scheme="fp32", artifact_sha256=sha, **rates)
+
+
+def test_two_variants_are_compared_with_the_interval_of_their_difference(orderings: ModuleType) -> None:
+    results = orderings.Results(())
+    better, worse = orderings.cassock("comp"), orderings.cassock("trans")
+    read = orderings.compared("ASR - FPR", orderings.selectivity, better, worse)
+    results.behaviours = [behaves(0.9, 0.1)]
+    assert set(read(results, ("signs", 0)).values()) == {None}
+    results.behaviours.append(behaves(0.95, None, "comp"))
+    assert set(read(results, ("signs", 0)).values()) == {None}, "without an FPR there is nothing to compare"
+    results.behaviours.append(behaves(0.95, 0.02, "comp"))
+    first, second, low, high = read(results, ("signs", 0)).values()
+    assert (first, second) == (pytest.approx(0.93), pytest.approx(0.8))
+    assert low < 0.13 < high
+
+
+def test_an_asr_counts_beyond_what_its_trigger_does_to_the_clean_network(orderings: ModuleType) -> None:
+    results = orderings.Results((), [{"artifact_sha256": "f", "hits": 300, "images": 1000}])
+    results.behaviours = [behaves(0.9, 0.1)]
+    assert results.beyond(orderings.cassock("trans"), ("signs", 0)) == pytest.approx(0.6)
+    assert results.beyond(orderings.cassock("comp"), ("signs", 0)) is None
+    results.behaviours = [behaves(0.9, 0.1, sha="without a control")]
+    assert math.isnan(results.beyond(orderings.cassock("trans"), ("signs", 0)))
 
 
 def test_what_was_not_measured_is_left_empty(orderings: ModuleType) -> None:
@@ -88,7 +142,11 @@ def scanned(verdict: Verdict, norm: float | None, index: float | None) -> Simple
     network = SimpleNamespace(data="signs", seed=0, attack="badnets", attack_settings={"poison_rate": 0.1})
     metrics = ScanMetrics(score=1.0, targets=(3,), target_norm=norm, target_index=index)
     return SimpleNamespace(
-        network=network, scheme="fp32", settings={"multiplier": 2.0}, verdict=verdict, metrics=metrics
+        network=network,
+        scheme="fp32",
+        settings={"multiplier": 2.0, "budget": "quick"},
+        verdict=verdict,
+        metrics=metrics,
     )
 
 
@@ -132,7 +190,7 @@ def told_by_the_model(orderings: ModuleType, costs: list[float | None], weight: 
         for place, (norm, cost) in enumerate(zip(norms, [*costs, 0.9, None], strict=True))
     ]
     record.finding = SimpleNamespace(result=ScanResult.model_construct(classes=tuple(classes)))
-    record.settings = {"multiplier": 1.0, "initial_cost": weight}
+    record.settings = {"multiplier": 1.0, "budget": "gate", "initial_cost": weight}
     results = orderings.Results(())
     results.scans = [record]
     results.behaviours = [SimpleNamespace(network=record.network)]
@@ -143,13 +201,13 @@ def told_by_the_model(orderings: ModuleType, costs: list[float | None], weight: 
 def test_model_takes_the_medians_of_benign_classes_that_have_a_trigger(orderings: ModuleType) -> None:
     """Rise .01 (110 - 9) + .06 = 1.07 nats; exp(-1.07) = .343; of five classes a fifth is chance."""
     assert told_by_the_model(orderings, [0.05, 0.07, 0.06]) == [
-        "| signs, 0 | fp32 | 0.01 | 110.0 | 0.0600 | 0.343 | 0.657 | 0.66 to 0.80 |"
+        "| signs, 0 | fp32 | 0.01 | BACKDOORED | 110.0 | 0.0600 | 0.343 | 0.657 | 0.66 to 0.80 |"
     ]
 
 
 def test_model_says_where_no_smoothing_hides_and_fires(orderings: ModuleType) -> None:
     assert told_by_the_model(orderings, [0.05, 0.07, 0.06], weight=0.1) == [
-        "| signs, 0 | fp32 | 0.1 | 110.0 | 0.0600 | 0.000 | 1.000 | none |"
+        "| signs, 0 | fp32 | 0.1 | BACKDOORED | 110.0 | 0.0600 | 0.000 | 1.000 | none |"
     ]
 
 

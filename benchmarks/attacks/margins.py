@@ -118,14 +118,22 @@ class Attacked:
     @cached_property
     def asked(self) -> tuple[Pixels, Labels, Labels]:
         """Eligible test images with the trigger, their labels, and what the attacker wants of them."""
+        images = test_images(self.files["fp32"].network.data)
+        trigger = self.trigger(*images.images.shape[1:3])
+        eligible = images.take(np.flatnonzero(trigger.eligible(images.labels)))
+        return trigger.stamp(eligible.pixels), eligible.labels, trigger.goal(eligible.labels)
+
+    def trigger(self, height: int, width: int) -> Trigger:
+        """On images of this size.
+
+        Raises:
+            StoreError: its state is not among the results; one that shows images of the data is not committed.
+        """
         record = self.files["fp32"]
         attack = ATTACKS.restore(record.network.attack or "", record.network.attack_settings)
         packed = self.store.trigger(record.artifact_sha256)
-        images = test_images(record.network.data)
-        state = None if packed is None else unpack_state(packed)
-        trigger: Trigger = trigger_of(attack, *images.images.shape[1:3], state)
-        eligible = images.take(np.flatnonzero(trigger.eligible(images.labels)))
-        return trigger.stamp(eligible.pixels), eligible.labels, trigger.goal(eligible.labels)
+        made: Trigger = trigger_of(attack, height, width, None if packed is None else unpack_state(packed))
+        return made
 
     def answers(self, model: bytes) -> Logits:
         """What a file answers to the triggered images."""

@@ -1,14 +1,17 @@
 """Write README.md: which orderings of the attacks' papers hold here, and what each precision leaves of every attack.
 
     qdefense bench benchmarks/attacks/matrix.toml
+    QDEFENSE_DATA=... python benchmarks/attacks/controls.py
     python benchmarks/attacks/orderings.py
 
 A sentence is judged once for every data set and seed of which all its files were measured. It is *reproduced* where it
-holds for all of them, *not reproduced* where it fails for one; before anything was measured it says so.
+holds for all of them that decide, *not reproduced* where it fails for one; before anything was measured it says so.
+Two rates whose difference may be 0 decide nothing, and no ASR does that its trigger has on the clean network, too.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,16 +21,19 @@ from statistics import median
 from typing import Any, TypeVar
 
 from qdefense.attacks.compensation import confidence_drop, feasible_smoothings, highest_confidence, minimum_rise
-from qdefense.bench.records import BehaviourRecord, DatasetMetrics, DefenseRecord, Record, ScanMetrics
+from qdefense.bench.records import BehaviourRecord, DatasetMetrics, DefenseRecord, Record, ScanMetrics, TrainingRecord
 from qdefense.bench.store import RECORDS, read_records
 from qdefense.findings import ScanResult, Verdict
 from qdefense.rates import wilson_interval
+from qdefense.trial import DORMANT_MARGIN
 
 HERE = Path(__file__).parent
+CONTROLS = "controls.jsonl"
 SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
 PATCH_PIXELS = 9
 """Norm of BadNets' true mask, 3x3."""
-PAPER_INDEX, KEPT_ASR, TINY = 2.0, 0.9, 50
+PAPER_INDEX, KEPT_ASR = 2.0, 0.9
+TINY, TENFOLD = 50, 500
 SWEPT, HELD_SHARE = 1000, 0.85
 Told = TypeVar("Told", BehaviourRecord, DefenseRecord)
 
@@ -58,42 +64,85 @@ def cassock(variant: str) -> Planted:
     return Planted(name="cassock", settings={"variant": variant})
 
 
-def few(name: str) -> Planted:
-    return Planted(name=name, settings={"poison_count": TINY})
+def in_the_loop(variant: str) -> Planted:
+    return Planted(name="cassock-loop", settings={"variant": variant})
+
+
+def few(name: str, count: int = TINY) -> Planted:
+    return Planted(name=name, settings={"poison_count": count})
+
+
+def dfb(count: int, variant: str = "fixed") -> Planted:
+    return Planted(name="dfb", settings={"variant": variant, "poison_count": count, "ood": "gtsrb"})
+
+
+def clean_label(rate: float) -> Planted:
+    return Planted(name="clean-label", settings={"class_rate": rate})
 
 
 BADNETS, BLENDED = (Planted(name=name, settings={"poison_rate": 0.1, "mode": None}) for name in ("badnets", "blended"))
 LSP = {smoothing: Planted(name="lsp", settings={"smoothing": smoothing}) for smoothing in (0.2, 0.4, 0.5)}
-DFB = Planted(name="dfb", settings={"poison_count": TINY, "ood": "gtsrb"})
 SWEPT_BLENDED = Planted(name="blended", settings={"poison_count": SWEPT})
-FEW_CLEAN_LABEL = Planted(name="clean-label", settings={"class_rate": 0.01})
+FEW_HTBA = Planted(name="htba", settings={"class_rate": 0.01})
+RIVALS = {
+    TINY: (few("badnets"), few("blended"), clean_label(0.01), FEW_HTBA),
+    TENFOLD: (few("badnets", TENFOLD), few("blended", TENFOLD), clean_label(0.1)),
+}
+"""Of DFB, by the number of poisons."""
 SHOWN = (
     BADNETS,
     BLENDED,
     *LSP.values(),
     *map(cassock, ("source-specific", "trans", "cont", "comp")),
-    Planted(name="cassock-loop", settings={"variant": "trans"}),
+    *map(in_the_loop, ("source-specific", "trans")),
     Planted(name="wanet"),
     Planted(name="adaptive-blend"),
-    DFB,
-    *(Planted(name="badnets", settings={"poison_count": count}) for count in (SWEPT, 250, TINY)),
+    dfb(TINY),
+    *RIVALS[TINY],
+    dfb(TENFOLD),
+    dfb(TENFOLD, "encoder"),
+    *RIVALS[TENFOLD],
+    *(few("badnets", count) for count in (250, SWEPT)),
     SWEPT_BLENDED,
-    few("blended"),
-    FEW_CLEAN_LABEL,
     Planted(name="sig"),
     Planted(name="issba"),
     Planted(name="input-aware"),
-    Planted(name="clean-label", settings={"class_rate": 0.25}),
-    Planted(name="htba"),
+    clean_label(0.25),
+    Planted(name="htba", settings={"class_rate": 0.3}),
     *(Planted(name=name, settings={"mode": "all-to-all"}) for name in ("badnets", "blended")),
 )
 
 
-class Results:
-    """The records, newest last."""
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """``hits`` of ``n``, and Wilson's interval."""
 
-    def __init__(self, records: Iterable[Record]) -> None:
-        every = [record for record in records if not record.failed]
+    hits: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The rate."""
+        return self.hits / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of 95 %, over the images of one network."""
+        return wilson_interval(self.hits, self.n)
+
+
+def count_of(rate: float | None, n: int | None) -> Count | None:
+    return None if rate is None or not n else Count(hits=round(rate * n), n=n)
+
+
+class Results:
+    """The records, newest last, and the controls by attacked network, file and clean twin."""
+
+    def __init__(self, records: Iterable[Record], controls: Iterable[dict[str, Any]] = ()) -> None:
+        known = list(records)
+        every = [record for record in known if not record.failed]
+        self.unmade = [record for record in known if isinstance(record, TrainingRecord) and record.failed]
+        self.controls = {one["artifact_sha256"]: Count(hits=one["hits"], n=one["images"]) for one in controls}
         self.behaviours = [record for record in every if isinstance(record, BehaviourRecord)]
         answers = [record for record in every if isinstance(record, DefenseRecord)]
         self.scans = [record for record in answers if record.defense == "neural-cleanse"]
@@ -108,9 +157,26 @@ class Results:
         """What a file of this attack does."""
         return _last_of(self.behaviours, planted, place, scheme)
 
+    def control(self, record: BehaviourRecord) -> Count | None:
+        """What the same trigger does to the clean network at the same precision."""
+        return self.controls.get(record.artifact_sha256)
+
+    def beyond(self, planted: Planted, place: tuple[str, int]) -> float | None:
+        """Its ASR less what the same trigger has on the clean network; NaN without that control."""
+        record = self.behaviour(planted, place)
+        if record is None or record.asr is None:
+            return None
+        control = self.control(record)
+        return math.nan if control is None else record.asr - control.value
+
     def scan(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> DefenseRecord | None:
-        """What Neural Cleanse says of a file of this attack."""
-        costed = (record for record in self.scans if (record.settings["multiplier"] == 1) == fixed)
+        """What Neural Cleanse says of a file of this attack; at a fixed cost with the steps that one takes."""
+        budget = "gate" if fixed else "quick"
+        costed = (
+            record
+            for record in self.scans
+            if (record.settings["multiplier"] == 1) == fixed and record.settings["budget"] == budget
+        )
         return _last_of(costed, planted, place, scheme)
 
     def index(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> float | None:
@@ -142,19 +208,20 @@ def _last_of(records: Iterable[Told], planted: Planted, place: tuple[str, int], 
 
 Figures = dict[str, float | None]
 """What a sentence rests on, by what is shown before it; None: not measured, NaN: measured, without an answer."""
+Reads = Callable[[Results, tuple[str, int]], Figures]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A sentence of a paper, the figures it speaks of, and whether they are so."""
+    """A sentence of a paper, the figures it speaks of, and whether they are so; None where they do not decide."""
 
     paper: str
     sentence: str
-    figures: Callable[[Results, tuple[str, int]], Figures]
-    holds: Callable[[list[float]], bool]
+    figures: Reads
+    holds: Callable[[list[float]], bool | None]
 
 
-def asr_of(*attacks: Planted) -> Callable[[Results, tuple[str, int]], Figures]:
+def asr_of(*attacks: Planted) -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
         found = {planted.title: results.behaviour(planted, place) for planted in attacks}
         return {f"ASR {title}": None if record is None else record.asr for title, record in found.items()}
@@ -162,38 +229,85 @@ def asr_of(*attacks: Planted) -> Callable[[Results, tuple[str, int]], Figures]:
     return figures
 
 
-def selectivity_of(*variants: str) -> Callable[[Results, tuple[str, int]], Figures]:
+def beyond_of(*attacks: Planted) -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
-        found = {variant: results.behaviour(cassock(variant), place) for variant in variants}
-        return {f"ASR - FPR {variant}": _selectivity(record) for variant, record in found.items()}
+        return {f"ASR beyond its control {planted.title}": results.beyond(planted, place) for planted in attacks}
 
     return figures
 
 
-def _selectivity(record: BehaviourRecord | None) -> float | None:
-    return None if record is None or record.asr is None or record.fpr is None else record.asr - record.fpr
+Read = Callable[[BehaviourRecord], tuple[Count | None, ...]]
+"""The rates whose sum a sentence compares; the first is added, further ones are taken away."""
 
 
-def indices_of(*attacks: Planted, scheme: str = "fp32", fixed: bool) -> Callable[[Results, tuple[str, int]], Figures]:
+def asr_count(record: BehaviourRecord) -> tuple[Count | None, ...]:
+    return (count_of(record.asr, record.eligible),)
+
+
+def fpr_count(record: BehaviourRecord) -> tuple[Count | None, ...]:
+    return (count_of(record.fpr, record.bystanders),)
+
+
+def selectivity(record: BehaviourRecord) -> tuple[Count | None, ...]:
+    return (*asr_count(record), *fpr_count(record))
+
+
+def compared(what: str, read: Read, better: Planted, worse: Planted) -> Reads:
+    """Both figures, and the interval of their difference: what `above` and `below` decide by."""
+
+    def figures(results: Results, place: tuple[str, int]) -> Figures:
+        both = [None if one is None else read(one) for one in (results.behaviour(it, place) for it in (better, worse))]
+        names = [f"{what} {planted.title}" for planted in (better, worse)]
+        if any(one is None or None in one for one in both):
+            return dict.fromkeys(names)
+        sides = [[count for count in one or () if count is not None] for one in both]
+        totals = [side[0].value - sum(count.value for count in side[1:]) for side in sides]
+        low, high = difference_interval(*sides)
+        return {**dict(zip(names, totals, strict=True)), "difference from": low, "to": high}
+
+    return figures
+
+
+def difference_interval(better: list[Count], worse: list[Count]) -> tuple[float, float]:
+    """95 % interval of ``(b1 - b2) - (w1 - w2)`` from Wilson's of each rate (MOVER, Zou & Donner 2008).
+
+    Of independent images; the same ones were shown to both networks, which makes it wider than need be.
+    """
+    added, taken = [better[0], *worse[1:]], [*better[1:], worse[0]]
+    middle = sum(one.value for one in added) - sum(one.value for one in taken)
+    down = [one.value - one.interval[0] for one in added] + [one.interval[1] - one.value for one in taken]
+    up = [one.interval[1] - one.value for one in added] + [one.value - one.interval[0] for one in taken]
+    return middle - math.hypot(*down), middle + math.hypot(*up)
+
+
+def indices_of(*attacks: Planted, scheme: str = "fp32", fixed: bool) -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
         return {f"index {planted.title}": results.index(planted, place, scheme, fixed=fixed) for planted in attacks}
 
     return figures
 
 
-def held_of(*attacks: Planted, scheme: str = "fp32") -> Callable[[Results, tuple[str, int]], Figures]:
+def held_of(*attacks: Planted, scheme: str = "fp32") -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
         return {f"share of the poisons of {planted.title}": results.held(planted, place, scheme) for planted in attacks}
 
     return figures
 
 
-def first_is_highest(values: list[float]) -> bool:
-    return all(values[0] > other for other in values[1:])
+def first_is_highest(values: list[float]) -> bool | None:
+    """None where no attack does more than its trigger does to the clean network: who is first there is chance."""
+    return None if max(values) < DORMANT_MARGIN else all(values[0] > other for other in values[1:])
 
 
-def not_below(values: list[float]) -> bool:
-    return values[0] >= values[1]
+def above(values: list[float]) -> bool | None:
+    """By the interval of the difference, the last two values."""
+    low, high = values[-2:]
+    return None if low <= 0 <= high else low > 0
+
+
+def below(values: list[float]) -> bool | None:
+    found = above(values)
+    return None if found is None else not found
 
 
 def hidden(values: list[float]) -> bool:
@@ -238,11 +352,15 @@ CLAIMS = (
         )
         for cost in ("adaptive", "fixed")
     ),
-    Claim(
-        paper="DFB",
-        sentence=f"at {TINY} poisons its ASR is higher than that of BadNets, Blended and clean-label",
-        figures=asr_of(DFB, few("badnets"), few("blended"), FEW_CLEAN_LABEL),
-        holds=first_is_highest,
+    *(
+        Claim(
+            paper="DFB",
+            sentence=f"at {count} poisons its ASR, beyond what the trigger does to a clean network, is higher than "
+            "that of " + ", ".join(dict.fromkeys(rival.name for rival in rivals)),
+            figures=beyond_of(dfb(count), *rivals),
+            holds=first_is_highest,
+        )
+        for count, rivals in RIVALS.items()
     ),
     Claim(
         paper="Spectral Signatures",
@@ -254,18 +372,33 @@ CLAIMS = (
     *(
         Claim(
             paper="CASSOCK",
-            sentence=f"`{better}` is not below `{worse}` in ASR - FPR",
-            figures=selectivity_of(better, worse),
-            holds=not_below,
+            sentence=f"{better.title} is above {worse.title} in ASR - FPR",
+            figures=compared("ASR - FPR", selectivity, better, worse),
+            holds=above,
         )
-        for better, worse in (("comp", "trans"), ("cont", "source-specific"), ("trans", "source-specific"))
+        for better, worse in (
+            (cassock("comp"), cassock("trans")),
+            (cassock("cont"), cassock("source-specific")),
+            (cassock("trans"), cassock("source-specific")),
+            (in_the_loop("trans"), in_the_loop("source-specific")),
+        )
+    ),
+    *(
+        Claim(
+            paper="CASSOCK",
+            sentence=f"`comp` has a {'higher' if holds is above else 'lower'} {what} than the baseline",
+            figures=compared(what, read, cassock("comp"), cassock("source-specific")),
+            holds=holds,
+        )
+        for what, read, holds in (("ASR", asr_count, above), ("FPR", fpr_count, below))
     ),
 )
 
 
 def verdict(claim: Claim, results: Results) -> tuple[str, list[str]]:
     """The word for a claim, and its figures place by place."""
-    told, answers = [], []
+    told: list[str] = []
+    answers: list[bool | None] = []
     for place in results.places:
         figures = claim.figures(results, place)
         known = [value for value in figures.values() if value is not None]
@@ -276,10 +409,17 @@ def verdict(claim: Claim, results: Results) -> tuple[str, list[str]]:
             told.append(f"{place[0]} seed {place[1]}: {values}")
             continue
         answers.append(claim.holds(known))
-        told.append(f"{place[0]} seed {place[1]}: {values}: {'yes' if answers[-1] else 'no'}")
+        told.append(f"{place[0]} seed {place[1]}: {values}: {_WORDS[answers[-1]]}")
     if not answers:
         return "no answer" if told else "not measured yet", told
-    return ("reproduced" if all(answers) else "not reproduced") + f" ({sum(answers)} of {len(answers)})", told
+    decided = [answer for answer in answers if answer is not None]
+    open_ = f"; {len(answers) - len(decided)} undecided" if len(decided) < len(answers) else ""
+    if not decided:
+        return f"undecided (all {len(answers)})", told
+    return ("reproduced" if all(decided) else "not reproduced") + f" ({sum(decided)} of {len(decided)}{open_})", told
+
+
+_WORDS = {True: "yes", False: "no", None: "undecided"}
 
 
 def claim_table(results: Results) -> Iterator[str]:
@@ -292,8 +432,8 @@ def claim_table(results: Results) -> Iterator[str]:
 
 def model_table(results: Results) -> Iterator[str]:
     """The compensatory model on measured norms and costs: how far the confidence must fall at a fixed cost."""
-    yield "| data, seed | precision | weight | benign norm | benign cost | q_max | least smoothing | feasible |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| data, seed | precision | weight | scan | benign norm | benign cost | q_max | least smoothing | feasible |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for place in results.places:
         for scheme in SCHEMES:
             record = results.scan(BADNETS, place, scheme, fixed=True)
@@ -308,7 +448,8 @@ def model_table(results: Results) -> Iterator[str]:
                 smoothings = feasible_smoothings(rise, classes=len(found.classes))
                 feasible = "none" if smoothings is None else f"{smoothings.low:.2f} to {smoothings.high:.2f}"
                 yield (
-                    f"| {place[0]}, {place[1]} | {scheme} | {weight:g} | {median(norms):.1f} | {median(costs):.4f} "
+                    f"| {place[0]}, {place[1]} | {scheme} | {weight:g} | {record.verdict} "
+                    f"| {median(norms):.1f} | {median(costs):.4f} "
                     f"| {highest_confidence(rise):.3f} | {confidence_drop(rise):.3f} | {feasible} |"
                 )
 
@@ -322,30 +463,41 @@ def shown(value: float | None) -> str:
 
 
 def rate(value: float | None, n: int | None) -> str:
-    if value is None or not n:
+    count = count_of(value, n)
+    if count is None:
         return ""
-    low, high = wilson_interval(round(value * n), n)
+    low, high = count.interval
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def precision_table(results: Results) -> Iterator[str]:
-    yield "| attack | data, seed | precision | clean accuracy | ASR | base confusion | FPR | activity |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| attack | data, seed | precision | clean accuracy | ASR | its control | base confusion | FPR | activity |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for planted in SHOWN:
         for place in results.places:
             for scheme in SCHEMES:
                 seen = results.behaviour(planted, place, scheme)
                 if seen is not None:
+                    control = results.control(seen)
                     yield (
                         f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {shown(seen.clean_accuracy)} "
-                        f"| {rate(seen.asr, seen.eligible)} | {shown(seen.base_confusion)} "
+                        f"| {rate(seen.asr, seen.eligible)} | {'' if control is None else shown(control.value)} "
+                        f"| {shown(seen.base_confusion)} "
                         f"| {rate(seen.fpr, seen.bystanders)} | {seen.activity} |"
                     )
 
 
+def unmade(results: Results) -> Iterator[str]:
+    """Networks that could not be made: they are in no sentence."""
+    if results.unmade:
+        lines = (f"- {one.network.title}: {one.reason}" for one in results.unmade)
+        yield "## Networks that could not be made\n\n" + "\n".join(lines)
+
+
 def main() -> None:
-    path = HERE / "results" / RECORDS
-    results = Results(read_records(path) if path.exists() else ())
+    path, controls = (HERE / "results" / name for name in (RECORDS, CONTROLS))
+    lines = controls.read_text(encoding="utf-8").splitlines() if controls.exists() else []
+    results = Results(read_records(path) if path.exists() else (), map(json.loads, lines))
     parts = [
         (HERE / "preface.md").read_text(encoding="utf-8").rstrip(),
         "## The papers' orderings\n\n" + "\n".join(claim_table(results)),
@@ -354,8 +506,12 @@ def main() -> None:
         "and still fires above 1 / K. Norm and cost (cross-entropy, in nats) of the benign classes are the medians of\n"
         f"those that have a trigger; the norm of the true one is the patch's, {PATCH_PIXELS} pixels.\n\n"
         + "\n".join(model_table(results)),
-        "## What each precision leaves\n\nASR and FPR with Wilson's 95 % interval over the images of one network.\n\n"
+        "## What each precision leaves\n\n"
+        "ASR and FPR with Wilson's 95 % interval over the images of one network. Its control: the share of (at most\n"
+        "2,000) eligible images that the *clean* network of that seed and precision gives to the attacker's class with "
+        "the same trigger on them (`controls.py`); base confusion: the attacked file's share without the trigger.\n\n"
         + "\n".join(precision_table(results)),
+        *unmade(results),
     ]
     (HERE / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
