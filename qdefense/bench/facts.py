@@ -90,7 +90,8 @@ def _without_twins(report: BenchReport, rows: _Rows) -> Iterator[str]:
             causes[_cause(row, rows)].append(f"{row.defense} on {row.setting.place}, {row.setting.file}")
     for cause, names in causes.items():
         more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"{names[0]}{more}: rates of attacked files without a clean twin: {cause}."
+        remedy = f"; {_MEASURED_HERE}" if _PARTS["runtime"] in cause else ""
+        yield f"{names[0]}{more}: rates of attacked files without a clean twin: {cause}{remedy}."
 
 
 def _lacks_twin(row: ScanRow | DatasetRow | FilterRow | RepairRow) -> bool:
@@ -147,6 +148,9 @@ def _paces(report: BenchReport) -> Iterator[str]:
 
 
 _ONE_PACE = 1.1
+_MEASURED_HERE = (
+    "no cell is measured twice for its CPU: 'qdefense bench --output-dir' into another folder measures both on one"
+)
 _PARTS = {
     "runtime": "on another CPU or ONNX Runtime",
     "evaluation": "under other rules, revisions or test images",
