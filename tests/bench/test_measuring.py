@@ -428,9 +428,7 @@ def test_a_shadow_that_answers_for_itself_is_compared_without_saturation(
 def test_a_missing_truth_costs_the_scans_of_the_training_set_alone(new_desk: NewDesk, finished: Desk) -> None:
     text = TINY.replace('"neural-cleanse:budget=quick"', '"planted-dataset", "planted-filter"')
     made = new_desk(text, name="untold")
-    made.run(Inline())
-    table = made.results / "records.jsonl"
-    table.write_text("".join(line for line in table.read_text().splitlines(True) if '"defense":"planted-' not in line))
+    shutil.copytree(finished.results, made.results)
     for truth in (made.results / "models").glob("*.truth.json"):
         truth.unlink()
     _, told = made.run(Inline())
