@@ -433,7 +433,7 @@ def test_a_missing_truth_costs_the_scans_of_the_training_set_alone(new_desk: New
         truth.unlink()
     _, told = made.run(Inline())
     found = [record.defense for record in made.records.values() if isinstance(record, DefenseRecord)]
-    assert found == ["planted-filter"] * 4
+    assert [name for name in found if name != "neural-cleanse"] == ["planted-filter"] * 4
     assert all("no readable truth beside its network" in line for line in told)
 
 
