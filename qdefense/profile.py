@@ -40,6 +40,11 @@ class Runtime(BaseModel):
     isa: tuple[str, ...]
     system: str
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What of it decides the logits."""
+        return {"onnxruntime": self.onnxruntime, "machine": self.machine, "isa": " ".join(self.isa)}
+
 
 def runtime() -> Runtime:
     """This machine's runtime."""

@@ -177,7 +177,7 @@ class Cohort:
         seen = [one for one in newest if isinstance(one, BehaviourRecord)]
         self._rules = _Rules(newest)
         named = [(one.network, one.runtime) for one in newest if one.runtime is not None]
-        self._runtimes = _labels(("", _RUNTIME, _runtime_facts(runtime)) for _network, runtime in named)
+        self._runtimes = _labels(("", _RUNTIME, runtime.facts) for _network, runtime in named)
         self._runtimes_at: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
         for network, runtime in named:
             self._runtimes_at[network.data, self.architecture(network)].add(self.runtime(runtime))
@@ -232,7 +232,7 @@ class Cohort:
             return ""
         if runtime is None:
             return "runtime not recorded"
-        facts = _runtime_facts(runtime)
+        facts = runtime.facts
         return self._runtimes.get(("", _RUNTIME, _text(facts))) or _label(_RUNTIME, facts, (facts, {}))
 
     def runtime_at(self, network: Network, runtime: Runtime | None) -> str:
@@ -314,10 +314,6 @@ class Cohort:
         clean = asked.model_copy(update={"triggered": 0.0, "name": ""})
         others = (name for name, one in self._calibrations.items() if one.model_copy(update={"name": ""}) == clean)
         return min(others, default=label)
-
-
-def _runtime_facts(runtime: Runtime) -> dict[str, Any]:
-    return {"onnxruntime": runtime.onnxruntime, "machine": runtime.machine, "isa": " ".join(runtime.isa)}
 
 
 def network_id(network: Network) -> str:

@@ -36,16 +36,19 @@ from qdefense.bench.tasks import (
     training_key,
 )
 from qdefense.data.images import DataError
+from qdefense.profile import Runtime
 
 Progress = Callable[[str, int, int], None]
 Notice = Callable[[str], None]
 BAR = "matrix (estimated seconds)"
 
 
-def evaluation_of(matrix: Matrix) -> Evaluation:
-    """What holds for every trial."""
+def evaluation_of(matrix: Matrix, *, here: Runtime | None = None) -> Evaluation:
+    """What holds for every trial; with ``here`` answers of another runtime do not count."""
     facts = matrix.bench
-    return Evaluation(seed=facts.seed, clean_images=facts.clean_images, held_out_images=facts.held_out_images)
+    return Evaluation(
+        seed=facts.seed, clean_images=facts.clean_images, held_out_images=facts.held_out_images, here=here
+    )
 
 
 def _silent(_text: str) -> None:
@@ -323,7 +326,7 @@ class Run:
             yield task
 
     def _key(self, network: NetworkPlan, file: FilePlan, cell: Cell, artifact: Replica) -> str:
-        return trial_key(network, file, cell, artifact, self._rules).key
+        return trial_key(network, file, cell, artifact, self._rules, self._store.records).key
 
     def _trial(
         self,
@@ -337,7 +340,7 @@ class Run:
         judges_rows = cell.defense is not None and cell.defense.kind == "dataset"
         truth = self._store.truth(made.artifact_sha256) if judges_rows else None
         return TrialTask(
-            trial=trial_key(network, file, cell, artifact, self._rules),
+            trial=trial_key(network, file, cell, artifact, self._rules, self._store.records),
             attack=network.attack,
             replica=self._store.replicas(network.recipe_sha256).index(made),
             train=network.train,

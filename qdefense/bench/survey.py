@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qdefense.bench.cells import Cell, FilePlan, NetworkPlan
 from qdefense.bench.cohort import lost_for_gradients, status_of
 from qdefense.bench.costs import CostModel, Source, defense_keys, file_keys
-from qdefense.bench.records import DefenseRecord, Record, Replica, digest_of
+from qdefense.bench.records import BehaviourRecord, DefenseRecord, Record, Replica, digest_of
 from qdefense.bench.store import Store
 from qdefense.bench.tasks import Evaluation, TrialKey, quantization_key, training_key
+from qdefense.profile import Runtime
 
 State = Literal["measured", "not measured", "failed", "missing"]
 Stage = Literal["train", "quantize", "behaviour", "defense"]
@@ -49,9 +50,19 @@ def current_file(store: Store, file: FilePlan, network: Replica) -> Replica | No
     return store.measured(digest_of(**file.recipe(network.artifact_sha256)))
 
 
-def trial_key(network: NetworkPlan, file: FilePlan, cell: Cell, artifact: Replica, rules: Evaluation) -> TrialKey:
-    """What a cell's record is called once its file is known."""
-    return TrialKey(
+def trial_key(
+    network: NetworkPlan,
+    file: FilePlan,
+    cell: Cell,
+    artifact: Replica,
+    rules: Evaluation,
+    records: Mapping[str, Record],
+) -> TrialKey:
+    """What a cell's record is called once its file is known.
+
+    It names the runtime where only answers of it count, and the record without that name is from another.
+    """
+    key = TrialKey(
         plan=file,
         cell=cell,
         artifact_sha256=artifact.artifact_sha256,
@@ -60,6 +71,25 @@ def trial_key(network: NetworkPlan, file: FilePlan, cell: Cell, artifact: Replic
         test_sha256=network.test.facts.sha256,
         evaluation=rules,
     )
+    if rules.here is not None and is_elsewhere(records.get(key.key), rules.here):
+        return replace(key, runtime=rules.here)
+    return key
+
+
+def is_elsewhere(record: Record | None, here: Runtime) -> bool:
+    """Whether a record is of a trial on another CPU or ONNX Runtime."""
+    known = record.runtime if isinstance(record, BehaviourRecord | DefenseRecord) else None
+    return known is not None and known.facts != here.facts
+
+
+def measured_apart(items: Sequence[Item], here: Runtime) -> int:
+    """Trials of defenses to be done here, of files whose behaviour was measured elsewhere: no rate would hold them."""
+    files = {_file_of(item) for item in items if item.stage == "behaviour" and is_elsewhere(item.record, here)}
+    return sum(item.pending and item.stage == "defense" and _file_of(item) in files for item in items)
+
+
+def _file_of(item: Item) -> tuple[int, str]:
+    return id(item.file), "" if item.cell is None else item.cell.arithmetic
 
 
 def never(_key: str) -> bool:
@@ -95,13 +125,14 @@ def survey_network(
     blocked = None if failure is None else f"its network could not be trained: {failure.reason}"
     for file in network.files.values():
         artifact = None if made is None else current_file(store, file, made)
-        yield from _survey_file(network, file, rules, find, made, artifact, blocked)
+        yield from _survey_file(network, file, rules, store.records, find, made, artifact, blocked)
 
 
 def _survey_file(
     network: NetworkPlan,
     file: FilePlan,
     rules: Evaluation,
+    records: Mapping[str, Record],
     find: Callable[[str], Record | None],
     made: Replica | None,
     artifact: Replica | None,
@@ -125,7 +156,7 @@ def _survey_file(
     for cell in file.cells.values():
         record = None
         if artifact is not None:
-            record = find(trial_key(network, file, cell, artifact, rules).key)
+            record = find(trial_key(network, file, cell, artifact, rules, records).key)
         yield Item(
             stage="behaviour" if cell.defense is None else "defense",
             title=cell.title,

@@ -26,7 +26,7 @@ from qdefense.bench.records import (
 )
 from qdefense.bench.revisions import EVALUATION_REVISION, versions
 from qdefense.findings import Verdict
-from qdefense.profile import SessionProfile, runtime
+from qdefense.profile import Runtime, SessionProfile, runtime
 
 
 class Clock:
@@ -137,11 +137,15 @@ class QuantizeTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What holds for every trial of a matrix: the seed of its draws, and how many images."""
+    """What holds for every trial of a matrix: the seed of its draws, and how many images.
+
+    With ``here`` only what was measured on that runtime and CPU counts as measured.
+    """
 
     seed: int
     clean_images: int
     held_out_images: int
+    here: Runtime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,8 @@ class TrialKey:
     train_sha256: str
     test_sha256: str
     evaluation: Evaluation
+    runtime: Runtime | None = None
+    """Where the key without it is that of an answer from another one."""
 
     @property
     def profile(self) -> SessionProfile:
@@ -197,7 +203,7 @@ class TrialKey:
         asked = None
         if defense is not None:
             asked = {"name": defense.name, "settings": defense.settings, "revision": defense.revision}
-        return digest_of(
+        trial = digest_of(
             artifact=self.artifact_sha256,
             file=digest_of(
                 data=network.data,
@@ -211,6 +217,7 @@ class TrialKey:
             seed=None if defense is None else self.evaluation.seed,
             evaluation_revision=EVALUATION_REVISION,
         )
+        return trial if self.runtime is None else digest_of(trial=trial, runtime=self.runtime.facts)
 
 
 @dataclass(frozen=True, kw_only=True)

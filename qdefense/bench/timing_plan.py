@@ -121,7 +121,7 @@ def _item_of(
     network = store.measured(one.network.recipe_sha256)
     artifact = None if network is None else current_file(store, one.file, network)
     trials = [
-        trial_key(one.network, one.file, cell, artifact, rules)
+        trial_key(one.network, one.file, cell, artifact, rules, store.records)
         for cell in (plain, *filters.values())
         if artifact is not None
     ]

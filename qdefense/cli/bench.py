@@ -15,10 +15,11 @@ from qdefense.bench.cohort import reason_of
 from qdefense.bench.costs import CostModel
 from qdefense.bench.engines import Engine, EngineError, LocalPool
 from qdefense.bench.matrix import Matrix, MatrixError, read_matrix
-from qdefense.bench.records import BehaviourRecord, DefenseRecord
+from qdefense.bench.records import DefenseRecord
 from qdefense.bench.running import Run, evaluation_of, sources_of
 from qdefense.bench.store import RECORDS, Store
-from qdefense.bench.survey import Item, Stage, State, estimate, survey
+from qdefense.bench.survey import Item, Stage, State, estimate, is_elsewhere, measured_apart, survey
+from qdefense.bench.tasks import Evaluation
 from qdefense.bench.trigger_pictures import draw_triggers
 from qdefense.cli.latencies import show_timings, time_matrix
 from qdefense.cli.options import progress_bar, verbose_option
@@ -53,6 +54,9 @@ _SHOWN = 10
     is_flag=True,
     help="Instead, time the files that are in the results, plain and behind each filter of the matrix.",
 )
+@click.option(
+    "--here", is_flag=True, help="Measure anew what was measured on another CPU or ONNX Runtime; both are kept."
+)
 @click.option("--retry-failed", is_flag=True, help="Try once more what failed in an earlier run.")
 @click.option("--only", metavar="TEXT", help="Cells whose title, as --dry-run shows it, contains this.")
 @click.option("--limit", type=click.IntRange(min=1), help="The first so many cells.")
@@ -64,6 +68,7 @@ def command(
     scheduler: str | None,
     dry_run: bool,
     latency: bool,
+    here: bool,
     retry_failed: bool,
     only: str | None,
     limit: int | None,
@@ -78,11 +83,12 @@ def command(
     0 every cell is measured, 2 usage, 3 a cell failed or could not be measured, 130 interrupted (what was finished is
     kept).
     """
-    if latency and (workers > 1 or scheduler is not None or retry_failed):
+    if latency and (workers > 1 or scheduler is not None or retry_failed or here):
         raise click.UsageError(
-            "--latency times one file after another; leave out --workers, --scheduler, --retry-failed"
+            "--latency times one file after another; leave out --workers, --scheduler, --retry-failed, --here"
         )
     table = read_matrix(matrix)
+    rules = evaluation_of(table, here=runtime() if here else None)
     folder = output_dir or matrix.resolve().parent / RESULTS
     if latency:
         act = show_timings if dry_run else time_matrix
@@ -90,21 +96,22 @@ def command(
     if dry_run:
         store = Store(folder)
         plan = _planned(table, store, only, limit, pin=False)
-        return _show(plan, store, table, workers, again=lambda _key: retry_failed)
+        return _show(plan, store, rules, workers, again=lambda _key: retry_failed)
     with Store.for_writing(folder) as store:
         plan = _planned(table, store, only, limit, pin=True)
+        _warn_of_places(survey(plan, store, rules, again=lambda _key: retry_failed))
         with progress_bar() as advance:
             run = Run(
                 plan,
                 store,
-                evaluation_of(table),
+                rules,
                 retry_failed=retry_failed,
                 on_progress=advance,
                 on_notice=_tell,
             )
             problem = _complete(run, scheduler, workers)
         draw_triggers(plan, store, _tell)
-        items = survey(plan, store, evaluation_of(table))
+        items = survey(plan, store, rules)
     _summarise(items, folder)
     if problem is not None:
         click.echo(f"error: {harmless(problem)}", err=True)
@@ -153,9 +160,9 @@ def _tell(text: str) -> None:
 
 
 def _show(
-    plan: Sequence[NetworkPlan], store: Store, table: Matrix, workers: int, *, again: Callable[[str], bool]
+    plan: Sequence[NetworkPlan], store: Store, rules: Evaluation, workers: int, *, again: Callable[[str], bool]
 ) -> int:
-    items = survey(plan, store, evaluation_of(table), again=again)
+    items = survey(plan, store, rules, again=again)
     costs, seconds, ruled = CostModel(store.records.values(), store.images), 0.0, 0
     for item in items:
         state = "blocked" if item.blocked else item.state
@@ -168,7 +175,19 @@ def _show(
     click.echo(f", {_duration(seconds / workers)} of {workers}" if workers > 1 else "")
     if ruled:
         click.echo(f"  {ruled} of them by rule of thumb: no like work is in the records")
+    _warn_of_places(items)
     return PASSED
+
+
+def _warn_of_places(items: Sequence[Item]) -> None:
+    """Before hours are spent on answers that no rate will hold."""
+    apart = measured_apart(items, runtime())
+    if apart:
+        click.echo(
+            f"{apart} trials to be done are of files whose behaviour was measured on another CPU or ONNX Runtime: here "
+            "they would be of unknown activity, and in no rate; --here measures those files on this one, too",
+            err=True,
+        )
 
 
 def _duration(seconds: float) -> str:
@@ -187,11 +206,7 @@ def _summarise(items: Sequence[Item], folder: Path) -> None:
     if len(told) > _SHOWN:
         click.echo(f"and {len(told) - _SHOWN} more; see {RECORDS}")
     click.echo(harmless(f"records: {folder / RECORDS}"))
-    here = runtime()
-    foreign = sum(
-        isinstance(item.record, (BehaviourRecord, DefenseRecord)) and item.record.runtime not in (None, here)
-        for item in items
-    )
+    foreign = sum(is_elsewhere(item.record, runtime()) for item in items)
     if foreign:
         click.echo(f"{foreign} of the records come from another runtime or CPU, which may give other logits", err=True)
 

@@ -17,6 +17,7 @@ from qdefense.bench.running import Run, evaluation_of, sources_of
 from qdefense.bench.store import Store, read_records
 from qdefense.bench.tasks import Outcome, Task
 from qdefense.cli import run
+from qdefense.profile import runtime
 
 TINY = """\
 [bench]
@@ -96,7 +97,9 @@ class Desk:
         path = self.results / "records.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def run(self, engine: Inline, *, retry_failed: bool = False) -> tuple[tuple[NetworkPlan, ...], list[str]]:
+    def run(
+        self, engine: Inline, *, retry_failed: bool = False, here: bool = False
+    ) -> tuple[tuple[NetworkPlan, ...], list[str]]:
         """What `qdefense bench` does, in this process; the plan, and what was told."""
         table, told = read_matrix(self.matrix), list[str]()
         with Store.for_writing(self.results) as store:
@@ -104,7 +107,7 @@ class Desk:
             work = Run(
                 plan,
                 store,
-                evaluation_of(table),
+                evaluation_of(table, here=runtime() if here else None),
                 retry_failed=retry_failed,
                 on_progress=lambda *_: None,
                 on_notice=told.append,

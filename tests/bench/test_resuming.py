@@ -6,6 +6,7 @@ Networks are a few bytes here, so that every point at which a run can end is tri
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from qdefense.bench.running import Run, evaluation_of, sources_of
 from qdefense.bench.store import Store, StoreError, read_manifest
 from qdefense.bench.tasks import Clock, Outcome, QuantizeTask, Task, TrainTask, TrialTask
 from qdefense.bench.worker import run_task
+from qdefense.cli import run
+from qdefense.profile import Runtime, runtime
 from qdefense.session import SessionError
 from qdefense.trial import Activity, Truth
 
@@ -337,6 +340,59 @@ def test_a_damaged_file_costs_the_cells_that_need_it_and_no_others(new_desk: New
         _, told = made.run(Inline(Machine()))
         assert len(told) == 1
         assert len([one for one in made.records.values() if isinstance(one, BehaviourRecord)]) == 3
+
+
+ELSEWHERE = Runtime(onnxruntime="1.31.0", machine="x86_64", isa=("avx512f", "avx512_vnni"), system="Linux")
+
+
+def measured_elsewhere(made: Desk) -> None:
+    """Run, and let the answers be of another CPU."""
+    made.run(Inline(Machine()))
+    path = made.results / "records.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["stage"] == "behaviour":
+            row["runtime"] = ELSEWHERE.model_dump(mode="json")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_was_measured_elsewhere_counts_unless_it_is_to_be_from_here(new_desk: NewDesk) -> None:
+    made = new_desk(ONE)
+    measured_elsewhere(made)
+    before = made.stable
+    made.run(Inline(Machine()))
+    assert made.lines == RECORDS, "on any machine a run goes on where it stopped"
+    engine = Inline(Machine())
+    made.run(engine, here=True)
+    assert engine.stages == ["TrialTask"] * 2
+    assert {key: made.stable[key] for key in before} == before, "both are kept"
+    added = [record for key, record in made.records.items() if key not in before]
+    assert [getattr(record, "runtime", None) for record in added] == [runtime()] * 2
+    made.run(Inline(Machine()), here=True)
+    assert made.lines == RECORDS + 2, "nothing twice"
+
+
+def test_a_trial_here_has_the_key_that_it_always_had_where_no_other_machine_took_it(new_desk: NewDesk) -> None:
+    anywhere, here = new_desk(ONE, name="anywhere"), new_desk(ONE, name="here")
+    anywhere.run(Inline(Machine()))
+    here.run(Inline(Machine()), here=True)
+    assert set(here.stable) == set(anywhere.stable)
+
+
+def test_bench_warns_of_trials_whose_file_was_measured_elsewhere(
+    new_desk: NewDesk, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = new_desk(ONE)
+    measured_elsewhere(made)
+    made.matrix.write_text(ONE + 'defenses = ["neural-cleanse:budget=quick"]\n')
+    assert run(["bench", str(made.matrix), "--dry-run"]) == 0
+    told = capfd.readouterr()
+    assert "2 trials to be done are of files whose behaviour was measured on another CPU" in told.err
+    assert ", 2 to do" in told.out
+    assert run(["bench", str(made.matrix), "--dry-run", "--here"]) == 0
+    told = capfd.readouterr()
+    assert "another CPU" not in told.err
+    assert ", 4 to do" in told.out
 
 
 def because(cause: Exception) -> SessionError:
