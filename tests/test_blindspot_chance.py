@@ -11,6 +11,8 @@ from scipy import stats
 
 from qdefense.bench.tables import Answers, Difference, Proportion, difference
 
+from .bench import sample_records as samples
+
 
 @pytest.fixture(scope="module")
 def chance(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
@@ -45,3 +47,16 @@ def test_fisher_tells_both_counts_and_their_p_value(chance: ModuleType) -> None:
 def test_trials_count_those_without_an_answer(chance: ModuleType) -> None:
     rows = [SimpleNamespace(answers=Answers(measured=2, not_measured=1)), SimpleNamespace(answers=Answers(failed=1))]
     assert chance.trials(rows) == 4
+
+
+def test_a_trial_that_was_made_on_two_cpus_counts_once(chance: ModuleType) -> None:
+    made = samples.network("badnets")
+    first = samples.defense(made, metrics=samples.scan_metrics(3.0), settings={"budget": "quick", "patience": 5})
+    other = {
+        "key": "another",
+        "settings": {"patience": 5, "budget": "quick"},
+        "runtime": samples.RUNTIME.model_copy(update={"isa": ("avx2",)}),
+    }
+    again, newer = first.model_copy(update=other), first.model_copy(update={**other, "revision": 2})
+    file = samples.behaviour(made)
+    assert list(chance.first_answers([file, first, again, newer, file])) == [file, first, newer]

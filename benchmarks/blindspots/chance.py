@@ -19,11 +19,17 @@ from scipy import stats
 
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.contrasts import ContrastRow
+from qdefense.bench.records import BehaviourRecord, DefenseRecord, Record, digest_of
 from qdefense.bench.summary import BenchReport, read_results, summarise
 from qdefense.bench.tables import Difference, Proportion, ScanRow
 
 HERE = Path(__file__).parent
 LEAST_NETWORKS, LEVEL = 3, 0.05
+ASKED = {
+    *("network", "precision", "calibration", "artifact_sha256", "arithmetic", "data_sha256"),
+    *("defense", "settings", "access", "revision", "evaluation_revision"),
+}
+"""Fields of a record that are the same of the same trial on two CPUs."""
 
 
 def p_value(difference: Difference) -> float:
@@ -104,9 +110,21 @@ def total(shares: Iterable[Proportion | None]) -> tuple[int, int]:
     return sum(share.hits for share in known), sum(share.n for share in known)
 
 
+def first_answers(records: Iterable[Record]) -> Iterator[Record]:
+    """Without what was measured again on another CPU (`bench --here`): one network is one trial, not two."""
+    seen: set[str] = set()
+    for record in records:
+        if isinstance(record, BehaviourRecord | DefenseRecord):
+            asked = digest_of(**record.model_dump(mode="json", include=ASKED))
+            if asked in seen:
+                continue
+            seen.add(asked)
+        yield record
+
+
 def main() -> None:
     found = read_results(HERE / "results")
-    report = summarise(found, Cohort(found.records))
+    report = summarise(found, Cohort(tuple(first_answers(found.records))))
     print("\n".join([*difference_lines(report), "", *alarm_lines(report)]))
 
 

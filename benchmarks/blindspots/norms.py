@@ -26,7 +26,7 @@ from qdefense.trial import Activity
 
 HERE = Path(__file__).parent
 SIGNS = HERE.parent / "calibration" / "results"
-BENCHES = ("attacks", "blindspots")
+BENCHES = ("blindspots", "attacks")
 QUICK, ADAPTED = "quick", 2.0
 HEAD = (
     *("networks", "precision", "attack", "active, clean files", "AUROC of the index", "of lowest / median"),
@@ -125,10 +125,17 @@ def rows(scans: list[Scan]) -> Iterator[str]:
             yield f"| {kind} | {precision} | {attack} | {sides} |"
 
 
+def first_of_each_file(scans: Iterable[Scan]) -> Iterable[Scan]:
+    """One file is one scan, though it was scanned on two CPUs (`bench --here`) or for two matrices."""
+    first: dict[str, Scan] = {}
+    for scan in scans:
+        first.setdefault(scan.file, scan)
+    return first.values()
+
+
 def main() -> None:
     recorded = chain.from_iterable(scans_of_records(HERE.parent / name / "results" / RECORDS) for name in BENCHES)
-    # of a file that was scanned on two machines, or for two matrices, the last
-    scans = list({scan.file: scan for scan in chain(recorded, scans_of_signs())}.values())
+    scans = list(first_of_each_file(chain(recorded, scans_of_signs())))
     print(f"| {' | '.join(HEAD)} |")
     print(f"| {' | '.join('---' for _ in HEAD)} |")
     for line in rows([scan for scan in scans if scan.activity in (Activity.CLEAN, Activity.ACTIVE)]):

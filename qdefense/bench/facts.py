@@ -148,9 +148,7 @@ def _paces(report: BenchReport) -> Iterator[str]:
 
 
 _ONE_PACE = 1.1
-_MEASURED_HERE = (
-    "no cell is measured twice for its CPU: 'qdefense bench --output-dir' into another folder measures both on one"
-)
+_MEASURED_HERE = "'qdefense bench --here' measures them on this one, too"
 _PARTS = {
     "runtime": "on another CPU or ONNX Runtime",
     "evaluation": "under other rules, revisions or test images",
