@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ from qdefense.data.images import to_images
 from qdefense.data.signs import draw_signs
 
 TARGET = 3
-TWIN = SimpleNamespace(artifact_sha256="c", network=SimpleNamespace(data="signs"))
+CLEAN = b"clean"
+DIGEST = hashlib.sha256(CLEAN).hexdigest()
+TWIN = SimpleNamespace(artifact_sha256=DIGEST, network=SimpleNamespace(data="signs"))
 
 
 class Lured:
@@ -58,20 +61,30 @@ def controls(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.
 def attacked() -> Any:
     trigger = ATTACKS.create(f"badnets:target-class={TARGET}").trigger
     file = SimpleNamespace(artifact_sha256="a")
-    return SimpleNamespace(files={"fp32": file, "int4": SimpleNamespace(artifact_sha256="q")}, trigger=trigger)
+    files = {"fp32": file, "int4": SimpleNamespace(artifact_sha256="q")}
+    return SimpleNamespace(files=files, trigger=trigger, store=Store(None))
 
 
 def test_a_control_counts_what_the_stamp_alone_does(controls: ModuleType, attacked: Any, tmp_path: Path) -> None:
     clean = tmp_path / "clean.onnx"
-    clean.write_bytes(b"clean")
-    found = controls.measured(attacked, "int4", TWIN, Store(clean))
+    clean.write_bytes(CLEAN)
+    attacked.store = Store(clean)
+    found = controls.measured(attacked, "int4", TWIN)
     eligible = int((draw_signs(120, seed=0, split="test").labels != TARGET).sum())
     assert found.images == eligible, "an image of the target class is no success"
     assert found.hits == eligible - -(-eligible // 3)
     assert found.plain_hits == 0
-    assert (found.network_sha256, found.artifact_sha256, found.clean_sha256) == ("a", "q", "c")
+    assert (found.network_sha256, found.artifact_sha256, found.clean_sha256) == ("a", "q", DIGEST)
 
 
 def test_no_control_without_the_clean_file(controls: ModuleType, attacked: Any) -> None:
     with pytest.raises(StoreError, match="the clean twin, is not among the results"):
-        controls.measured(attacked, "fp32", TWIN, Store(None))
+        controls.measured(attacked, "fp32", TWIN)
+
+
+def test_no_control_of_another_file_than_the_clean_one(controls: ModuleType, attacked: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"another")
+    attacked.store = Store(other)
+    with pytest.raises(StoreError, match="damaged or another file"):
+        controls.measured(attacked, "fp32", TWIN)

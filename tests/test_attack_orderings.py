@@ -11,6 +11,7 @@ import pytest
 from qdefense.attacks import ATTACKS
 from qdefense.bench.matrix import read_matrix
 from qdefense.bench.records import DatasetMetrics, Rate, ScanMetrics
+from qdefense.bench.tables import Proportion, proportion
 from qdefense.findings import InvertedTrigger, ScanResult, Verdict
 from qdefense.registry import flat_settings
 
@@ -92,12 +93,18 @@ def test_places_that_do_not_decide_are_counted_apart(orderings: ModuleType) -> N
     assert told(orderings, {("signs", 0): open_, ("signs", 1): whole})[0] == "reproduced (1 of 1; 1 undecided)"
 
 
+def of(hits: int, n: int) -> Proportion:
+    found = proportion([Rate(hits=hits, n=n)])
+    assert found is not None
+    return found
+
+
 def test_interval_of_a_difference_is_newcombe_of_two_rates_and_widens_with_more(orderings: ModuleType) -> None:
     """Newcombe 1998, example (a), method 10: 56 of 70 less 48 of 80 is .2 [.0524, .3339]."""
-    first, second = orderings.Count(hits=56, n=70), orderings.Count(hits=48, n=80)
+    first, second = of(56, 70), of(48, 80)
     low, high = orderings.difference_interval([first], [second])
     assert (low, high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))
-    none, few = orderings.Count(hits=0, n=50), orderings.Count(hits=10, n=50)
+    none, few = of(0, 50), of(10, 50)
     wide = orderings.difference_interval([first, none], [second, few])
     assert sum(wide) / 2 > sum((low, high)) / 2, "the second network's FPR is taken from it"
     assert wide[1] - wide[0] > high - low

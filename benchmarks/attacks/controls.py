@@ -19,7 +19,7 @@ from margins import DATA, HERE, SCHEMES, SEED, Attacked, attacked_networks
 
 from qdefense.artifact import Artifact
 from qdefense.bench.records import BehaviourRecord, Network
-from qdefense.bench.store import RECORDS, Store, StoreError, read_records
+from qdefense.bench.store import RECORDS, StoreError, read_model, read_records
 from qdefense.data.images import ImageSet
 from qdefense.data.opening import open_data
 from qdefense.data.selection import choose_rows
@@ -64,20 +64,20 @@ def clean_files() -> dict[tuple[object, ...], BehaviourRecord]:
     return {place_of(one.network, one.scheme): one for one in records if one.network.attack is None}
 
 
-def measured(network: Attacked, scheme: str, twin: BehaviourRecord, store: Store) -> Control:
+def measured(network: Attacked, scheme: str, twin: BehaviourRecord) -> Control:
     """The control of one file.
 
     Raises:
-        StoreError: the trigger, or the clean file, is not among the results.
+        StoreError: the trigger, or the clean file, is not among the results, or is damaged.
     """
-    path = store.model_path(twin.artifact_sha256)
+    path = network.store.model_path(twin.artifact_sha256)
     if path is None:
         raise StoreError(f"{twin.artifact_sha256[:16]}.onnx, the clean twin, is not among the results")
     images = test_split(twin.network.data)
     trigger = network.trigger(*images.images.shape[1:3])
     eligible = images.take(np.flatnonzero(trigger.eligible(images.labels)))
     chosen = eligible.take(choose_rows(len(eligible), limit=IMAGES, seed=SEED))
-    artifact = Artifact.from_bytes(path.read_bytes())
+    artifact = Artifact.from_bytes(read_model(path, twin.artifact_sha256))
     session, goal = DeployedSession(artifact, profile_for(artifact)), trigger.goal(chosen.labels)
     hits, plain = (
         int(np.sum(session.logits(x).argmax(axis=1) == goal)) for x in (trigger.stamp(chosen.pixels), chosen.pixels)
@@ -109,10 +109,9 @@ def missing() -> Iterator[tuple[Attacked, str, BehaviourRecord]]:
 
 
 def main() -> None:
-    store = Store(RESULTS)
     for network, scheme, twin in missing():
         try:
-            control = measured(network, scheme, twin, store)
+            control = measured(network, scheme, twin)
         except StoreError as error:
             print(f"{network.title}, {scheme}: no control: {error}")
             continue

@@ -21,10 +21,18 @@ from statistics import median
 from typing import Any, TypeVar
 
 from qdefense.attacks.compensation import confidence_drop, feasible_smoothings, highest_confidence, minimum_rise
-from qdefense.bench.records import BehaviourRecord, DatasetMetrics, DefenseRecord, Record, ScanMetrics, TrainingRecord
+from qdefense.bench.records import (
+    BehaviourRecord,
+    DatasetMetrics,
+    DefenseRecord,
+    Rate,
+    Record,
+    ScanMetrics,
+    TrainingRecord,
+)
 from qdefense.bench.store import RECORDS, read_records
+from qdefense.bench.tables import Proportion, proportion
 from qdefense.findings import ScanResult, Verdict
-from qdefense.rates import wilson_interval
 from qdefense.trial import DORMANT_MARGIN
 
 HERE = Path(__file__).parent
@@ -113,26 +121,9 @@ SHOWN = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Count:
-    """``hits`` of ``n``, and Wilson's interval."""
-
-    hits: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        """The rate."""
-        return self.hits / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of 95 %, over the images of one network."""
-        return wilson_interval(self.hits, self.n)
-
-
-def count_of(rate: float | None, n: int | None) -> Count | None:
-    return None if rate is None or not n else Count(hits=round(rate * n), n=n)
+def share_of(rate: float | None, n: int | None) -> Proportion | None:
+    """A rate of n images of one network, with Wilson's interval."""
+    return None if rate is None or n is None else proportion([Rate(hits=round(rate * n), n=n)])
 
 
 class Results:
@@ -142,7 +133,9 @@ class Results:
         known = list(records)
         every = [record for record in known if not record.failed]
         self.unmade = [record for record in known if isinstance(record, TrainingRecord) and record.failed]
-        self.controls = {one["artifact_sha256"]: Count(hits=one["hits"], n=one["images"]) for one in controls}
+        self.controls = {
+            one["artifact_sha256"]: proportion([Rate(hits=one["hits"], n=one["images"])]) for one in controls
+        }
         self.behaviours = [record for record in every if isinstance(record, BehaviourRecord)]
         answers = [record for record in every if isinstance(record, DefenseRecord)]
         self.scans = [record for record in answers if record.defense == "neural-cleanse"]
@@ -157,7 +150,7 @@ class Results:
         """What a file of this attack does."""
         return _last_of(self.behaviours, planted, place, scheme)
 
-    def control(self, record: BehaviourRecord) -> Count | None:
+    def control(self, record: BehaviourRecord) -> Proportion | None:
         """What the same trigger does to the clean network at the same precision."""
         return self.controls.get(record.artifact_sha256)
 
@@ -236,20 +229,20 @@ def beyond_of(*attacks: Planted) -> Reads:
     return figures
 
 
-Read = Callable[[BehaviourRecord], tuple[Count | None, ...]]
+Read = Callable[[BehaviourRecord], tuple[Proportion | None, ...]]
 """The rates whose sum a sentence compares; the first is added, further ones are taken away."""
 
 
-def asr_count(record: BehaviourRecord) -> tuple[Count | None, ...]:
-    return (count_of(record.asr, record.eligible),)
+def asr_share(record: BehaviourRecord) -> tuple[Proportion | None, ...]:
+    return (share_of(record.asr, record.eligible),)
 
 
-def fpr_count(record: BehaviourRecord) -> tuple[Count | None, ...]:
-    return (count_of(record.fpr, record.bystanders),)
+def fpr_share(record: BehaviourRecord) -> tuple[Proportion | None, ...]:
+    return (share_of(record.fpr, record.bystanders),)
 
 
-def selectivity(record: BehaviourRecord) -> tuple[Count | None, ...]:
-    return (*asr_count(record), *fpr_count(record))
+def selectivity(record: BehaviourRecord) -> tuple[Proportion | None, ...]:
+    return (*asr_share(record), *fpr_share(record))
 
 
 def compared(what: str, read: Read, better: Planted, worse: Planted) -> Reads:
@@ -268,15 +261,15 @@ def compared(what: str, read: Read, better: Planted, worse: Planted) -> Reads:
     return figures
 
 
-def difference_interval(better: list[Count], worse: list[Count]) -> tuple[float, float]:
+def difference_interval(better: list[Proportion], worse: list[Proportion]) -> tuple[float, float]:
     """95 % interval of ``(b1 - b2) - (w1 - w2)`` from Wilson's of each rate (MOVER, Zou & Donner 2008).
 
     Of independent images; the same ones were shown to both networks, which makes it wider than need be.
     """
     added, taken = [better[0], *worse[1:]], [*better[1:], worse[0]]
     middle = sum(one.value for one in added) - sum(one.value for one in taken)
-    down = [one.value - one.interval[0] for one in added] + [one.interval[1] - one.value for one in taken]
-    up = [one.interval[1] - one.value for one in added] + [one.value - one.interval[0] for one in taken]
+    down = [one.value - one.low for one in added] + [one.high - one.value for one in taken]
+    up = [one.high - one.value for one in added] + [one.value - one.low for one in taken]
     return middle - math.hypot(*down), middle + math.hypot(*up)
 
 
@@ -390,7 +383,7 @@ CLAIMS = (
             figures=compared(what, read, cassock("comp"), cassock("source-specific")),
             holds=holds,
         )
-        for what, read, holds in (("ASR", asr_count, above), ("FPR", fpr_count, below))
+        for what, read, holds in (("ASR", asr_share, above), ("FPR", fpr_share, below))
     ),
 )
 
@@ -463,11 +456,8 @@ def shown(value: float | None) -> str:
 
 
 def rate(value: float | None, n: int | None) -> str:
-    count = count_of(value, n)
-    if count is None:
-        return ""
-    low, high = count.interval
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    share = share_of(value, n)
+    return "" if share is None else f"{value:.3f} [{share.low:.3f}, {share.high:.3f}]"
 
 
 def precision_table(results: Results) -> Iterator[str]:

@@ -126,7 +126,7 @@ def _why(answers: Answers) -> str:
 
 
 def _asr(row: BudgetRow) -> _Read:
-    return _Read(row.asr, "no record" if not row.networks + row.failed else "not measured")
+    return _Read(row.asr, "no record" if not row.keys else "not measured")
 
 
 def _poisons(row: BudgetRow) -> _Read:

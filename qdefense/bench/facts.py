@@ -90,8 +90,7 @@ def _without_twins(report: BenchReport, rows: _Rows) -> Iterator[str]:
             causes[_cause(row, rows)].append(f"{row.defense} on {row.setting.place}, {row.setting.file}")
     for cause, names in causes.items():
         more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-        remedy = f"; {_MEASURED_HERE}" if _PARTS["runtime"] in cause else ""
-        yield f"{names[0]}{more}: rates of attacked files without a clean twin: {cause}{remedy}."
+        yield f"{names[0]}{more}: rates of attacked files without a clean twin: {cause}."
 
 
 def _lacks_twin(row: ScanRow | DatasetRow | FilterRow | RepairRow) -> bool:
@@ -114,7 +113,10 @@ def _cause(row: ScanRow | DatasetRow | FilterRow | RepairRow, rows: _Rows) -> st
     if not near:
         return "this defense was tried on no clean network at this precision"
     parts = min(near, key=len)
-    return "clean networks were measured " + " and ".join(told for name, told in _PARTS.items() if name in parts)
+    remedy = f"; {_MEASURED_HERE}" if "runtime" in parts else ""
+    return (
+        f"clean networks were measured {' and '.join(told for name, told in _PARTS.items() if name in parts)}{remedy}"
+    )
 
 
 def _weaknesses(report: BenchReport) -> Iterator[str]:

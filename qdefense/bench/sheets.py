@@ -307,7 +307,7 @@ def _figure_name(figure: BudgetFigure) -> str:
 def _budget_cells(row: BudgetRow, names: Sequence[str]) -> list[Cell]:
     mine = {_figure_name(one): _figure_cell(row, one) for one in (*row.repairs, *row.detections)}
     share = NOTHING if row.rate is None else f"{100 * row.rate:.3g} %"
-    files = (row.setting, "", "session") if row.networks + row.failed else None
+    files = (row.setting, "", "session") if row.keys else None
     networks = (f"{row.networks}", *((f"{row.failed} failed",) if row.failed else ()))
     return [
         *_text(row.family, row.budget if row.poisons is None else f"{row.poisons:,}"),

@@ -206,7 +206,8 @@ def _summarise(items: Sequence[Item], folder: Path) -> None:
     if len(told) > _SHOWN:
         click.echo(f"and {len(told) - _SHOWN} more; see {RECORDS}")
     click.echo(harmless(f"records: {folder / RECORDS}"))
-    foreign = sum(is_elsewhere(item.record, runtime()) for item in items)
+    here = runtime()
+    foreign = sum(is_elsewhere(item.record, here) for item in items)
     if foreign:
         click.echo(f"{foreign} of the records come from another runtime or CPU, which may give other logits", err=True)
 

@@ -434,6 +434,7 @@ def test_a_missing_truth_costs_the_scans_of_the_training_set_alone(new_desk: New
     _, told = made.run(Inline())
     found = [record.defense for record in made.records.values() if isinstance(record, DefenseRecord)]
     assert [name for name in found if name != "neural-cleanse"] == ["planted-filter"] * 4
+    assert told
     assert all("no readable truth beside its network" in line for line in told)
 
 
