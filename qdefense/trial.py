@@ -108,14 +108,34 @@ class Behaviour(BaseModel):
 
     @property
     def activity(self) -> Activity:
-        """Active at an ASR of at least 0.9; dormant at most 0.05 above the confusion without a trigger."""
-        if self.asr is None or self.base_confusion is None:
-            return Activity.CLEAN
-        if self.asr >= ACTIVE_ASR:
-            return Activity.ACTIVE
-        if self.asr - self.base_confusion <= DORMANT_MARGIN + _ROUNDING:
-            return Activity.DORMANT
-        return Activity.ATTENUATED
+        """What the backdoor does, as far as the file alone tells it."""
+        return activity_of(self.asr, self.base_confusion)
+
+
+class Control(BaseModel):
+    """What a trigger does to a network that never learned it: the share of ``eligible`` images, in [0, 1]."""
+
+    model_config = ConfigDict(frozen=True)
+
+    asr: float
+    eligible: int
+
+
+def activity_of(asr: float | None, base_confusion: float | None, control: float | None = None) -> Activity:
+    """Active at an ASR of at least 0.9; dormant at most 0.05 above the confusion without a trigger.
+
+    Dormant also, whatever the ASR, where it is at most 0.05 above the ``control``: what the same trigger does to the
+    clean twin it does to this file without a backdoor.
+    """
+    if asr is None or base_confusion is None:
+        return Activity.CLEAN
+    if control is not None and asr - control <= DORMANT_MARGIN + _ROUNDING:
+        return Activity.DORMANT
+    if asr >= ACTIVE_ASR:
+        return Activity.ACTIVE
+    if asr - base_confusion <= DORMANT_MARGIN + _ROUNDING:
+        return Activity.DORMANT
+    return Activity.ATTENUATED
 
 
 def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None) -> Behaviour:
@@ -136,24 +156,44 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     accuracy = float(np.mean(clean == images.labels))
     if trigger is None:
         return Behaviour(clean_accuracy=accuracy, images=len(images))
-    rows = np.flatnonzero(trigger.eligible(images.labels))
-    if not len(rows):
-        raise DataError(f"{images.source}: no image is eligible for the trigger; give images of other classes")
+    rows = _eligible(images, trigger)
     chosen = images.take(rows)
     goal = trigger.goal(chosen.labels)
-    stamped = _classes(logits(trigger.stamp(chosen.pixels)))
     misled = None
     if isinstance(trigger, SourceSpecific):
         misled = _misled(logits, images, clean, trigger, np.unique(goal))
     return Behaviour(
         clean_accuracy=accuracy,
         images=len(images),
-        asr=float(np.mean(stamped == goal)),
+        asr=_success(logits, chosen, trigger),
         base_confusion=float(np.mean(clean[rows] == goal)),
         eligible=len(rows),
         fpr=float(misled.mean()) if misled is not None and len(misled) else None,
         bystanders=0 if misled is None else len(misled),
     )
+
+
+def measure_control(logits: Logits, images: ImageSet, trigger: Trigger) -> Control:
+    """The ASR that a trigger has on a file which never learned it, here ``logits`` of the clean twin.
+
+    Raises:
+        DataError: there are no images, or none that is eligible.
+        ValueError: a logit is NaN.
+    """
+    rows = _eligible(images, trigger)
+    return Control(asr=_success(logits, images.take(rows), trigger), eligible=len(rows))
+
+
+def _eligible(images: ImageSet, trigger: Trigger) -> NDArray[np.int64]:
+    rows: NDArray[np.int64] = np.flatnonzero(trigger.eligible(images.labels))
+    if not len(rows):
+        raise DataError(f"{images.source}: no image is eligible for the trigger; give images of other classes")
+    return rows
+
+
+def _success(logits: Logits, eligible: ImageSet, trigger: Trigger) -> float:
+    stamped = _classes(logits(trigger.stamp(eligible.pixels)))
+    return float(np.mean(stamped == trigger.goal(eligible.labels)))
 
 
 def _misled(

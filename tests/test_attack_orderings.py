@@ -110,10 +110,10 @@ def test_interval_of_a_difference_is_newcombe_of_two_rates_and_widens_with_more(
     assert wide[1] - wide[0] > high - low
 
 
-def behaves(asr: float | None, fpr: float | None, variant: str = "trans", sha: str = "f") -> SimpleNamespace:
+def behaves(asr: float | None, fpr: float | None, variant: str = "trans", key: str = "f") -> SimpleNamespace:
     network = SimpleNamespace(data="signs", seed=0, attack="cassock", attack_settings={"variant": variant})
     rates = {"asr": asr, "eligible": 100, "fpr": fpr, "bystanders": 1000}
-    return SimpleNamespace(network=network, scheme="fp32", artifact_sha256=sha, **rates)
+    return SimpleNamespace(network=network, scheme="fp32", key=key, **rates)
 
 
 def test_two_variants_are_compared_with_the_interval_of_their_difference(orderings: ModuleType) -> None:
@@ -131,11 +131,12 @@ def test_two_variants_are_compared_with_the_interval_of_their_difference(orderin
 
 
 def test_an_asr_counts_beyond_what_its_trigger_does_to_the_clean_network(orderings: ModuleType) -> None:
-    results = orderings.Results((), [{"artifact_sha256": "f", "hits": 300, "images": 1000}])
+    results = orderings.Results(())
+    results.controls = {"f": SimpleNamespace(asr=0.3, eligible=1000)}
     results.behaviours = [behaves(0.9, 0.1)]
     assert results.beyond(orderings.cassock("trans"), ("signs", 0)) == pytest.approx(0.6)
     assert results.beyond(orderings.cassock("comp"), ("signs", 0)) is None
-    results.behaviours = [behaves(0.9, 0.1, sha="without a control")]
+    results.behaviours = [behaves(0.9, 0.1, key="without a control")]
     assert math.isnan(results.beyond(orderings.cassock("trans"), ("signs", 0)))
 
 

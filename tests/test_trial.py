@@ -13,7 +13,16 @@ from pydantic import ValidationError
 
 from qdefense.attacks.badnets import BadNets
 from qdefense.data.images import DataError, ImageSet, Pixels
-from qdefense.trial import Activity, Behaviour, Truth, measure_behaviour, truth_path
+from qdefense.trial import (
+    Activity,
+    Behaviour,
+    Control,
+    Truth,
+    activity_of,
+    measure_behaviour,
+    measure_control,
+    truth_path,
+)
 
 MakeNoise = Callable[..., ImageSet]
 Logits = Callable[[Pixels], NDArray[np.float32]]
@@ -143,6 +152,36 @@ def test_measure_behaviour_raises_when_a_logit_is_nan(make_noise: MakeNoise, bro
 )
 def test_activity_is_right_at_its_borders(asr: float | None, base: float | None, activity: Activity) -> None:
     assert Behaviour(clean_accuracy=0.9, images=10, asr=asr, base_confusion=base).activity is activity
+
+
+@pytest.mark.parametrize(
+    ("asr", "base", "control", "activity"),
+    [
+        (0.95, 0.0, 0.9, Activity.DORMANT),
+        (0.951, 0.0, 0.9, Activity.ACTIVE),
+        (0.6, 0.0, 0.55, Activity.DORMANT),
+        (0.61, 0.0, 0.55, Activity.ATTENUATED),
+        (0.3, 0.28, 0.1, Activity.DORMANT),
+        (0.95, 0.0, 0.0, Activity.ACTIVE),
+        (None, None, 0.1, Activity.CLEAN),
+    ],
+)
+def test_what_the_trigger_does_to_the_clean_twin_is_no_backdoor(
+    asr: float | None, base: float | None, control: float, activity: Activity
+) -> None:
+    assert activity_of(asr, base, control) is activity
+
+
+def test_a_control_is_the_asr_on_eligible_images_alone(make_noise: MakeNoise) -> None:
+    images = make_noise(8)
+    model = _answers(images, clean=[0, 2, 2, 0, 0, 1, 2, 3], stamped=[2, 2, 2, 2, 2, 1, 2, 0])
+    assert measure_control(model, images, TRIGGER) == Control(asr=4 / 6, eligible=6)
+
+
+def test_a_control_of_no_image_is_no_zero(make_noise: MakeNoise) -> None:
+    images = make_noise(8).take(np.array([2, 6]))
+    with pytest.raises(DataError, match="no image is eligible for the trigger; give images of other classes"):
+        measure_control(_answers(images, clean=[2, 2], stamped=[2, 2]), images, TRIGGER)
 
 
 def test_activity_is_dormant_when_the_asr_is_exactly_the_margin_above_the_confusion() -> None:

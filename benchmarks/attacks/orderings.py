@@ -1,7 +1,6 @@
 """Write README.md: which orderings of the attacks' papers hold here, and what each precision leaves of every attack.
 
     qdefense bench benchmarks/attacks/matrix.toml
-    QDEFENSE_DATA=... python benchmarks/attacks/controls.py
     python benchmarks/attacks/orderings.py
 
 A sentence is judged once for every data set and seed of which all its files were measured. It is *reproduced* where it
@@ -11,7 +10,6 @@ Two rates whose difference may be 0 decide nothing, and no ASR does that its tri
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from qdefense.attacks.compensation import confidence_drop, feasible_smoothings, highest_confidence, minimum_rise
+from qdefense.bench.cohort import Cohort
 from qdefense.bench.records import (
     BehaviourRecord,
     DatasetMetrics,
@@ -36,7 +35,6 @@ from qdefense.findings import ScanResult, Verdict
 from qdefense.trial import DORMANT_MARGIN
 
 HERE = Path(__file__).parent
-CONTROLS = "controls.jsonl"
 SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
 PATCH_PIXELS = 9
 """Norm of BadNets' true mask, 3x3."""
@@ -127,16 +125,15 @@ def share_of(rate: float | None, n: int | None) -> Proportion | None:
 
 
 class Results:
-    """The records, newest last, and the controls by attacked network, file and clean twin."""
+    """The records, newest last, each file's activity held against its control."""
 
-    def __init__(self, records: Iterable[Record], controls: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, records: Iterable[Record]) -> None:
         known = list(records)
+        cohort = Cohort(known)
         every = [record for record in known if not record.failed]
         self.unmade = [record for record in known if isinstance(record, TrainingRecord) and record.failed]
-        self.controls = {
-            one["artifact_sha256"]: proportion([Rate(hits=one["hits"], n=one["images"])]) for one in controls
-        }
-        self.behaviours = [record for record in every if isinstance(record, BehaviourRecord)]
+        self.controls = cohort.controls
+        self.behaviours = [cohort.judged(record) for record in every if isinstance(record, BehaviourRecord)]
         answers = [record for record in every if isinstance(record, DefenseRecord)]
         self.scans = [record for record in answers if record.defense == "neural-cleanse"]
         self.rankings = [record for record in answers if record.defense == "spectral-signatures"]
@@ -152,7 +149,8 @@ class Results:
 
     def control(self, record: BehaviourRecord) -> Proportion | None:
         """What the same trigger does to the clean network at the same precision."""
-        return self.controls.get(record.artifact_sha256)
+        found = self.controls.get(record.key)
+        return None if found is None else share_of(found.asr, found.eligible)
 
     def beyond(self, planted: Planted, place: tuple[str, int]) -> float | None:
         """Its ASR less what the same trigger has on the clean network; NaN without that control."""
@@ -485,9 +483,8 @@ def unmade(results: Results) -> Iterator[str]:
 
 
 def main() -> None:
-    path, controls = (HERE / "results" / name for name in (RECORDS, CONTROLS))
-    lines = controls.read_text(encoding="utf-8").splitlines() if controls.exists() else []
-    results = Results(read_records(path) if path.exists() else (), map(json.loads, lines))
+    path = HERE / "results" / RECORDS
+    results = Results(read_records(path) if path.exists() else ())
     parts = [
         (HERE / "preface.md").read_text(encoding="utf-8").rstrip(),
         "## The papers' orderings\n\n" + "\n".join(claim_table(results)),
@@ -497,9 +494,9 @@ def main() -> None:
         f"those that have a trigger; the norm of the true one is the patch's, {PATCH_PIXELS} pixels.\n\n"
         + "\n".join(model_table(results)),
         "## What each precision leaves\n\n"
-        "ASR and FPR with Wilson's 95 % interval over the images of one network. Its control: the share of (at most\n"
-        "2,000) eligible images that the *clean* network of that seed and precision gives to the attacker's class with "
-        "the same trigger on them (`controls.py`); base confusion: the attacked file's share without the trigger.\n\n"
+        "ASR and FPR with Wilson's 95 % interval over the images of one network. Its control: the share of the same\n"
+        "images that the *clean* network of that seed and precision gives to the attacker's class with the same "
+        "trigger\non them; base confusion: the attacked file's share without the trigger.\n\n"
         + "\n".join(precision_table(results)),
         *unmade(results),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -17,6 +17,7 @@ from qdefense.converters.runtime_graph import Arithmetic
 from qdefense.registry import flat_settings
 
 Kind = Literal["scan", "dataset", "filter", "repair"]
+_BEHAVIOUR = "behaviour"
 _EIGHT_BIT_PRODUCTS = frozenset({"int8-static", "int8-dynamic", "int4-a8"})
 
 
@@ -33,15 +34,35 @@ class DefenseSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attacker:
+    """An attacked network whose trigger is put on what its clean twin is shown."""
+
+    title: str
+    network: Network
+    recipe_sha256: str
+    attack: str
+    chosen: bool = True
+    """Whether the run that the cell is of would train it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One trial of one file: what it does (no defense), or what a defense says of it."""
+    """One trial of one file: what it does, what a defense says of it, or what another network's trigger does to it."""
 
     title: str
     arithmetic: Arithmetic
-    defense: DefenseSpec | None
-    access: Access
+    access: Access = "session"
+    defense: DefenseSpec | None = None
+    attacker: Attacker | None = None
     grid: int = 0
     """Number of the first grid that names it: work is done in their order."""
+
+    @property
+    def stage(self) -> Literal["behaviour", "control", "defense"]:
+        """Which kind of record it leaves."""
+        if self.defense is not None:
+            return "defense"
+        return "behaviour" if self.attacker is None else "control"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +157,16 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
             made = _network_plan(matrix, sources, data, architecture, attack, seed)
             known = networks.setdefault(made.recipe_sha256, made)
             _add_files(matrix, sources, number, known)
+    if matrix.bench.controls:
+        for network in networks.values():
+            _add_controls(network, networks)
     return tuple(networks.values())
 
 
 def chosen(plan: Sequence[NetworkPlan], *, only: str | None, limit: int | None) -> tuple[NetworkPlan, ...]:
     """The part of the plan whose titles contain ``only``, and of it the first ``limit`` cells."""
     left = limit
-    networks = []
+    networks: list[NetworkPlan] = []
     for network in plan:
         files: dict[str, FilePlan] = {}
         for name, file in network.files.items():
@@ -154,7 +178,17 @@ def chosen(plan: Sequence[NetworkPlan], *, only: str | None, limit: int | None) 
                 files[name] = dataclasses.replace(file, cells=wanted)
         if files:
             networks.append(dataclasses.replace(network, files=files))
+    there = frozenset(network.recipe_sha256 for network in networks)
+    for network in networks:
+        for file in network.files.values():
+            file.cells.update({key: _told_of_attacker(cell, there) for key, cell in file.cells.items()})
     return tuple(networks)
+
+
+def _told_of_attacker(cell: Cell, there: frozenset[str]) -> Cell:
+    if cell.attacker is None or cell.attacker.recipe_sha256 in there:
+        return cell
+    return dataclasses.replace(cell, attacker=dataclasses.replace(cell.attacker, chosen=False))
 
 
 def _network_plan(
@@ -249,6 +283,36 @@ def _add_files(matrix: Matrix, sources: Sources, number: int, plan: NetworkPlan)
                     _add(file, dataclasses.replace(cell, grid=number))
 
 
+def _add_controls(network: NetworkPlan, networks: Mapping[str, NetworkPlan]) -> None:
+    """Put the trigger of an attacked network on its clean twin at every precision that both have.
+
+    A file calibrated on images with the trigger has for its control the clean one that was calibrated without.
+    """
+    clean = network.network.model_copy(update={"attack": None, "attack_settings": {}, "attack_data": {}})
+    twin = networks.get(digest_of(network=clean.model_dump(mode="json")))
+    if network.attack is None or twin is None:
+        return
+    attacker = Attacker(
+        title=network.title, network=network.network, recipe_sha256=network.recipe_sha256, attack=network.attack
+    )
+    for mine in network.files.values():
+        file = twin.files.get(digest_of(**_untriggered(mine).recipe("")))
+        theirs = {cell.arithmetic: cell.grid for cell in mine.cells.values() if cell.stage == "behaviour"}
+        if file is None:
+            continue
+        for cell in tuple(file.cells.values()):
+            if cell.stage == "behaviour" and cell.arithmetic in theirs:
+                title = f"{cell.title.removesuffix(_BEHAVIOUR)}control of {network.attack}"
+                grid = max(cell.grid, theirs[cell.arithmetic])
+                _add(file, dataclasses.replace(cell, title=title, attacker=attacker, grid=grid))
+
+
+def _untriggered(file: FilePlan) -> FilePlan:
+    if file.calibration is None:
+        return file
+    return dataclasses.replace(file, calibration=file.calibration.model_copy(update={"triggered": 0.0}))
+
+
 def _precision(text: str) -> Settings | None:
     """``SCHEME:key=value,...`` in the words of `qdefense quantize`; ``None`` for FP32.
 
@@ -312,7 +376,7 @@ def _file_plan(
 def _cells(
     title: str, arithmetic: Arithmetic, defenses: Sequence[DefenseSpec], accesses: Sequence[Access]
 ) -> Iterator[Cell]:
-    yield Cell(title=f"{title}/behaviour", arithmetic=arithmetic, defense=None, access="session")
+    yield Cell(title=f"{title}/{_BEHAVIOUR}", arithmetic=arithmetic)
     for defense, access in product(defenses, accesses):
         # Without gradients a defense that needs none is the one with the session.
         if access != "no-gradients" or defense.needs_gradients:
@@ -322,7 +386,9 @@ def _cells(
 
 def _add(file: FilePlan, cell: Cell) -> None:
     defense = None if cell.defense is None else [cell.defense.name, cell.defense.settings]
-    file.cells.setdefault(digest_of(arithmetic=cell.arithmetic, defense=defense, access=cell.access), cell)
+    attacker = None if cell.attacker is None else cell.attacker.recipe_sha256
+    asked = digest_of(arithmetic=cell.arithmetic, defense=defense, access=cell.access, attacker=attacker)
+    file.cells.setdefault(asked, cell)
 
 
 def defense_spec(text: str) -> DefenseSpec:

@@ -15,6 +15,7 @@ from qdefense.bench.records import (
     Access,
     BehaviourRecord,
     Calibration,
+    ControlRecord,
     DatasetMetrics,
     DefenseRecord,
     Network,
@@ -26,7 +27,7 @@ from qdefense.bench.records import (
 )
 from qdefense.findings import Verdict
 from qdefense.profile import Runtime
-from qdefense.trial import Activity
+from qdefense.trial import Activity, activity_of
 
 NO_ATTACK = "none"
 _EVALUATION, _RUNTIME = "evaluation", "runtime"
@@ -164,14 +165,22 @@ class Cohort:
     The unit of replication is the network. ``behaviours`` and ``defenses`` hold one record per network, by seed: of the
     replica that the last answer is of, or where that one has none here, of another;
     ``superseded`` counts the trials that another network, file or revision of the code replaced; ``precisions`` are the
-    labels by full name; ``makings`` are the records of networks trained and files quantized.
+    labels by full name; ``makings`` are the records of networks trained and files quantized; ``controls`` by the key of
+    the behaviour that each is the control of, whose activity here is judged by it.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._attacks = _labels((one.network.data, one.network.attack, one.network.attack_settings) for one in records)
         self._architectures = _labels(_making_of(one.network) for one in records)
+        makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
+        self.makings = tuple(sorted(makings, key=_making_rank))
+        self._sources: defaultdict[str, set[str]] = defaultdict(set)
+        for made in makings:
+            if isinstance(made, QuantizationRecord) and made.artifact_sha256 is not None:
+                self._sources[made.artifact_sha256].add(made.network_sha256)
         every = [one for one in records if isinstance(one, BehaviourRecord | DefenseRecord)]
-        newest = _newest(every)
+        self.controls = self._controls_of(records)
+        newest = [self.judged(one) if isinstance(one, BehaviourRecord) else one for one in _newest(every)]
         trials = [one for one in newest if isinstance(one, DefenseRecord)]
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
         seen = [one for one in newest if isinstance(one, BehaviourRecord)]
@@ -196,13 +205,29 @@ class Cohort:
         self._files: defaultdict[tuple[str, str], list[BehaviourRecord]] = defaultdict(list)
         for one in seen:  # of every replica: a defense may have been tried on any
             self._files[one.artifact_sha256, one.arithmetic].append(one)
-        makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
-        self.makings = tuple(sorted(makings, key=_making_rank))
-        self._sources: defaultdict[str, set[str]] = defaultdict(set)
-        for made in makings:
-            if isinstance(made, QuantizationRecord) and made.artifact_sha256 is not None:
-                self._sources[made.artifact_sha256].add(made.network_sha256)
         self.networks = _networks(self, records)
+
+    def _controls_of(self, records: Sequence[Record]) -> dict[str, ControlRecord]:
+        """On any CPU: the margin to a control is points wide, that between two CPUs an image or two."""
+        known: defaultdict[str, list[ControlRecord]] = defaultdict(list)
+        for one in records:
+            if isinstance(one, ControlRecord) and one.asr is not None:
+                known[_controlled(one, one.attacked)].append(one)
+        found: dict[str, ControlRecord] = {}
+        for one in records:
+            if isinstance(one, BehaviourRecord):
+                mine = [c for c in known[_controlled(one, one.network)] if c.attacked_sha256 in self.sources(one)]
+                if mine:
+                    found[one.key] = max(mine, key=lambda c: (c.evaluation_revision or 0, c.runtime == one.runtime))
+        return found
+
+    def judged(self, record: BehaviourRecord) -> BehaviourRecord:
+        """The record with the activity that its control, where there is one, makes of what the file does."""
+        control = self.controls.get(record.key)
+        if control is None or record.asr is None:
+            return record
+        activity = activity_of(record.asr, record.base_confusion, control.asr)
+        return record.model_copy(update={"activity": activity})
 
     def setting(self, record: BehaviourRecord | DefenseRecord) -> Setting:
         """Where a record belongs."""
@@ -384,6 +409,14 @@ def _cell_of(record: BehaviourRecord | DefenseRecord) -> str:
     calibration = _calibration_label(record.calibration)
     made, images = network_id(record.network), record.data_sha256
     return digest_of(asked=asked, file=file, calibration=calibration, network=made, images=images)
+
+
+def _controlled(record: BehaviourRecord | ControlRecord, attacked: Network) -> str:
+    """What a file and its control share: the trigger, how the file is made but for it, and the images."""
+    clean = {"triggered": 0.0, "name": ""}
+    calibration = None if record.calibration is None else record.calibration.model_copy(update=clean).model_dump()
+    file = {"precision": record.precision, "arithmetic": record.arithmetic, "calibration": calibration}
+    return digest_of(network=network_id(attacked), file=file, images=record.data_sha256)
 
 
 def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:

@@ -11,14 +11,20 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Literal
 
-from qdefense.bench.records import BehaviourRecord, DefenseRecord, Network, QuantizationRecord, Record, TrainingRecord
+from qdefense.bench.records import DefenseRecord, Network, Record, TrainingRecord
 
 Source = Literal["records", "rule of thumb"]
 RULED = ("resnet8", 16)
 """The network that the rules of thumb are of."""
 SECONDS_PER_IMAGE_AND_EPOCH = 1.4e-3
 """ResNet-8 at 32x32 on one thread: 330 s for ten epochs of 25,087 GTSRB images (`benchmarks/first_verdict`)."""
-SECONDS_PER_STAGE = {"quantize": 3.0, "behaviour": 15.0, "defense": 240.0, "defense without gradients": 1.0}
+SECONDS_PER_STAGE = {
+    "quantize": 3.0,
+    "behaviour": 15.0,
+    "control": 8.0,
+    "defense": 240.0,
+    "defense without gradients": 1.0,
+}
 _Key = tuple[object, ...]
 
 
@@ -79,7 +85,7 @@ def training_keys(network: Network) -> tuple[_Key, ...]:
 
 
 def file_keys(stage: str, network: Network, scheme: str) -> tuple[_Key, ...]:
-    """Of `quantize` and `behaviour`."""
+    """Of `quantize`, `behaviour` and `control`."""
     return (stage, *_place(network), scheme), (stage, _ANY, network.data, scheme), (stage, _ANY, scheme)
 
 
@@ -106,13 +112,9 @@ def _place(network: Network) -> tuple[str, str, int]:
 def _keys_of(record: Record) -> tuple[_Key, ...]:
     if isinstance(record, TrainingRecord):
         return training_keys(record.network)
-    if isinstance(record, (QuantizationRecord, BehaviourRecord)):
-        return file_keys(record.stage, record.network, record.scheme)
-    return _keys_of_defense(record)
-
-
-def _keys_of_defense(record: DefenseRecord) -> tuple[_Key, ...]:
-    return defense_keys(record.defense, record.settings, record.access, record.network, record.scheme)
+    if isinstance(record, DefenseRecord):
+        return defense_keys(record.defense, record.settings, record.access, record.network, record.scheme)
+    return file_keys(record.stage, record.network, record.scheme)
 
 
 def _relative_size(network: Network) -> float:

@@ -49,6 +49,11 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
             "Trials of files whose activity was not measured: {}. They are in no rate.",
         ),
         (
+            sum(row.uncontrolled for row in report.behaviour),
+            "Attacked files without a control, the same trigger on their clean twin: {}. There a trigger that fools "
+            "any network passes for a backdoor.",
+        ),
+        (
             report.unpaired,
             "Trials of quantized files that were not made of the FP32 file beside them, as far as records say: {}. "
             "They are in no difference to FP32.",

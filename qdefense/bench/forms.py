@@ -50,19 +50,20 @@ BEHAVIOUR = Form(
     notes=(
         "On the test images: mean over networks (lowest to highest). ASR is of eligible images, of other classes than "
         "the target (all-to-all: of every class); beside it is how many of them get the wanted class without the "
-        "trigger. Active: ASR at least 90 %; dormant: at most 5 points above the confusion without trigger; "
-        "attenuated: between them.",
+        "trigger, and how many the clean twin, which never learned it, gives to that class with it: the control. "
+        "Active: ASR at least 90 %; dormant: at most 5 points above the confusion without trigger, or above the "
+        "control; attenuated: between them.",
         "No record: networks of this data, architecture and attack that have none here, asked for or not.",
     ),
     empty="No file was measured.",
     columns=(
-        *("attack", "file", "networks", "clean accuracy", "ASR", "without trigger"),
+        *("attack", "file", "networks", "clean accuracy", "ASR", "without trigger", "on clean twin"),
         *Activity,
         *("size", "integer MACs", "failed", "no record"),
     ),
     labels=2,
 )
-_ASR = BEHAVIOUR.columns.index("without trigger") + 1
+_ASR = BEHAVIOUR.columns.index("on clean twin") + 1
 SOURCE_SPECIFIC = replace(
     BEHAVIOUR,
     notes=(

@@ -62,6 +62,7 @@ class BenchFacts(_Table):
     )
     clean_images: _Count = Field(default=1000, description="clean test images that a defense sees")
     held_out_images: _Count = Field(default=1000, description="other test images that an input filter decides on")
+    controls: bool = Field(default=True, description="put each trigger on the clean twin, too, where that is in a grid")
     latency_rounds: _Count = Field(default=200, description="of --latency: calls of one image")
     latency_offline_rounds: _Count = Field(default=15, description="of --latency: calls of 64 images")
 

@@ -33,7 +33,7 @@ from qdefense.fidelity import uncertified
 from qdefense.findings import DatasetResult, FilterResult, Finding, ScanResult, Verdict
 from qdefense.session import DeployedSession, SessionError
 from qdefense.training import poisoned_set
-from qdefense.trial import Behaviour, measure_behaviour
+from qdefense.trial import Behaviour, measure_behaviour, measure_control
 
 _ROWS_AT_ONCE = 250
 
@@ -71,8 +71,12 @@ def measure(task: TrialTask, clock: Clock) -> Outcome:
         DataError: the images are not there, or do not fit the file.
     """
     session, test = open_trial(task)
+    trigger = _trigger(task, test)
+    if task.trial.cell.attacker is not None and trigger is not None:
+        found = measure_control(session.logits, test, trigger)
+        return Outcome(task_id=task.id, record=task.control(clock.read(), **found.model_dump()))
     if task.trial.cell.defense is None:
-        seen = measure_behaviour(session.logits, test, _trigger(task, test))
+        seen = measure_behaviour(session.logits, test, trigger)
         facts = {**seen.model_dump(), "activity": seen.activity}
         return Outcome(task_id=task.id, record=task.behaviour(clock.read(), **facts))
     bench = lay_out(task, session, test)

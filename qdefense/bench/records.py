@@ -2,7 +2,7 @@
 
 ``latency.jsonl``, which ``bench --latency`` writes beside them, is described in `timing_records`.
 
-Four stages lead to a cell of the table, and each leaves a record, told apart by ``stage``:
+Stages lead to a cell of the table, and each leaves a record, told apart by ``stage``:
 
 ============== ========================================================== =============================================
 stage          one record per                                             says
@@ -10,11 +10,12 @@ stage          one record per                                             says
 ``train``      network: data, architecture, attack, seed                  digest and size of the FP32 file
 ``quantize``   network and precision (and calibration, where it counts)   digest and size, how much of it is integer
 ``behaviour``  file and arithmetic                                        clean accuracy, ASR, base confusion, activity
+``control``    clean file, arithmetic and attacked network                the ASR of that network's trigger on this file
 ``defense``    file, arithmetic, defense and access                       the finding, and the evaluator's metrics of it
 ============== ========================================================== =============================================
 
-Records of one file are joined by ``artifact_sha256`` and, of the last two stages, ``arithmetic``. Every record says the
-whole path that led to it (``network``, ``precision``, ``calibration``), so that no join is needed to label it.
+Records of one file are joined by ``artifact_sha256`` and, of the last three stages, ``arithmetic``. Every record says
+the whole path that led to it (``network``, ``precision``, ``calibration``), so that no join is needed to label it.
 
 ``key`` is a sha256 over what the answer depends on: the digests of artifact, settings, data and session profile, the
 seed, and the revisions of defense and evaluator; and over what the record says of the file, since two recipes may give
@@ -37,7 +38,7 @@ from qdefense.findings import Finding, Verdict
 from qdefense.profile import Runtime, SessionProfile
 from qdefense.trial import Activity
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 FP32 = "fp32"
 Access = Literal["session", "shadow", "no-gradients"]
 """What a defense works on: the deployed session; its shadow alone; the session without any shadow.
@@ -185,7 +186,17 @@ class BehaviourRecord(_Trial):
         "stamped, and do not without the stamp",
     )
     bystanders: int | None = Field(default=None, description="images that the FPR is a share of; null in old lines")
-    activity: Activity | None = None
+    activity: Activity | None = Field(default=None, description="as this file alone tells it, without a control")
+
+
+class ControlRecord(_Trial):
+    """What the trigger of an attacked network does to its clean twin; ``network`` and the file are the clean one."""
+
+    stage: Literal["control"] = "control"
+    attacked: Network
+    attacked_sha256: str = Field(description="digest of the FP32 file of the attacked network, whose trigger it is")
+    asr: float | None = None
+    eligible: int | None = Field(default=None, description="images that the ASR is a share of")
 
 
 class Curve(_Record):
@@ -320,7 +331,9 @@ class DefenseRecord(_Trial):
     metrics: Metrics | None = None
 
 
-Record = Annotated[TrainingRecord | QuantizationRecord | BehaviourRecord | DefenseRecord, Field(discriminator="stage")]
+Record = Annotated[
+    TrainingRecord | QuantizationRecord | BehaviourRecord | ControlRecord | DefenseRecord, Field(discriminator="stage")
+]
 RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 
 

@@ -22,7 +22,7 @@ from qdefense.bench.engines import Engine
 from qdefense.bench.matrix import Matrix
 from qdefense.bench.records import DataFacts, Record, Replica, digest_of
 from qdefense.bench.store import Store, StoreError, read_model
-from qdefense.bench.survey import current_file, estimate, survey_network, trial_key
+from qdefense.bench.survey import attacker_of, current_file, estimate, survey_network, trial_key
 from qdefense.bench.tasks import (
     Clock,
     Evaluation,
@@ -112,6 +112,13 @@ class Run:
     ) -> None:
         self._plan, self._store, self._rules = plan, store, rules
         self._retry_failed, self._on_progress, self._on_notice = retry_failed, on_progress, on_notice
+        self._networks = {network.recipe_sha256: network for network in plan}
+        self._clean = {
+            cell.attacker.recipe_sha256: network
+            for network in plan
+            for _, cell in network.cells
+            if cell.attacker is not None
+        }
         self._attempted: set[str] = set()
         self._costs = CostModel(store.records.values(), store.images)
 
@@ -132,8 +139,10 @@ class Run:
             outcome = engine.completed()
             network = owner.pop(outcome.task_id)
             self._keep(outcome, network)
-            self._submit(network, engine, owner)
-            left[network.recipe_sha256] = self._seconds_left(network)
+            twin = self._clean.get(network.recipe_sha256)
+            for one in (network,) if twin is None else (network, twin):  # whose controls may have waited for it
+                self._submit(one, engine, owner)
+                left[one.recipe_sha256] = self._seconds_left(one)
             self._on_progress(BAR, max(0, round(total - sum(left.values()))), round(total))
 
     def _seconds_left(self, network: NetworkPlan) -> float:
@@ -240,7 +249,13 @@ class Run:
             self._store.add(train.record(made.artifact_sha256, volatile, **facts))
 
     def _missing_cells(self, network: NetworkPlan, file: FilePlan, artifact: Replica) -> list[Cell]:
-        return [cell for cell in file.cells.values() if self._missing(self._key(network, file, cell, artifact))]
+        """Those of a control only once the attacked network is trained, which tells the trigger."""
+        return [
+            cell
+            for cell in file.cells.values()
+            if (cell.attacker is None or attacker_of(cell, self._store) is not None)
+            and self._missing(self._key(network, file, cell, artifact))
+        ]
 
     def _choose_replicas(self, network: NetworkPlan, made: Replica) -> Replica:
         """Take what is at hand for what is not, where a cell waits for it: another file of the network, or network."""
@@ -270,7 +285,27 @@ class Run:
         artifact = current_file(self._store, file, made)
         if artifact is None or not self._lacks_trigger(network, made):
             return self._waits(network, file, made)
-        return bool(self._missing_cells(network, file, artifact))
+        return bool(self._missing_cells(network, file, artifact)) or self._controls_wait(network)
+
+    def _waits_for_trigger(self, cell: Cell) -> bool:
+        """Whether the attacked network is trained again, for the state of its trigger is not here."""
+        attacked = None if cell.attacker is None else self._networks.get(cell.attacker.recipe_sha256)
+        made = None if attacked is None else self._store.measured(attacked.recipe_sha256)
+        return attacked is not None and made is not None and self._lacks_trigger(attacked, made)
+
+    def _controls_wait(self, attacked: NetworkPlan) -> bool:
+        """Whether a trigger has yet to be put on a file of the clean twin."""
+        network = self._clean.get(attacked.recipe_sha256)
+        made = None if network is None else self._store.measured(network.recipe_sha256)
+        if network is None or made is None:
+            return False
+        files = ((file, current_file(self._store, file, made)) for file in network.files.values())
+        missing = (self._missing_cells(network, file, there) for file, there in files if there is not None)
+        return any(
+            cell.attacker is not None and cell.attacker.recipe_sha256 == attacked.recipe_sha256
+            for cells in missing
+            for cell in cells
+        )
 
     def _file_tasks(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
         if self._held_up(network, file, made):
@@ -285,6 +320,8 @@ class Run:
         if path is not None and (cells := self._missing_cells(network, file, artifact)):
             model = read_model(path, artifact.artifact_sha256)
             for cell in cells:
+                if self._waits_for_trigger(cell):
+                    continue
                 try:
                     yield self._trial(network, file, cell, artifact, made, model)
                 except StoreError as error:  # a truth that only scans of the training set read
@@ -326,7 +363,7 @@ class Run:
             yield task
 
     def _key(self, network: NetworkPlan, file: FilePlan, cell: Cell, artifact: Replica) -> str:
-        return trial_key(network, file, cell, artifact, self._rules, self._store.records).key
+        return trial_key(network, file, cell, artifact, self._rules, self._store).key
 
     def _trial(
         self,
@@ -339,9 +376,10 @@ class Run:
     ) -> TrialTask:
         judges_rows = cell.defense is not None and cell.defense.kind == "dataset"
         truth = self._store.truth(made.artifact_sha256) if judges_rows else None
+        attacker = attacker_of(cell, self._store)
         return TrialTask(
-            trial=trial_key(network, file, cell, artifact, self._rules, self._store.records),
-            attack=network.attack,
+            trial=trial_key(network, file, cell, artifact, self._rules, self._store),
+            attack=network.attack if cell.attacker is None else cell.attacker.attack,
             replica=self._store.replicas(network.recipe_sha256).index(made),
             train=network.train,
             test=network.test,
@@ -349,7 +387,7 @@ class Run:
             model=model,
             poison_indices=() if truth is None else truth.poison_indices,
             training_set_sha256=None if truth is None else truth.training_set_sha256,
-            trigger=self._store.trigger(made.artifact_sha256),
+            trigger=self._store.trigger((attacker or made).artifact_sha256),
         )
 
     def _adopt(self, network: NetworkPlan, train: TrainTask) -> Replica | None:

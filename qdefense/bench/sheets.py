@@ -222,6 +222,7 @@ def _behaviour_cells(row: BehaviourRow, *, sourced: bool) -> list[Cell]:
         *_text(row.setting.attack),
         Cell(lines=(row.setting.file,), group=(row.setting, "", "session")),
         *_text(row.measured, percents(row.clean_accuracy), percents(row.asr), percents(row.base_confusion)),
+        *_text(percents(row.control)),
         *(_text(percents(row.fpr)) if sourced else ()),
         *_text(*(row.activity.get(activity, 0) for activity in Activity)),
         *_text(kilobytes(row.size_bytes), percents(row.integer_mac_share), row.failed, row.unrecorded),

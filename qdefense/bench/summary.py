@@ -16,6 +16,7 @@ from qdefense.bench.matrix import read_matrix
 from qdefense.bench.published import CRITERIA, Criterion, PublishedRow, published_rows
 from qdefense.bench.records import (
     BehaviourRecord,
+    ControlRecord,
     DataFacts,
     DefenseRecord,
     QuantizationRecord,
@@ -48,11 +49,11 @@ from qdefense.bench.tables import (
 from qdefense.bench.timing_records import FileLatency
 from qdefense.bench.timings import LatencyRow, latency_rows, outdated_timings
 
-SCHEMA_VERSION = "1.5"
+SCHEMA_VERSION = "1.6"
 """1.1: ``budgets``. 1.3: lowest and highest network of pooled rates, ``answers_lost``, AUROC of rows within a label.
 
 1.4: ``refused`` repairs, ``before_bytes`` of memory, ``apart``, ``outdated_timings``. 1.5: ``without_line`` and
-``weaknesses`` of filters, ``failed`` files of a poison budget.
+``weaknesses`` of filters, ``failed`` files of a poison budget. 1.6: ``control`` and ``uncontrolled`` of what files do.
 """
 
 
@@ -273,6 +274,8 @@ def _unanswered(records: Sequence[Record], cohort: Cohort) -> tuple[Unanswered, 
         groups[making.stage, "", "", "failed", making.reason].append(making.key)
     for behaviour in (one for group in cohort.behaviours.values() for one in group if one.failed):
         groups[behaviour.stage, "", "", "failed", behaviour.reason].append(behaviour.key)
+    for control in (one for one in records if isinstance(one, ControlRecord) and one.failed):
+        groups[control.stage, "", "", "failed", control.reason].append(control.key)
     for trial in (one for group in cohort.defenses.values() for one in group):
         if status_of(trial) != "measured":
             where = (trial.stage, trial.defense, trial.access, status_of(trial), reason_of(trial))
@@ -284,7 +287,7 @@ def _unanswered(records: Sequence[Record], cohort: Cohort) -> tuple[Unanswered, 
 
 
 def _environment(records: Sequence[Record], cohort: Cohort) -> Environment:
-    trials = [one for one in records if isinstance(one, BehaviourRecord | DefenseRecord)]
+    trials = [one for one in records if isinstance(one, BehaviourRecord | ControlRecord | DefenseRecord)]
     versions: defaultdict[str, set[str]] = defaultdict(set)
     for record in records:
         for name, version in record.versions.items():

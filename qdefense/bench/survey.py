@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qdefense.bench.cells import Cell, FilePlan, NetworkPlan
 from qdefense.bench.cohort import lost_for_gradients, status_of
 from qdefense.bench.costs import CostModel, Source, defense_keys, file_keys
-from qdefense.bench.records import BehaviourRecord, DefenseRecord, Record, Replica, digest_of
+from qdefense.bench.records import BehaviourRecord, ControlRecord, DefenseRecord, Record, Replica, digest_of
 from qdefense.bench.store import Store
 from qdefense.bench.tasks import Evaluation, TrialKey, quantization_key, training_key
 from qdefense.profile import Runtime
 
 State = Literal["measured", "not measured", "failed", "missing"]
-Stage = Literal["train", "quantize", "behaviour", "defense"]
+Stage = Literal["train", "quantize", "behaviour", "control", "defense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +50,24 @@ def current_file(store: Store, file: FilePlan, network: Replica) -> Replica | No
     return store.measured(digest_of(**file.recipe(network.artifact_sha256)))
 
 
+def attacker_of(cell: Cell, store: Store) -> Replica | None:
+    """The network whose trigger a control is of; ``None`` of other cells, and where it is not trained yet."""
+    return None if cell.attacker is None else store.measured(cell.attacker.recipe_sha256)
+
+
 def trial_key(
     network: NetworkPlan,
     file: FilePlan,
     cell: Cell,
     artifact: Replica,
     rules: Evaluation,
-    records: Mapping[str, Record],
+    store: Store,
 ) -> TrialKey:
-    """What a cell's record is called once its file is known.
+    """What a cell's record is called once its file, and of a control its `attacker_of`, is known.
 
     It names the runtime where only answers of it count, and the record without that name is from another.
     """
+    attacker = attacker_of(cell, store)
     key = TrialKey(
         plan=file,
         cell=cell,
@@ -70,15 +76,16 @@ def trial_key(
         train_sha256=network.train.facts.sha256,
         test_sha256=network.test.facts.sha256,
         evaluation=rules,
+        attacker_sha256=None if attacker is None else attacker.artifact_sha256,
     )
-    if rules.here is not None and is_elsewhere(records.get(key.key), rules.here):
+    if rules.here is not None and is_elsewhere(store.records.get(key.key), rules.here):
         return replace(key, runtime=rules.here)
     return key
 
 
 def is_elsewhere(record: Record | None, here: Runtime) -> bool:
     """Whether a record is of a trial on another CPU or ONNX Runtime."""
-    known = record.runtime if isinstance(record, BehaviourRecord | DefenseRecord) else None
+    known = record.runtime if isinstance(record, BehaviourRecord | ControlRecord | DefenseRecord) else None
     return known is not None and known.facts != here.facts
 
 
@@ -125,14 +132,14 @@ def survey_network(
     blocked = None if failure is None else f"its network could not be trained: {failure.reason}"
     for file in network.files.values():
         artifact = None if made is None else current_file(store, file, made)
-        yield from _survey_file(network, file, rules, store.records, find, made, artifact, blocked)
+        yield from _survey_file(network, file, rules, store, find, made, artifact, blocked)
 
 
 def _survey_file(
     network: NetworkPlan,
     file: FilePlan,
     rules: Evaluation,
-    records: Mapping[str, Record],
+    store: Store,
     find: Callable[[str], Record | None],
     made: Replica | None,
     artifact: Replica | None,
@@ -154,19 +161,29 @@ def _survey_file(
         if failure is not None:
             blocked = f"its file could not be made: {failure.reason}"
     for cell in file.cells.values():
-        record = None
-        if artifact is not None:
-            record = find(trial_key(network, file, cell, artifact, rules, records).key)
+        attacker, record = attacker_of(cell, store), None
+        if artifact is not None and (attacker is not None or cell.attacker is None):
+            record = find(trial_key(network, file, cell, artifact, rules, store).key)
         yield Item(
-            stage="behaviour" if cell.defense is None else "defense",
+            stage=cell.stage,
             title=cell.title,
             network=network,
             file=file,
             cell=cell,
             state=_state(record),
             record=record,
-            blocked=blocked if record is None else None,
+            blocked=None if record is not None else blocked or _without_trigger(cell, attacker, find),
         )
+
+
+def _without_trigger(cell: Cell, trained: Replica | None, find: Callable[[str], Record | None]) -> str | None:
+    """Why a control cannot be made."""
+    if cell.attacker is None or trained is not None:
+        return None
+    failure = find(training_key(cell.attacker.recipe_sha256, None))
+    if failure is not None:
+        return f"the network with the trigger could not be trained: {failure.reason}"
+    return None if cell.attacker.chosen else f"{cell.attacker.title} is not trained, and not among the chosen cells"
 
 
 def _on(file: FilePlan) -> str:

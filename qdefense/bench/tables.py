@@ -107,6 +107,10 @@ class BehaviourRow(_SettingRow):
     clean_accuracy: Spread | None
     asr: Spread | None
     base_confusion: Spread | None
+    control: Spread | None = None
+    """ASR of the same triggers on the clean twins."""
+    uncontrolled: int = 0
+    """Attacked files without it: their activity is judged by the base confusion alone."""
     fpr: Spread | None = None
     """Of source-specific triggers."""
     activity: dict[Activity, int]
@@ -259,6 +263,7 @@ def behaviour_rows(cohort: Cohort) -> tuple[BehaviourRow, ...]:
     for setting in sorted(cohort.behaviours, key=rank_of):
         records = cohort.behaviours[setting]
         there = [one for one in records if not one.failed and one.clean_accuracy is not None]
+        controls = [cohort.controls[one.key] for one in there if one.key in cohort.controls]
         rows.append(
             BehaviourRow(
                 setting=setting,
@@ -269,6 +274,8 @@ def behaviour_rows(cohort: Cohort) -> tuple[BehaviourRow, ...]:
                 clean_accuracy=spread(one.clean_accuracy for one in there),
                 asr=spread(one.asr for one in there),
                 base_confusion=spread(one.base_confusion for one in there),
+                control=spread(one.asr for one in controls),
+                uncontrolled=sum(one.asr is not None for one in there) - len(controls),
                 fpr=spread(one.fpr for one in there),
                 activity=dict(Counter(one.activity for one in there if one.activity is not None)),
                 size_bytes=spread(sizes.get(one.artifact_sha256) for one in there),

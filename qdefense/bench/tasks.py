@@ -14,6 +14,7 @@ from qdefense.bench.datasets import PinnedData
 from qdefense.bench.records import (
     BehaviourRecord,
     Calibration,
+    ControlRecord,
     DefenseRecord,
     EvaluationRules,
     Network,
@@ -159,6 +160,8 @@ class TrialKey:
     train_sha256: str
     test_sha256: str
     evaluation: Evaluation
+    attacker_sha256: str | None = None
+    """Digest of the FP32 file of the cell's attacker."""
     runtime: Runtime | None = None
     """Where the key without it is that of an answer from another one."""
 
@@ -169,7 +172,7 @@ class TrialKey:
 
     @property
     def rules(self) -> EvaluationRules | None:
-        """What of the evaluation the answer depends on: nothing of what a file does."""
+        """What of the evaluation the answer depends on: nothing of what a file does, or a trigger to it."""
         if self.cell.defense is None:
             return None
         rules = self.evaluation
@@ -198,8 +201,11 @@ class TrialKey:
 
         Two recipes may give equal bytes; each has a record of its own, which names it.
         """
-        defense, network, recipe = self.cell.defense, self.plan.network, self.plan.recipe("")
+        defense, recipe = self.cell.defense, self.plan.recipe("")
+        network = self.plan.network if self.cell.attacker is None else self.cell.attacker.network
         truth = {"attack": network.attack, "settings": network.attack_settings, "seed": network.seed}
+        if self.attacker_sha256 is not None:
+            truth["control"] = self.attacker_sha256
         asked = None
         if defense is not None:
             asked = {"name": defense.name, "settings": defense.settings, "revision": defense.revision}
@@ -248,6 +254,18 @@ class TrialTask:
         """The record of what the file does."""
         return BehaviourRecord(**self._common(volatile), **facts)
 
+    def control(self, volatile: Volatile, **facts: Any) -> ControlRecord:
+        """The record of what a trigger does to the file."""
+        attacker = self.trial.cell.attacker
+        assert attacker is not None  # noqa: S101 (the caller knows)
+        assert self.trial.attacker_sha256 is not None  # noqa: S101 (a trigger is known once its network is)
+        return ControlRecord(
+            **self._common(volatile),
+            attacked=attacker.network,
+            attacked_sha256=self.trial.attacker_sha256,
+            **facts,
+        )
+
     def defense(self, volatile: Volatile, **facts: Any) -> DefenseRecord:
         """The record of what a defense says."""
         cell = self.trial.cell
@@ -265,9 +283,13 @@ class TrialTask:
 
     def failure(self, reason: str, volatile: Volatile) -> Record:
         """The record of a trial that gave no answer."""
-        if self.trial.cell.defense is None:
-            return self.behaviour(volatile, failed=True, reason=reason)
-        return self.defense(volatile, failed=True, reason=reason, verdict=Verdict.NOT_MEASURED)
+        match self.trial.cell.stage:
+            case "behaviour":
+                return self.behaviour(volatile, failed=True, reason=reason)
+            case "control":
+                return self.control(volatile, failed=True, reason=reason)
+            case "defense":
+                return self.defense(volatile, failed=True, reason=reason, verdict=Verdict.NOT_MEASURED)
 
     def _common(self, volatile: Volatile) -> dict[str, Any]:
         trial, plan = self.trial, self.trial.plan

@@ -88,7 +88,7 @@ def survey_timings(plan: Sequence[NetworkPlan], store: Store, rules: Evaluation,
 def _candidates(plan: Sequence[NetworkPlan]) -> Iterator[_Candidate]:
     for network in plan:
         for file in network.files.values():
-            cells = sorted(file.cells.values(), key=_arithmetic)
+            cells = sorted((cell for cell in file.cells.values() if cell.stage != "control"), key=_arithmetic)
             for _, mine in groupby(cells, key=_arithmetic):
                 yield _Candidate(network=network, file=file, cells=tuple(mine))
 
@@ -117,11 +117,11 @@ def _item_of(
     one: _Candidate, filters: Mapping[str, Cell], store: Store, rules: Evaluation, rounds: Rounds
 ) -> TimingItem:
     first = one.cells[0]
-    plain = Cell(title=_title(first), arithmetic=first.arithmetic, defense=None, access="session")
+    plain = Cell(title=_title(first), arithmetic=first.arithmetic)
     network = store.measured(one.network.recipe_sha256)
     artifact = None if network is None else current_file(store, one.file, network)
     trials = [
-        trial_key(one.network, one.file, cell, artifact, rules, store.records)
+        trial_key(one.network, one.file, cell, artifact, rules, store)
         for cell in (plain, *filters.values())
         if artifact is not None
     ]

@@ -24,6 +24,7 @@ TINY = """\
 name = "tiny"
 clean_images = 40
 held_out_images = 10
+controls = false
 
 [data.signs]
 path = "signs"

@@ -196,7 +196,7 @@ def test_page_says_that_rates_without_clean_networks_have_no_control(tmp_path: P
     made_ = samples.network()
     records = [samples.behaviour(made_), samples.defense(made_, metrics=samples.scan_metrics(3.0))]
     results = read_results(samples.write(tmp_path, records))
-    (told,) = omissions(summarise(results, Cohort(results.records)))
+    _, told = omissions(summarise(results, Cohort(results.records)))
     assert "no clean network" in told
 
 
@@ -212,7 +212,7 @@ def test_page_says_what_a_filter_says_of_itself_and_where_it_has_no_line(tmp_pat
     results = read_results(samples.write(tmp_path, records))
     cohort = Cohort(results.records)
     report = summarise(results, cohort)
-    assert omissions(report) == ("strip, on 2 files: the file cuts <pixels> at 1.",)
+    assert omissions(report)[1:] == ("strip, on 2 files: the file cuts <pixels> at 1.",)
     page = render_bench(report, cohort)
     assert "2 without a line" in page
     assert "cuts &lt;pixels&gt; at 1" in page
@@ -246,7 +246,7 @@ def test_page_says_which_rates_have_no_clean_twin_and_why(
     results = read_results(samples.write(tmp_path, [*files, tried, twin]))
     told = omissions(summarise(results, Cohort(results.records)))
     remedy = facts._MEASURED_HERE
-    ends = [line.partition("without a clean twin: ")[2] for line in told]
+    ends = [line.partition("without a clean twin: ")[2] for line in told if "without a clean twin" in line]
     assert [end.replace(f"; {remedy}", "") for end in ends] == ([f"{cause}."] if cause else [])
     assert [remedy in end for end in ends] == (["another CPU" in cause] if cause else [])
     assert all(line.startswith("neural-cleanse on gtsrb, resnet8, width 16, ") for line in told)

@@ -39,7 +39,7 @@ def wait_for_lines(made: Desk, count: int, process: subprocess.Popen[bytes]) -> 
 
 def table(output: str) -> dict[str, list[int]]:
     """How many are measured, not measured, failed and missing, by stage."""
-    heading, *rows = output.splitlines()[:5]
+    heading, *rows = output.splitlines()[:6]
     assert heading.split() == ["measured", "not", "measured", "failed", "missing"]
     return {row.split()[0]: [int(count) for count in row.split()[1:]] for row in rows}
 
