@@ -157,9 +157,8 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
             made = _network_plan(matrix, sources, data, architecture, attack, seed)
             known = networks.setdefault(made.recipe_sha256, made)
             _add_files(matrix, sources, number, known)
-    if matrix.bench.controls:
-        for network in networks.values():
-            _add_controls(network, networks)
+    for network in networks.values():
+        _add_controls(matrix, network, networks)
     return tuple(networks.values())
 
 
@@ -283,7 +282,7 @@ def _add_files(matrix: Matrix, sources: Sources, number: int, plan: NetworkPlan)
                     _add(file, dataclasses.replace(cell, grid=number))
 
 
-def _add_controls(network: NetworkPlan, networks: Mapping[str, NetworkPlan]) -> None:
+def _add_controls(matrix: Matrix, network: NetworkPlan, networks: Mapping[str, NetworkPlan]) -> None:
     """Put the trigger of an attacked network on its clean twin at every precision that both have.
 
     A file calibrated on images with the trigger has for its control the clean one that was calibrated without.
@@ -297,7 +296,11 @@ def _add_controls(network: NetworkPlan, networks: Mapping[str, NetworkPlan]) -> 
     )
     for mine in network.files.values():
         file = twin.files.get(digest_of(**_untriggered(mine).recipe("")))
-        theirs = {cell.arithmetic: cell.grid for cell in mine.cells.values() if cell.stage == "behaviour"}
+        theirs = {
+            cell.arithmetic: cell.grid
+            for cell in mine.cells.values()
+            if cell.stage == "behaviour" and matrix.grid[cell.grid].controls
+        }
         if file is None:
             continue
         for cell in tuple(file.cells.values()):

@@ -62,7 +62,6 @@ class BenchFacts(_Table):
     )
     clean_images: _Count = Field(default=1000, description="clean test images that a defense sees")
     held_out_images: _Count = Field(default=1000, description="other test images that an input filter decides on")
-    controls: bool = Field(default=True, description="put each trigger on the clean twin, too, where that is in a grid")
     latency_rounds: _Count = Field(default=200, description="of --latency: calls of one image")
     latency_offline_rounds: _Count = Field(default=15, description="of --latency: calls of 64 images")
 
@@ -104,6 +103,7 @@ class Grid(_Table):
     arithmetics: tuple[Arithmetic, ...] = Field(default=("as-run",), min_length=1, strict=False)
     defenses: tuple[str, ...] = Field(default=(), strict=False)
     accesses: tuple[Access, ...] = Field(default=("session",), min_length=1, strict=False)
+    controls: bool = Field(default=True, description="put each trigger on the clean twin, too, where that is in a grid")
 
 
 class Matrix(_Table):

@@ -24,7 +24,6 @@ TINY = """\
 name = "tiny"
 clean_images = 40
 held_out_images = 10
-controls = false
 
 [data.signs]
 path = "signs"
@@ -42,6 +41,7 @@ architectures = ["resnet8:width=4"]
 attacks = ["none", "badnets"]
 precisions = ["fp32", "int8-dynamic"]
 defenses = ["neural-cleanse:budget=quick"]
+controls = false
 """
 CELLS = 8
 """Two networks, two files each, what each does and what the scan says: that 40 images are too few."""

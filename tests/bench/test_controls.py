@@ -181,7 +181,7 @@ def test_a_lost_trigger_that_is_not_committed_is_learned_again_for_its_control(
     new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(WaNet, "trigger_shows_images", True, raising=False)
-    made = new_desk(LEARNED.replace("held_out_images = 10\n", "held_out_images = 10\ncontrols = false\n"))
+    made = new_desk(f"{LEARNED}controls = false\n")
     made.run(Inline())
     for path in made.results.glob("models/large/*.npz"):
         path.unlink()
