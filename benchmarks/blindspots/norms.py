@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import median
 
+from qdefense.bench.cohort import Cohort
 from qdefense.bench.records import BehaviourRecord, DefenseRecord
 from qdefense.bench.store import RECORDS, read_records
 from qdefense.findings import ScanResult
@@ -58,7 +59,8 @@ def ratio_of(norms: Iterable[float | None]) -> float | None:
 def scans_of_records(path: Path) -> Iterator[Scan]:
     """Of the adaptive cost, and of static INT8 calibrated on clean images."""
     records = list(read_records(path))
-    activity = {record.artifact_sha256: record.activity for record in records if isinstance(record, BehaviourRecord)}
+    judged = map(Cohort(records).judged, (record for record in records if isinstance(record, BehaviourRecord)))
+    activity = {record.artifact_sha256: record.activity for record in judged}
     for record in records:
         if not isinstance(record, DefenseRecord) or record.defense != "neural-cleanse" or record.access != "session":
             continue

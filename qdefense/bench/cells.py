@@ -41,8 +41,6 @@ class Attacker:
     network: Network
     recipe_sha256: str
     attack: str
-    chosen: bool = True
-    """Whether the run that the cell is of would train it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +160,13 @@ def plan_cells(matrix: Matrix, sources: Sources) -> tuple[NetworkPlan, ...]:
     return tuple(networks.values())
 
 
-def chosen(plan: Sequence[NetworkPlan], *, only: str | None, limit: int | None) -> tuple[NetworkPlan, ...]:
-    """The part of the plan whose titles contain ``only``, and of it the first ``limit`` cells."""
+def chosen(
+    plan: Sequence[NetworkPlan], *, only: str | None, limit: int | None, at_hand: Callable[[str], bool]
+) -> tuple[NetworkPlan, ...]:
+    """The part of the plan whose titles contain ``only``, and of it the first ``limit`` cells.
+
+    Without the controls of networks that are neither in it nor ``at_hand``, by the digest of their recipes.
+    """
     left = limit
     networks: list[NetworkPlan] = []
     for network in plan:
@@ -173,21 +176,24 @@ def chosen(plan: Sequence[NetworkPlan], *, only: str | None, limit: int | None) 
             if left is not None:
                 wanted = dict(list(wanted.items())[:left])
                 left -= len(wanted)
-            if wanted:
-                files[name] = dataclasses.replace(file, cells=wanted)
-        if files:
-            networks.append(dataclasses.replace(network, files=files))
-    there = frozenset(network.recipe_sha256 for network in networks)
-    for network in networks:
-        for file in network.files.values():
-            file.cells.update({key: _told_of_attacker(cell, there) for key, cell in file.cells.items()})
-    return tuple(networks)
+            files[name] = dataclasses.replace(file, cells=wanted)
+        networks.append(dataclasses.replace(network, files=files))
+    there = {network.recipe_sha256 for network in networks if any(network.cells)}
+
+    def can_be_made(cell: Cell) -> bool:
+        attacker = cell.attacker
+        return attacker is None or attacker.recipe_sha256 in there or at_hand(attacker.recipe_sha256)
+
+    kept = (_with_cells(network, can_be_made) for network in networks)
+    return tuple(network for network in kept if network.files)
 
 
-def _told_of_attacker(cell: Cell, there: frozenset[str]) -> Cell:
-    if cell.attacker is None or cell.attacker.recipe_sha256 in there:
-        return cell
-    return dataclasses.replace(cell, attacker=dataclasses.replace(cell.attacker, chosen=False))
+def _with_cells(network: NetworkPlan, wanted: Callable[[Cell], bool]) -> NetworkPlan:
+    files = {
+        name: dataclasses.replace(file, cells={key: cell for key, cell in file.cells.items() if wanted(cell)})
+        for name, file in network.files.items()
+    }
+    return dataclasses.replace(network, files={name: file for name, file in files.items() if file.cells})
 
 
 def _network_plan(

@@ -179,7 +179,13 @@ class Cohort:
             if isinstance(made, QuantizationRecord) and made.artifact_sha256 is not None:
                 self._sources[made.artifact_sha256].add(made.network_sha256)
         every = [one for one in records if isinstance(one, BehaviourRecord | DefenseRecord)]
-        self.controls = self._controls_of(records)
+        self._recorded = {one.key: one for one in every if isinstance(one, BehaviourRecord)}
+        controls = [one for one in records if isinstance(one, ControlRecord)]
+        self.controls = self._controls_of(controls)
+        answered = {_controlled(one, one.attacked) for one in controls if not one.failed}
+        self.failed_controls = [
+            one for one in controls if one.failed and _controlled(one, one.attacked) not in answered
+        ]
         newest = [self.judged(one) if isinstance(one, BehaviourRecord) else one for one in _newest(every)]
         trials = [one for one in newest if isinstance(one, DefenseRecord)]
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
@@ -207,18 +213,18 @@ class Cohort:
             self._files[one.artifact_sha256, one.arithmetic].append(one)
         self.networks = _networks(self, records)
 
-    def _controls_of(self, records: Sequence[Record]) -> dict[str, ControlRecord]:
+    def _controls_of(self, controls: Sequence[ControlRecord]) -> dict[str, ControlRecord]:
         """On any CPU: the margin to a control is points wide, that between two CPUs an image or two."""
         known: defaultdict[str, list[ControlRecord]] = defaultdict(list)
-        for one in records:
-            if isinstance(one, ControlRecord) and one.asr is not None:
-                known[_controlled(one, one.attacked)].append(one)
+        for one in controls:
+            if one.asr is not None:
+                known[_controlled(one, one.attacked)].insert(0, one)
         found: dict[str, ControlRecord] = {}
-        for one in records:
-            if isinstance(one, BehaviourRecord):
-                mine = [c for c in known[_controlled(one, one.network)] if c.attacked_sha256 in self.sources(one)]
-                if mine:
-                    found[one.key] = max(mine, key=lambda c: (c.evaluation_revision or 0, c.runtime == one.runtime))
+        for record in self._recorded.values():
+            mine = known[_controlled(record, record.network)] if record.network.attack is not None else []
+            mine = [one for one in mine if one.attacked_sha256 in self.sources(record)]
+            if mine:  # of equals the first, which is the last line
+                found[record.key] = max(mine, key=lambda one: _nearness(one, record))
         return found
 
     def judged(self, record: BehaviourRecord) -> BehaviourRecord:
@@ -228,6 +234,10 @@ class Cohort:
             return record
         activity = activity_of(record.asr, record.base_confusion, control.asr)
         return record.model_copy(update={"activity": activity})
+
+    def recorded(self, judged: BehaviourRecord) -> BehaviourRecord:
+        """The line that a judged record was made of."""
+        return self._recorded[judged.key]
 
     def setting(self, record: BehaviourRecord | DefenseRecord) -> Setting:
         """Where a record belongs."""
@@ -417,6 +427,12 @@ def _controlled(record: BehaviourRecord | ControlRecord, attacked: Network) -> s
     calibration = None if record.calibration is None else record.calibration.model_copy(update=clean).model_dump()
     file = {"precision": record.precision, "arithmetic": record.arithmetic, "calibration": calibration}
     return digest_of(network=network_id(attacked), file=file, images=record.data_sha256)
+
+
+def _nearness(control: ControlRecord, seen: BehaviourRecord) -> tuple[int, bool]:
+    """The newest code first, then the same CPU and ONNX Runtime."""
+    here, there = (None if one.runtime is None else one.runtime.facts for one in (control, seen))
+    return control.evaluation_revision or 0, here == there
 
 
 def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:

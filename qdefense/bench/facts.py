@@ -50,8 +50,8 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
         ),
         (
             sum(row.uncontrolled for row in report.behaviour),
-            "Attacked files without a control, the same trigger on their clean twin: {}. There a trigger that fools "
-            "any network passes for a backdoor.",
+            "Behaviours of attacked files without a control, the same trigger on their clean twin: {}. There a trigger "
+            "that fools any network passes for a backdoor.",
         ),
         (
             report.unpaired,

@@ -168,7 +168,8 @@ REPAIRS = Form(
     notes=(
         "Clean accuracy and ASR of active files (of clean networks: accuracy) before and after, on images that the "
         "repair did not see; a repair detects nothing. Changes are in percentage points, with the interval of the mean "
-        "over networks by Student's t. What became of the backdoor is counted over files of every activity. "
+        "over networks by Student's t. What became of the backdoor is counted over files of every activity, as each "
+        "file alone tells it, without a control. "
         "NOT_REPAIRED: files that lost more accuracy than the repair tolerates; they are in all figures.",
     ),
     empty="No repair was run.",

@@ -114,7 +114,7 @@ def _groups(cohort: Cohort, anchors: dict[Group, str]) -> Iterator[GroupView]:
         anchors[setting, "", "session"] = anchor = f"records-{len(anchors) + 1}"
         title = f"{setting.place}, {setting.attack}, {setting.file}: the files"
         files = cohort.behaviours[setting]
-        yield _group(anchor, title, [one for file in files for one in (file, *_beside(cohort, file))])
+        yield _group(anchor, title, [one for file in files for one in _lines_of(cohort, file)])
     for subject in sorted(cohort.defenses, key=row_rank):
         setting = subject.setting
         anchors[setting, subject.defense, subject.access] = anchor = f"records-{len(anchors) + 1}"
@@ -125,11 +125,11 @@ def _groups(cohort: Cohort, anchors: dict[Group, str]) -> Iterator[GroupView]:
         yield _group("records-failed", "networks and files that could not be made", failed)
 
 
-def _beside(cohort: Cohort, behaviour: BehaviourRecord) -> list[Record]:
-    """Its control, and how its file was made."""
+def _lines_of(cohort: Cohort, behaviour: BehaviourRecord) -> list[Record]:
+    """As it was recorded, its control, and how its file was made."""
     control = cohort.controls.get(behaviour.key)
     makings = (one for one in cohort.makings if one.artifact_sha256 == behaviour.artifact_sha256)
-    return [*([] if control is None else [control]), *makings]
+    return [cohort.recorded(behaviour), *([] if control is None else [control]), *makings]
 
 
 def _group(anchor: str, title: str, records: Sequence[Record]) -> GroupView:

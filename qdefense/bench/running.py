@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -113,12 +114,14 @@ class Run:
         self._plan, self._store, self._rules = plan, store, rules
         self._retry_failed, self._on_progress, self._on_notice = retry_failed, on_progress, on_notice
         self._networks = {network.recipe_sha256: network for network in plan}
-        self._clean = {
-            cell.attacker.recipe_sha256: network
-            for network in plan
-            for _, cell in network.cells
-            if cell.attacker is not None
-        }
+        self._clean: dict[str, NetworkPlan] = {}
+        self._attacked: defaultdict[str, dict[str, NetworkPlan]] = defaultdict(dict)
+        for network in plan:
+            for attacker in (cell.attacker for _, cell in network.cells if cell.attacker is not None):
+                self._clean[attacker.recipe_sha256] = network
+                if attacker.recipe_sha256 in self._networks:
+                    made = self._networks[attacker.recipe_sha256]
+                    self._attacked[network.recipe_sha256][made.recipe_sha256] = made
         self._attempted: set[str] = set()
         self._costs = CostModel(store.records.values(), store.images)
 
@@ -133,17 +136,23 @@ class Run:
         left = {network.recipe_sha256: self._seconds_left(network) for network in self._plan}
         total = sum(left.values())
         self._on_progress(BAR, 0, round(total))
-        for network in self._plan:
+        for network in (*self._plan, *self._plan):  # the first time an attacked network may be found after its twin
             self._submit(network, engine, owner)
         while owner:
             outcome = engine.completed()
             network = owner.pop(outcome.task_id)
             self._keep(outcome, network)
-            twin = self._clean.get(network.recipe_sha256)
-            for one in (network,) if twin is None else (network, twin):  # whose controls may have waited for it
+            for one in self._waiting_for(network):
                 self._submit(one, engine, owner)
                 left[one.recipe_sha256] = self._seconds_left(one)
             self._on_progress(BAR, max(0, round(total - sum(left.values()))), round(total))
+
+    def _waiting_for(self, network: NetworkPlan) -> Iterator[NetworkPlan]:
+        """Whose tasks an outcome may allow: its own; of controls those of the clean twin, or of the attacked ones."""
+        yield network
+        if network.recipe_sha256 in self._clean:
+            yield self._clean[network.recipe_sha256]
+        yield from self._attacked[network.recipe_sha256].values()
 
     def _seconds_left(self, network: NetworkPlan) -> float:
         items = survey_network(network, self._store, self._rules, again=self._again)
@@ -285,7 +294,7 @@ class Run:
         artifact = current_file(self._store, file, made)
         if artifact is None or not self._lacks_trigger(network, made):
             return self._waits(network, file, made)
-        return bool(self._missing_cells(network, file, artifact)) or self._controls_wait(network)
+        return bool(self._missing_cells(network, file, artifact))
 
     def _waits_for_trigger(self, cell: Cell) -> bool:
         """Whether the attacked network is trained again, for the state of its trigger is not here."""
@@ -308,7 +317,8 @@ class Run:
         )
 
     def _file_tasks(self, network: NetworkPlan, file: FilePlan, made: Replica, train: TrainTask) -> Iterator[Task]:
-        if self._held_up(network, file, made):
+        # Controls are of the network that is measured: for them it is made again, and no other taken in its place.
+        if self._held_up(network, file, made) or (self._lacks_trigger(network, made) and self._controls_wait(network)):
             yield from self._making(network, file, made, train)
             return
         source, artifact = self._source(network, made), current_file(self._store, file, made)

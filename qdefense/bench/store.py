@@ -132,6 +132,11 @@ class Store:
         sha256 = replica.artifact_sha256
         return self.model_path(sha256) is not None and not self.lacks_trigger(sha256)
 
+    def knows_trigger(self, recipe_sha256: str) -> bool:
+        """Whether a network is made, and the state of its trigger, where that has one, is at hand."""
+        made = self.measured(recipe_sha256)
+        return made is not None and not self.lacks_trigger(made.artifact_sha256)
+
     def data_facts(self, request: DataRequest) -> DataFacts | None:
         """What the manifest says of the set with this name, role, split, limit and seed."""
         return next((old for old in self.manifest.data if _same_request(old, request)), None)

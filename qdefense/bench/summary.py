@@ -274,7 +274,7 @@ def _unanswered(records: Sequence[Record], cohort: Cohort) -> tuple[Unanswered, 
         groups[making.stage, "", "", "failed", making.reason].append(making.key)
     for behaviour in (one for group in cohort.behaviours.values() for one in group if one.failed):
         groups[behaviour.stage, "", "", "failed", behaviour.reason].append(behaviour.key)
-    for control in (one for one in records if isinstance(one, ControlRecord) and one.failed):
+    for control in cohort.failed_controls:
         groups[control.stage, "", "", "failed", control.reason].append(control.key)
     for trial in (one for group in cohort.defenses.values() for one in group):
         if status_of(trial) != "measured":

@@ -120,13 +120,18 @@ def command(
 
 def _planned(table: Matrix, store: Store, only: str | None, limit: int | None, *, pin: bool) -> tuple[NetworkPlan, ...]:
     whole = plan_cells(table, sources_of(table, store, pin=pin, on_notice=_tell))
-    plan = chosen(whole, only=only, limit=limit)
+    plan = chosen(whole, only=only, limit=limit, at_hand=store.knows_trigger)
     if not plan:
         raise MatrixError(_none_chosen([cell.title for network in whole for _, cell in network.cells], only))
     return plan
 
 
 def _none_chosen(titles: Sequence[str], only: str | None) -> str:
+    if only is not None and any(only in title for title in titles):
+        return (
+            f"the cells with {only!r} in their title are controls of networks that are not trained yet, or whose "
+            "trigger is not here; leave --only and --limit out to train them"
+        )
     if titles:
         return f"no cell has {only!r} in its title; there are {len(titles)}, the first one is {titles[0]!r}"
     return (

@@ -12,7 +12,7 @@ from qdefense.bench.matrix import MatrixError, read_matrix
 from qdefense.bench.revisions import EVALUATION_REVISION
 from qdefense.bench.running import evaluation_of, sources_of
 from qdefense.bench.store import Store
-from qdefense.bench.survey import survey
+from qdefense.bench.survey import never, survey
 from qdefense.bench.tasks import Evaluation, TrialKey
 from qdefense.converters.quantize import QuantizationError
 from qdefense.defenses.scans.neural_cleanse import NeuralCleanse
@@ -115,19 +115,19 @@ def test_without_gradients_is_a_column_of_those_that_need_them(new_desk: NewDesk
 
 
 def test_only_and_limit_drop_what_no_cell_needs(new_desk: NewDesk) -> None:
-    plan = chosen(plan_of(new_desk()), only="badnets", limit=None)
+    plan = chosen(plan_of(new_desk()), only="badnets", limit=None, at_hand=never)
     assert [network.network.attack for network in plan] == ["badnets"]
-    (network,) = chosen(plan_of(new_desk()), only=None, limit=1)
+    (network,) = chosen(plan_of(new_desk()), only=None, limit=1, at_hand=never)
     assert titles([network]) == ["signs/resnet8:width=4/none/seed 0/fp32/as-run/behaviour"]
-    assert chosen(plan_of(new_desk()), only="no such cell", limit=None) == ()
+    assert chosen(plan_of(new_desk()), only="no such cell", limit=None, at_hand=never) == ()
 
 
 def test_only_with_the_slash_tells_a_default_from_its_variants(new_desk: NewDesk) -> None:
     plan = plan_of(new_desk(TINY.replace('"badnets"', '"badnets", "badnets:poison-count=5"')))
-    assert len(chosen(plan, only="badnets", limit=None)) == 2
-    (default,) = chosen(plan, only="/badnets/", limit=None)
+    assert len(chosen(plan, only="badnets", limit=None, at_hand=never)) == 2
+    (default,) = chosen(plan, only="/badnets/", limit=None, at_hand=never)
     assert default.title == "signs/resnet8:width=4/badnets/seed 0"
-    (variant,) = chosen(plan, only="poison-count=5/", limit=None)
+    (variant,) = chosen(plan, only="poison-count=5/", limit=None, at_hand=never)
     assert variant.title == "signs/resnet8:width=4/badnets:poison-count=5/seed 0"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import shutil
 from collections.abc import Callable, Sequence
 
@@ -16,6 +18,7 @@ from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.facts import omissions
 from qdefense.bench.matrix import read_matrix
+from qdefense.bench.page import render_bench
 from qdefense.bench.records import BehaviourRecord, ControlRecord, Network, Record, TrainingRecord
 from qdefense.bench.running import evaluation_of, sources_of
 from qdefense.bench.store import Store, read_model
@@ -121,10 +124,11 @@ def test_a_file_calibrated_with_the_trigger_has_the_clean_one_calibrated_without
     assert len(controls_of(plan_of(new_desk(alone)))) == 1
 
 
-def test_controls_are_no_kind_of_file_to_be_timed(plain: Desk) -> None:
-    table = read_matrix(plain.matrix)
-    timed = survey_timings(plan_of(plain), Store(plain.results), evaluation_of(table), rounds_of(table))
-    assert [item.title.rsplit("/", 2)[-2] for item in timed] == ["fp32", "int8-dynamic"]
+def test_controls_alone_are_no_file_to_be_timed(plain: Desk) -> None:
+    table, plan = read_matrix(plain.matrix), plan_of(plain)
+    controls = chosen(plan, only="control of", limit=None, at_hand=lambda _: True)
+    assert len(controls_of(controls)) == 2
+    assert survey_timings(controls, Store(plain.results), evaluation_of(table), rounds_of(table)) == []
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -166,6 +170,21 @@ def test_no_control_is_measured_twice(plain: Desk) -> None:
     assert again.done == []
     without_controls(plain).run(once := Inline())
     assert once.stages == ["TrialTask"] * 2
+
+
+def test_controls_of_an_attacked_network_that_is_found_after_its_twin_are_measured(
+    controlled: Desk, new_desk: NewDesk
+) -> None:
+    made = new_desk(PLAIN)
+    shutil.copytree(controlled.results / "models", made.results / "models")
+    lines = (controlled.results / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (made.results / "records.jsonl").write_bytes(b"".join(line for line in lines if b'"control"' not in line))
+    manifest = json.loads((controlled.results / "manifest.json").read_bytes())
+    kept = [entry for entry in manifest["entries"] if entry["recipe"].get("attack") is None]
+    (made.results / "manifest.json").write_text(json.dumps({**manifest, "entries": kept}), encoding="utf-8")
+    made.run(engine := Inline())
+    assert "TrainTask" not in engine.stages
+    assert len(measured_in(made)) == 2
 
 
 def test_a_learned_trigger_is_carried_to_the_clean_file(new_desk: NewDesk) -> None:
@@ -222,24 +241,29 @@ def test_a_control_that_fails_is_a_record_and_is_listed(plain: Desk) -> None:
 
 def test_here_measures_again_what_another_cpu_measured(plain: Desk) -> None:
     path = plain.results / "records.jsonl"
-    path.write_text(path.read_text(encoding="utf-8").replace('"avx2"', '"mmx"'), encoding="utf-8")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        if row.get("runtime"):
+            row["runtime"]["isa"] = ["mmx"]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     engine = Inline()
     plain.run(engine, here=True)
     assert len([task for task in engine.done if task.trial.cell.stage == "control"]) == 2  # type: ignore[union-attr]
     assert len(measured_in(plain)) == 4
 
 
-def test_a_part_of_the_matrix_says_which_network_its_controls_lack(
+def test_a_part_of_the_matrix_has_the_controls_of_its_networks_and_of_those_that_are_trained(
     new_desk: NewDesk, plain: Desk, capfd: Capture
 ) -> None:
     fresh = new_desk(PLAIN, name="fresh")
     assert run(["bench", str(fresh.matrix), "--only", "/none/", "--dry-run"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "control of" in line] == ["blocked"] * 2
-    found = items_of(fresh, chosen(plan_of(fresh), only="control of", limit=None))
-    assert {item.blocked for item in found if item.stage == "control"} == {
-        "signs/resnet8:width=4/badnets/seed 0 is not trained, and not among the chosen cells"
-    }
+    assert lines[4].startswith("4 work items, 4 to do")
+    assert not any("control of" in line for line in lines), "they would wait for a network that this run does not train"
+    assert run(["bench", str(fresh.matrix), "--only", "control of", "--dry-run"]) == 2
+    assert "are controls of networks that are not trained yet, or whose trigger is not here; leave --only" in (
+        capfd.readouterr().err
+    )
     assert run(["bench", str(plain.matrix), "--only", "control of", "--dry-run"]) == 0
     assert capfd.readouterr().out.splitlines()[-1].startswith("4 work items, 0 to do")
 
@@ -250,7 +274,7 @@ def test_a_part_of_the_matrix_says_which_network_its_controls_lack(
 CLEAN, ATTACKED = samples.network(None), samples.network("badnets")
 
 
-def control_of(made: Network, asr: float, scheme: str = "fp32", **changes: object) -> ControlRecord:
+def control_of(made: Network, asr: float | None, scheme: str = "fp32", **changes: object) -> ControlRecord:
     twin = samples.behaviour(CLEAN, scheme)
     facts = twin.model_dump(exclude={"stage", "key", "clean_accuracy", "images", "asr", "eligible", "activity"})
     facts |= {"attacked": made, "attacked_sha256": samples.behaviour(made).artifact_sha256, "eligible": 1900}
@@ -319,6 +343,28 @@ def test_of_several_controls_the_newest_code_counts_and_then_the_same_cpu() -> N
     assert Cohort([seen, old, other]).controls[seen.key].asr == 0.3
 
 
+def test_of_two_clean_networks_of_a_recipe_the_last_one_counts() -> None:
+    seen = samples.behaviour(ATTACKED, asr=0.95)
+    first, second = control_of(ATTACKED, 0.1), control_of(ATTACKED, 0.93, replica=1)
+    assert Cohort([seen, first, second]).judged(seen).activity is Activity.DORMANT
+    assert Cohort([seen, second, first]).judged(seen).activity is Activity.ACTIVE
+
+
+def test_a_failed_control_is_forgotten_once_there_is_an_answer() -> None:
+    seen = samples.behaviour(ATTACKED, asr=0.95)
+    failed = control_of(ATTACKED, None, failed=True, reason="no luck")
+    assert [one.reason for one in report_of([seen, failed]).unanswered] == ["no luck"]
+    assert report_of([seen, failed, control_of(ATTACKED, 0.1)]).unanswered == ()
+
+
+def test_the_page_shows_the_line_of_a_behaviour_as_it_was_recorded_and_its_control() -> None:
+    records = [samples.behaviour(CLEAN), samples.behaviour(ATTACKED, asr=0.95), control_of(ATTACKED, 0.93)]
+    page = html.unescape(render_bench(report_of(records), Cohort(records)))
+    assert '"activity": "active"' in page
+    assert '"activity": "dormant"' not in page
+    assert "control, seed 0" in page
+
+
 def test_a_behaviour_that_failed_has_no_activity_whatever_its_control() -> None:
     failed = samples.behaviour(ATTACKED, accuracy=None, asr=None, failed=True, reason="no session")
     failed = failed.model_copy(update={"activity": None})
@@ -333,5 +379,6 @@ def test_the_report_says_of_how_many_files_there_is_no_control() -> None:
     def told(*more: Record) -> list[str]:
         return [line for line in omissions(report_of((*records, *more))) if "without a control" in line]
 
-    assert told()[0].startswith(f"Attacked files without a control, the same trigger on their clean twin: {attacked}.")
+    assert told()[0].startswith("Behaviours of attacked files without a control, the same trigger on their clean twin")
+    assert f": {attacked}." in told()[0]
     assert f": {attacked - 1}." in told(control_of(ATTACKED, 0.1))[0]
