@@ -212,9 +212,9 @@ class Claim:
     holds: Callable[[list[float]], bool | None]
 
 
-def asr_of(*attacks: Planted) -> Reads:
+def asr_of(*attacks: Planted, scheme: str = "fp32") -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
-        found = {planted.title: results.behaviour(planted, place) for planted in attacks}
+        found = {planted.title: results.behaviour(planted, place, scheme) for planted in attacks}
         return {f"ASR {title}": None if record is None else record.asr for title, record in found.items()}
 
     return figures
@@ -278,6 +278,13 @@ def indices_of(*attacks: Planted, scheme: str = "fp32", fixed: bool) -> Reads:
     return figures
 
 
+def both(first: Reads, second: Reads) -> Reads:
+    def figures(results: Results, place: tuple[str, int]) -> Figures:
+        return {**first(results, place), **second(results, place)}
+
+    return figures
+
+
 def held_of(*attacks: Planted, scheme: str = "fp32") -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
         return {f"share of the poisons of {planted.title}": results.held(planted, place, scheme) for planted in attacks}
@@ -317,7 +324,24 @@ def kept(values: list[float]) -> bool:
     return all(value > KEPT_ASR for value in values)
 
 
+def kept_and_hidden(values: list[float]) -> bool:
+    """Of ASRs, and after them as many indices in the same order: whether one attack has the one and not the other."""
+    half = len(values) // 2
+    return any(asr > KEPT_ASR and index <= PAPER_INDEX for asr, index in zip(values[:half], values[half:], strict=True))
+
+
 CLAIMS = (
+    *(
+        Claim(
+            paper="LSP",
+            sentence=f"a smoothing (.2, .4, .5) keeps the ASR above {KEPT_ASR} and takes the target's index to "
+            f"{PAPER_INDEX:g} or less ({cost} cost{where})",
+            figures=both(asr_of(*LSP.values(), scheme=scheme), indices_of(*LSP.values(), scheme=scheme, fixed=fixed)),
+            holds=kept_and_hidden,
+        )
+        for cost, fixed in (("adaptive", False), ("fixed", True))
+        for scheme, where in (("fp32", ""), ("int8-static", ", static INT8"))
+    ),
     Claim(
         paper="LSP",
         sentence=f"smoothed labels (.4) keep the ASR above {KEPT_ASR}",
