@@ -74,8 +74,9 @@ def test_rules_of_the_sentences(orderings: ModuleType) -> None:
     assert not orderings.falling([3.0, 1.0, 1.1])
     assert orderings.hidden([2.1, 2.0])
     assert not orderings.hidden([2.0, 1.0]), "a host that is not found hides nothing"
-    assert orderings.kept_and_hidden([0.8, 0.95, 3.0, 2.0])
-    assert not orderings.kept_and_hidden([0.8, 0.95, 1.0, 2.1]), "what hides is not what works"
+    assert orderings.kept_and_hidden([3.0, 0.8, 0.95, 3.0, 2.0])
+    assert orderings.kept_and_hidden([3.0, 0.8, 0.95, 1.0, 2.1]) is False, "what hides is not what works"
+    assert orderings.kept_and_hidden([2.0, 0.8, 0.95, 3.0, 2.0]) is None, "the host is not found either"
     assert orderings.kept([0.901])
     assert not orderings.kept([0.9])
     assert orderings.above([0.9, 0.5, 0.01, 0.2])

@@ -324,10 +324,15 @@ def kept(values: list[float]) -> bool:
     return all(value > KEPT_ASR for value in values)
 
 
-def kept_and_hidden(values: list[float]) -> bool:
-    """Of ASRs, and after them as many indices in the same order: whether one attack has the one and not the other."""
-    half = len(values) // 2
-    return any(asr > KEPT_ASR and index <= PAPER_INDEX for asr, index in zip(values[:half], values[half:], strict=True))
+def kept_and_hidden(values: list[float]) -> bool | None:
+    """Of the host's index, ASRs, and as many indices in their order: whether one attack has the one and not the other.
+
+    A host that is not found decides nothing: there is nothing to be hidden.
+    """
+    host, half = values[0], len(values) // 2
+    rates, indices = values[1 : half + 1], values[half + 1 :]
+    found = any(asr > KEPT_ASR and index <= PAPER_INDEX for asr, index in zip(rates, indices, strict=True))
+    return found if host > PAPER_INDEX else None
 
 
 CLAIMS = (
@@ -336,7 +341,10 @@ CLAIMS = (
             paper="LSP",
             sentence=f"a smoothing (.2, .4, .5) keeps the ASR above {KEPT_ASR} and takes the target's index to "
             f"{PAPER_INDEX:g} or less ({cost} cost{where})",
-            figures=both(asr_of(*LSP.values(), scheme=scheme), indices_of(*LSP.values(), scheme=scheme, fixed=fixed)),
+            figures=both(
+                indices_of(BADNETS, scheme=scheme, fixed=fixed),
+                both(asr_of(*LSP.values(), scheme=scheme), indices_of(*LSP.values(), scheme=scheme, fixed=fixed)),
+            ),
             holds=kept_and_hidden,
         )
         for cost, fixed in (("adaptive", False), ("fixed", True))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
 from typing import Any, Literal
 
 from qdefense.bench.datasets import PinnedData
@@ -167,33 +167,40 @@ def chosen(
 
     Without the controls of networks that are neither in it nor ``at_hand``, by the digest of their recipes.
     """
-    left = limit
-    networks: list[NetworkPlan] = []
-    for network in plan:
-        files: dict[str, FilePlan] = {}
-        for name, file in network.files.items():
-            wanted = {key: cell for key, cell in file.cells.items() if only is None or only in cell.title}
-            if left is not None:
-                wanted = dict(list(wanted.items())[:left])
-                left -= len(wanted)
-            files[name] = dataclasses.replace(file, cells=wanted)
-        networks.append(dataclasses.replace(network, files=files))
-    there = {network.recipe_sha256 for network in networks if any(network.cells)}
-
-    def can_be_made(cell: Cell) -> bool:
-        attacker = cell.attacker
-        return attacker is None or attacker.recipe_sha256 in there or at_hand(attacker.recipe_sha256)
-
-    kept = (_with_cells(network, can_be_made) for network in networks)
-    return tuple(network for network in kept if network.files)
+    found = [
+        _part(network, (cell.title for _, cell in network.cells if (only or "") in cell.title)) for network in plan
+    ]
+    found = _without_orphans(found, at_hand)  # before the limit, which counts what can be done
+    if limit is not None:
+        found = _without_orphans(list(_first(found, limit)), at_hand)
+    return tuple(network for network in found if network.files)
 
 
-def _with_cells(network: NetworkPlan, wanted: Callable[[Cell], bool]) -> NetworkPlan:
+def _part(network: NetworkPlan, titles: Iterable[str]) -> NetworkPlan:
+    wanted = frozenset(titles)
     files = {
-        name: dataclasses.replace(file, cells={key: cell for key, cell in file.cells.items() if wanted(cell)})
+        name: dataclasses.replace(file, cells={key: cell for key, cell in file.cells.items() if cell.title in wanted})
         for name, file in network.files.items()
     }
     return dataclasses.replace(network, files={name: file for name, file in files.items() if file.cells})
+
+
+def _first(networks: Sequence[NetworkPlan], limit: int) -> Iterator[NetworkPlan]:
+    for network in networks:
+        titles = [cell.title for _, cell in islice(network.cells, limit)]
+        limit -= len(titles)
+        yield _part(network, titles)
+
+
+def _without_orphans(networks: Sequence[NetworkPlan], at_hand: Callable[[str], bool]) -> list[NetworkPlan]:
+    there = {network.recipe_sha256 for network in networks if any(network.cells)}
+
+    def can_be_made(attacker: Attacker | None) -> bool:
+        return attacker is None or attacker.recipe_sha256 in there or at_hand(attacker.recipe_sha256)
+
+    return [
+        _part(network, (cell.title for _, cell in network.cells if can_be_made(cell.attacker))) for network in networks
+    ]
 
 
 def _network_plan(

@@ -182,10 +182,8 @@ class Cohort:
         self._recorded = {one.key: one for one in every if isinstance(one, BehaviourRecord)}
         controls = [one for one in records if isinstance(one, ControlRecord)]
         self.controls = self._controls_of(controls)
-        answered = {_controlled(one, one.attacked) for one in controls if not one.failed}
-        self.failed_controls = [
-            one for one in controls if one.failed and _controlled(one, one.attacked) not in answered
-        ]
+        last = {(_controlled(one, one.attacked), one.attacked_sha256): one for one in sorted(controls, key=_answers)}
+        self.failed_controls = [one for one in last.values() if one.failed]
         newest = [self.judged(one) if isinstance(one, BehaviourRecord) else one for one in _newest(every)]
         trials = [one for one in newest if isinstance(one, DefenseRecord)]
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
@@ -429,10 +427,14 @@ def _controlled(record: BehaviourRecord | ControlRecord, attacked: Network) -> s
     return digest_of(network=network_id(attacked), file=file, images=record.data_sha256)
 
 
-def _nearness(control: ControlRecord, seen: BehaviourRecord) -> tuple[int, bool]:
-    """The newest code first, then the same CPU and ONNX Runtime."""
+def _nearness(control: ControlRecord, seen: BehaviourRecord) -> tuple[int, int, bool]:
+    """The newest code first, then the clean network that was trained last, then the same CPU and ONNX Runtime."""
     here, there = (None if one.runtime is None else one.runtime.facts for one in (control, seen))
-    return control.evaluation_revision or 0, here == there
+    return control.evaluation_revision or 0, control.replica, here == there
+
+
+def _answers(control: ControlRecord) -> bool:
+    return not control.failed
 
 
 def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:

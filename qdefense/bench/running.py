@@ -142,17 +142,21 @@ class Run:
             outcome = engine.completed()
             network = owner.pop(outcome.task_id)
             self._keep(outcome, network)
-            for one in self._waiting_for(network):
+            for one in self._waiting_for(network, outcome.record):
                 self._submit(one, engine, owner)
                 left[one.recipe_sha256] = self._seconds_left(one)
             self._on_progress(BAR, max(0, round(total - sum(left.values()))), round(total))
 
-    def _waiting_for(self, network: NetworkPlan) -> Iterator[NetworkPlan]:
-        """Whose tasks an outcome may allow: its own; of controls those of the clean twin, or of the attacked ones."""
+    def _waiting_for(self, network: NetworkPlan, record: Record) -> Iterator[NetworkPlan]:
+        """Whose tasks an outcome may allow: its own, and of controls what waited for the other network or its file."""
         yield network
-        if network.recipe_sha256 in self._clean:
+        if record.stage == "train" and network.recipe_sha256 in self._clean:
             yield self._clean[network.recipe_sha256]
-        yield from self._attacked[network.recipe_sha256].values()
+        if record.stage in ("train", "quantize"):
+            for attacked in self._attacked[network.recipe_sha256].values():
+                made = self._store.measured(attacked.recipe_sha256)
+                if made is not None and self._lacks_trigger(attacked, made):
+                    yield attacked
 
     def _seconds_left(self, network: NetworkPlan) -> float:
         items = survey_network(network, self._store, self._rules, again=self._again)

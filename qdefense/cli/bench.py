@@ -123,7 +123,14 @@ def _planned(table: Matrix, store: Store, only: str | None, limit: int | None, *
     plan = chosen(whole, only=only, limit=limit, at_hand=store.knows_trigger)
     if not plan:
         raise MatrixError(_none_chosen([cell.title for network in whole for _, cell in network.cells], only))
+    if limit is None and (left_out := len(_controls(whole, only)) - len(_controls(plan, only))):
+        _tell(f"{left_out} controls are left out: their triggers' networks are neither chosen nor trained here")
     return plan
+
+
+def _controls(plan: Sequence[NetworkPlan], only: str | None) -> list[str]:
+    titles = (cell.title for network in plan for _, cell in network.cells if cell.stage == "control")
+    return [title for title in titles if only is None or only in title]
 
 
 def _none_chosen(titles: Sequence[str], only: str | None) -> str:

@@ -124,6 +124,19 @@ def test_a_file_calibrated_with_the_trigger_has_the_clean_one_calibrated_without
     assert len(controls_of(plan_of(new_desk(alone)))) == 1
 
 
+def test_a_limit_counts_the_cells_that_can_be_done(plain: Desk) -> None:
+    plan = plan_of(plain)
+
+    def part(limit: int, *, at_hand: bool) -> list[str]:
+        found = chosen(plan, only=None, limit=limit, at_hand=lambda _: at_hand)
+        return [cell.stage for network in found for _, cell in network.cells]
+
+    assert part(3, at_hand=True) == ["behaviour", "control", "behaviour"]
+    assert part(6, at_hand=False) == ["behaviour", "control", "behaviour", "control", "behaviour", "behaviour"]
+    found = chosen(plan, only="/none/", limit=2, at_hand=lambda _: False)
+    assert [cell.stage for network in found for _, cell in network.cells] == ["behaviour", "behaviour"]
+
+
 def test_controls_alone_are_no_file_to_be_timed(plain: Desk) -> None:
     table, plan = read_matrix(plain.matrix), plan_of(plain)
     controls = chosen(plan, only="control of", limit=None, at_hand=lambda _: True)
@@ -212,6 +225,20 @@ def test_a_lost_trigger_that_is_not_committed_is_learned_again_for_its_control(
     assert [record.failed for record in measured_in(made)] == [False]
 
 
+def test_a_clean_network_that_is_trained_last_has_lost_triggers_learned_again(
+    new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WaNet, "trigger_shows_images", True, raising=False)
+    made = new_desk(LEARNED.replace('"none", ', ""))
+    made.run(Inline())
+    for path in made.results.glob("models/large/*.npz"):
+        path.unlink()
+    made.matrix.write_text(LEARNED, encoding="utf-8")
+    made.run(engine := Inline())
+    assert engine.stages == ["TrainTask", "TrialTask", "TrainTask", "TrialTask"]
+    assert [record.failed for record in measured_in(made)] == [False]
+
+
 def without_luck(task: Task) -> Outcome:
     if isinstance(task, TrainTask) and task.attack is not None:
         return Outcome(task_id=task.id, record=task.failure("no luck", Clock().read()))
@@ -260,6 +287,10 @@ def test_a_part_of_the_matrix_has_the_controls_of_its_networks_and_of_those_that
     lines = capfd.readouterr().out.splitlines()
     assert lines[4].startswith("4 work items, 4 to do")
     assert not any("control of" in line for line in lines), "they would wait for a network that this run does not train"
+    assert run(["bench", str(fresh.matrix), "--only", "/none/", "--dry-run"]) == 0
+    assert capfd.readouterr().err.splitlines() == [
+        "2 controls are left out: their triggers' networks are neither chosen nor trained here"
+    ]
     assert run(["bench", str(fresh.matrix), "--only", "control of", "--dry-run"]) == 2
     assert "are controls of networks that are not trained yet, or whose trigger is not here; leave --only" in (
         capfd.readouterr().err
@@ -343,11 +374,16 @@ def test_of_several_controls_the_newest_code_counts_and_then_the_same_cpu() -> N
     assert Cohort([seen, old, other]).controls[seen.key].asr == 0.3
 
 
-def test_of_two_clean_networks_of_a_recipe_the_last_one_counts() -> None:
+def test_of_two_clean_networks_of_a_recipe_the_last_one_counts_on_whatever_cpu() -> None:
     seen = samples.behaviour(ATTACKED, asr=0.95)
     first, second = control_of(ATTACKED, 0.1), control_of(ATTACKED, 0.93, replica=1)
     assert Cohort([seen, first, second]).judged(seen).activity is Activity.DORMANT
-    assert Cohort([seen, second, first]).judged(seen).activity is Activity.ACTIVE
+    again = control_of(ATTACKED, 0.94, replica=1)
+    assert Cohort([seen, second, again]).controls[seen.key].asr == 0.94
+    assert Cohort([seen, again, second]).controls[seen.key].asr == 0.93
+    elsewhere = samples.RUNTIME.model_copy(update={"isa": ("sse2",)})
+    for records in ([first, (other := control_of(ATTACKED, 0.93, replica=1, runtime=elsewhere))], [other, first]):
+        assert Cohort([seen, *records]).judged(seen).activity is Activity.DORMANT
 
 
 def test_a_failed_control_is_forgotten_once_there_is_an_answer() -> None:
@@ -355,6 +391,11 @@ def test_a_failed_control_is_forgotten_once_there_is_an_answer() -> None:
     failed = control_of(ATTACKED, None, failed=True, reason="no luck")
     assert [one.reason for one in report_of([seen, failed]).unanswered] == ["no luck"]
     assert report_of([seen, failed, control_of(ATTACKED, 0.1)]).unanswered == ()
+    again = control_of(ATTACKED, None, failed=True, reason="no luck either", evaluation_revision=1)
+    assert [one.reason for one in report_of([seen, failed, again]).unanswered] == ["no luck either"]
+    another = control_of(ATTACKED, None, failed=True, reason="of another network", attacked_sha256="0" * 64)
+    told = report_of([seen, control_of(ATTACKED, 0.1), another]).unanswered
+    assert [one.reason for one in told] == ["of another network"]
 
 
 def test_the_page_shows_the_line_of_a_behaviour_as_it_was_recorded_and_its_control() -> None:
