@@ -64,6 +64,7 @@ def test_killed_twice_and_resumed_the_records_are_those_of_one_go(tmp_path: Path
         "train": [2, 0, 0, 0],
         "quantize": [2, 0, 0, 0],
         "behaviour": [4, 0, 0, 0],
+        "control": [0, 0, 0, 0],
         "defense": [0, 4, 0, 0],
     }
 
