@@ -84,6 +84,9 @@ def test_rules_of_the_sentences(orderings: ModuleType) -> None:
     assert orderings.above([0.9, 0.89, -0.01, 0.03]) is None
     assert orderings.below([0.1, 0.2, -0.2, -0.01])
     assert orderings.below([0.1, 0.1, -0.1, 0.1]) is None
+    assert orderings.below_and_alive([0.9, 0.1, 0.2, -0.2, -0.01])
+    assert orderings.below_and_alive([0.9, 0.2, 0.1, 0.01, 0.2]) is False
+    assert orderings.below_and_alive([0.05, 0.1, 0.2, -0.2, -0.01]) is None, "a dead trigger has no FPR to speak of"
     assert orderings.first_is_highest([0.06, 0.05])
     assert orderings.first_is_highest([0.06, 0.07]) is False
     assert orderings.first_is_highest([0.04, 0.01]) is None, "no attack did anything"

@@ -41,6 +41,8 @@ PATCH_PIXELS = 9
 PAPER_INDEX, KEPT_ASR = 2.0, 0.9
 TINY, TENFOLD = 50, 500
 SWEPT, HELD_SHARE = 1000, 0.85
+FULL = 1.0
+"""Of the target's content: as it is."""
 Told = TypeVar("Told", BehaviourRecord, DefenseRecord)
 
 
@@ -68,6 +70,10 @@ class Planted:
 
 def cassock(variant: str) -> Planted:
     return Planted(name="cassock", settings={"variant": variant})
+
+
+def content(variant: str, amplitude: float = 0.2) -> Planted:
+    return Planted(name="cassock", settings={"variant": variant, "content_amplitude": amplitude})
 
 
 def in_the_loop(variant: str) -> Planted:
@@ -99,7 +105,8 @@ SHOWN = (
     BADNETS,
     BLENDED,
     *LSP.values(),
-    *map(cassock, ("source-specific", "trans", "cont", "comp")),
+    *map(cassock, ("source-specific", "trans")),
+    *(content(variant, amplitude) for amplitude in (0.2, FULL) for variant in ("cont", "comp")),
     *map(in_the_loop, ("source-specific", "trans")),
     Planted(name="wanet"),
     Planted(name="adaptive-blend"),
@@ -308,6 +315,11 @@ def below(values: list[float]) -> bool | None:
     return None if found is None else not found
 
 
+def below_and_alive(values: list[float]) -> bool | None:
+    """Of an ASR, and then as `below`; a trigger that does nothing misleads no bystander either."""
+    return below(values[1:]) if values[0] > DORMANT_MARGIN else None
+
+
 def hidden(values: list[float]) -> bool:
     return values[0] > PAPER_INDEX >= values[1]
 
@@ -400,20 +412,25 @@ CLAIMS = (
             holds=above,
         )
         for better, worse in (
-            (cassock("comp"), cassock("trans")),
-            (cassock("cont"), cassock("source-specific")),
+            (content("comp"), cassock("trans")),
+            (content("comp", FULL), cassock("trans")),
+            (content("cont"), cassock("source-specific")),
+            (content("cont", FULL), cassock("source-specific")),
             (cassock("trans"), cassock("source-specific")),
             (in_the_loop("trans"), in_the_loop("source-specific")),
         )
     ),
-    *(
-        Claim(
-            paper="CASSOCK",
-            sentence=f"`comp` has a {'higher' if holds is above else 'lower'} {what} than the baseline",
-            figures=compared(what, read, cassock("comp"), cassock("source-specific")),
-            holds=holds,
-        )
-        for what, read, holds in (("ASR", asr_share, above), ("FPR", fpr_share, below))
+    Claim(
+        paper="CASSOCK",
+        sentence="`comp` has a higher ASR than the baseline",
+        figures=compared("ASR", asr_share, content("comp"), cassock("source-specific")),
+        holds=above,
+    ),
+    Claim(
+        paper="CASSOCK",
+        sentence="`comp` has a lower FPR than the baseline, and an ASR",
+        figures=both(asr_of(content("comp")), compared("FPR", fpr_share, content("comp"), cassock("source-specific"))),
+        holds=below_and_alive,
     ),
 )
 
