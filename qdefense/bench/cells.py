@@ -37,7 +37,6 @@ class DefenseSpec:
 class Attacker:
     """An attacked network whose trigger is put on what its clean twin is shown."""
 
-    title: str
     network: Network
     recipe_sha256: str
     attack: str
@@ -304,9 +303,7 @@ def _add_controls(matrix: Matrix, network: NetworkPlan, networks: Mapping[str, N
     twin = networks.get(digest_of(network=clean.model_dump(mode="json")))
     if network.attack is None or twin is None:
         return
-    attacker = Attacker(
-        title=network.title, network=network.network, recipe_sha256=network.recipe_sha256, attack=network.attack
-    )
+    attacker = Attacker(network=network.network, recipe_sha256=network.recipe_sha256, attack=network.attack)
     for mine in network.files.values():
         file = twin.files.get(digest_of(**_untriggered(mine).recipe("")))
         theirs = {

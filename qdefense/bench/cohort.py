@@ -182,6 +182,7 @@ class Cohort:
         self._recorded = {one.key: one for one in every if isinstance(one, BehaviourRecord)}
         controls = [one for one in records if isinstance(one, ControlRecord)]
         self.controls = self._controls_of(controls)
+        # An answer counts before a failure, whichever came last.
         last = {(_controlled(one, one.attacked), one.attacked_sha256): one for one in sorted(controls, key=_answers)}
         self.failed_controls = [one for one in last.values() if one.failed]
         newest = [self.judged(one) if isinstance(one, BehaviourRecord) else one for one in _newest(every)]

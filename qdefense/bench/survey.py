@@ -178,8 +178,9 @@ def _survey_file(
 
 def _without_trigger(cell: Cell, trained: Replica | None, find: Callable[[str], Record | None]) -> str | None:
     """Why a control cannot be made."""
-    untrained = cell.attacker is not None and trained is None
-    failure = find(training_key(cell.attacker.recipe_sha256, None)) if cell.attacker and untrained else None
+    if cell.attacker is None or trained is not None:
+        return None
+    failure = find(training_key(cell.attacker.recipe_sha256, None))
     return None if failure is None else f"the network with the trigger could not be trained: {failure.reason}"
 
 
