@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import median
 
-from qdefense.bench.cohort import Cohort
+from qdefense.bench.cohort import Cohort, network_id
 from qdefense.bench.records import BehaviourRecord, DefenseRecord
 from qdefense.bench.store import RECORDS, read_records
 from qdefense.findings import ScanResult
@@ -77,7 +77,7 @@ def scans_of_records(path: Path) -> Iterator[Scan]:
                 kind=f"{network.data}, {network.architecture}",
                 precision=record.scheme,
                 attack=network.attack or "none",
-                network=f"{network.architecture} {network.title} {record.replica}",
+                network=f"{network_id(network)} {record.replica}",
                 file=record.artifact_sha256,
                 activity=found,
                 index=result.score,
