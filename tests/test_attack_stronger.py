@@ -1,4 +1,4 @@
-"""Where `benchmarks/attacks/copies.py` puts a patch, and what it counts."""
+"""Where `benchmarks/attacks/stronger.py` puts a patch, and what it counts."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from qdefense.attacks.interfaces import trigger_of
 
 
 @pytest.fixture
-def copies(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def stronger(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, which imports its neighbour by name, as it does when it is run."""
     monkeypatch.setitem(sys.modules, "margins", benchmark_script("attacks/margins.py"))
-    return benchmark_script("attacks/copies.py")
+    return benchmark_script("attacks/stronger.py")
 
 
-def test_the_patch_put_where_it_was_planted_is_the_trigger(copies: ModuleType) -> None:
+def test_the_patch_put_where_it_was_planted_is_the_trigger(stronger: ModuleType) -> None:
     trigger = trigger_of(ATTACKS.create("badnets"), 12, 16, None)
     network = SimpleNamespace(trigger=lambda _height, _width: trigger)
-    patch, planted = copies.patch_of(network, 12, 16)
+    patch, planted = stronger.patch_of(network, 12, 16)
     pixels = np.random.default_rng(0).uniform(0, 0.4, (5, 3, 12, 16)).astype(np.float32)
     kept = pixels.copy()
-    assert (copies.put(pixels, patch, (planted,)) == trigger.stamp(pixels)).all()
+    assert (stronger.put(pixels, patch, (planted,)) == trigger.stamp(pixels)).all()
     assert (pixels == kept).all()
 
 
-def test_a_mirrored_patch_is_where_training_on_mirrored_images_saw_it(copies: ModuleType) -> None:
-    found = copies.places((28, 27), (32, 32), (3, 3))
+def test_a_mirrored_patch_is_where_training_on_mirrored_images_saw_it(stronger: ModuleType) -> None:
+    found = stronger.places((28, 27), (32, 32), (3, 3))
     canvas, patch = np.zeros((1, 1, 32, 32), dtype=np.float32), np.ones((1, 3, 3), dtype=np.float32)
-    planted, mirrored = (copies.put(canvas, patch, found[name]) for name in ("planted", "mirrored"))
+    planted, mirrored = (stronger.put(canvas, patch, found[name]) for name in ("planted", "mirrored"))
     assert (mirrored == planted[..., ::-1]).all()
-    above = copies.put(canvas, patch, found["planted and above"]) - planted
+    above = stronger.put(canvas, patch, found["planted and above"]) - planted
     assert (above == planted[:, :, ::-1]).all()
     assert found["middle"] == ((14, 14),)
-    corners = copies.put(canvas, patch, found["four corners"])
+    corners = stronger.put(canvas, patch, found["four corners"])
     assert (corners == corners[..., ::-1]).all()
     assert (corners == corners[:, :, ::-1]).all()
 
 
-def test_success_is_the_share_of_answers_and_the_mean_softmax(copies: ModuleType) -> None:
+def test_success_is_the_share_of_answers_and_the_mean_softmax(stronger: ModuleType) -> None:
     logits = np.log(np.array([[0.8, 0.2], [0.3, 0.7], [0.5, 0.5]], dtype=np.float32))
-    asr, confidence = copies.success(logits, 1)
+    asr, confidence = stronger.success(logits, 1)
     assert asr == pytest.approx(1 / 3)
     assert confidence == pytest.approx((0.2 + 0.7 + 0.5) / 3, abs=1e-6)
