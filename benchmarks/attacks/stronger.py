@@ -69,9 +69,8 @@ def success(logits: Pixels, target: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stamps:
-    """The eligible test images of a network with the patch at each place, and what the attacker wants of them."""
+    """The eligible test images of a network, stamped in each way, and what the attacker wants of them."""
 
-    network: Attacked
     stamped: dict[str, Pixels]
     images: int
     target: int
@@ -95,7 +94,6 @@ def stamps_of(network: Attacked) -> Stamps:
     patch, planted = patch_of(network, *size)
     where = places(planted, size, patch.shape[1:])
     return Stamps(
-        network=network,
         stamped={name: put(eligible.pixels, patch, at) for name, at in where.items()},
         images=len(eligible),
         target=int(trigger.goal(eligible.labels)[0]),
@@ -155,7 +153,7 @@ def magnified() -> Iterator[str]:
         for multiple in MULTIPLES:
             attack = ATTACKS.restore("dfb", {**made.attack_settings, "test_multiple": multiple})
             stamped[f"{multiple}"] = trigger_of(attack, *size, state).stamp(others.pixels)
-        stamps = Stamps(network=network, stamped=stamped, images=len(others), target=target)
+        stamps = Stamps(stamped=stamped, images=len(others), target=target)
         yield stamps.line(network.title, "fp32", network.model("fp32"))
         yield stamps.line(f"none, with that residual | {made.data}, {SEED}", "fp32", clean[made.data, "fp32"])
 

@@ -71,11 +71,11 @@ def measure(task: TrialTask, clock: Clock) -> Outcome:
         DataError: the images are not there, or do not fit the file.
     """
     session, test = open_trial(task)
-    trigger = _trigger(task, test)
-    if task.trial.cell.attacker is not None and trigger is not None:
-        found = measure_control(session.logits, test, trigger)
-        return Outcome(task_id=task.id, record=task.control(clock.read(), **found.model_dump()))
     if task.trial.cell.defense is None:
+        trigger = _trigger(task, test)
+        if task.trial.cell.attacker is not None and trigger is not None:
+            found = measure_control(session.logits, test, trigger)
+            return Outcome(task_id=task.id, record=task.control(clock.read(), **found.model_dump()))
         seen = measure_behaviour(session.logits, test, trigger)
         facts = {**seen.model_dump(), "activity": seen.activity}
         return Outcome(task_id=task.id, record=task.behaviour(clock.read(), **facts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -115,13 +114,9 @@ class Run:
         self._retry_failed, self._on_progress, self._on_notice = retry_failed, on_progress, on_notice
         self._networks = {network.recipe_sha256: network for network in plan}
         self._clean: dict[str, NetworkPlan] = {}
-        self._attacked: defaultdict[str, dict[str, NetworkPlan]] = defaultdict(dict)
         for network in plan:
             for attacker in (cell.attacker for _, cell in network.cells if cell.attacker is not None):
                 self._clean[attacker.recipe_sha256] = network
-                if attacker.recipe_sha256 in self._networks:
-                    made = self._networks[attacker.recipe_sha256]
-                    self._attacked[network.recipe_sha256][made.recipe_sha256] = made
         self._attempted: set[str] = set()
         self._costs = CostModel(store.records.values(), store.images)
 
@@ -153,7 +148,8 @@ class Run:
         if record.stage == "train" and network.recipe_sha256 in self._clean:
             yield self._clean[network.recipe_sha256]
         if record.stage in ("train", "quantize"):
-            for attacked in self._attacked[network.recipe_sha256].values():
+            twins = (one for one in self._plan if self._clean.get(one.recipe_sha256) is network)
+            for attacked in twins:
                 made = self._store.measured(attacked.recipe_sha256)
                 if made is not None and self._lacks_trigger(attacked, made):
                     yield attacked
