@@ -1,5 +1,8 @@
 """Why a precision takes a trigger's ASR: the margins of triggered images, and which layer's weights move them.
 
+Of a source-specific attack also what its files answer to plain images of the source class, which its poisons may be
+hardly told from.
+
     QDEFENSE_DATA=... python benchmarks/attacks/margins.py      # MARGINS.md, minutes on one core
 
 The margin of a triggered image is the logit of the class that the attacker wants, less the highest other one: it is
@@ -36,6 +39,8 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("QDEFENSE_DATA", HERE.parents[2] / "shared" / "data"))
 SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
 IMAGES, DRAWS, SEED = 600, 12, 0
+TOLD = ("smoothing", "variant", "mode", "content_amplitude")
+"""Settings by which a row is told from others of its attack."""
 LAYERED = ("badnets", "blended", "lsp", "wanet")
 """Attacks whose INT4 files are taken apart, on both data sets."""
 LEVELS = 7
@@ -44,6 +49,10 @@ LEVELS = 7
 MARGINS_HEAD = (
     "| attack | data, seed | precision | images | ASR | mean q | 10 % | median | 90 % | change | sd | true class |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|",
+)
+PLAIN_HEAD = (
+    "| attack | data, seed | precision | images | margin: 10 % | median | 90 % | q source | q target | to the target |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 LAYERS_HEAD = (
     "| attack | data, seed | layer | error | ASR FP32 | only it | all but it | change | at random: mean | sd | range |",
@@ -83,9 +92,16 @@ def test_images(data: str) -> ImageSet:
     return open_data(str(DATA / data), split="test", seed=SEED, limit=IMAGES)
 
 
+@lru_cache(maxsize=2)
+def images_of_class(data: str, source: int) -> Pixels:
+    """All test images of one class."""
+    images = open_data(str(DATA / data), split="test", seed=SEED)
+    return images.take(np.flatnonzero(images.labels == source)).pixels
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attacked:
-    """One network with a backdoor: its files by scheme."""
+    """One network, with a backdoor or clean: its files by scheme."""
 
     files: dict[str, BehaviourRecord]
     store: Store
@@ -94,11 +110,19 @@ class Attacked:
     def title(self) -> str:
         """The first two columns of a table."""
         network = self.files["fp32"].network
-        told = {key: value for key, value in network.attack_settings.items() if key in ("smoothing", "variant", "mode")}
-        settings = ",".join(f"{key}={value}" for key, value in told.items() if value != "all-to-one")
+        told = {key: value for key, value in network.attack_settings.items() if key in TOLD}
+        if told.get("variant") not in ("cont", "comp"):
+            told.pop("content_amplitude", None)
+        settings = ",".join(f"{key.replace('_', '-')}={value}" for key, value in told.items() if value != "all-to-one")
         rare = network.attack_settings.get("poison_count")
-        named = f"{network.attack}:{settings}" if settings else network.attack or ""
-        return f"`{named}`{f' ({rare} poisons)' if rare else ''} | {network.data}, {network.seed}"
+        named = f"`{network.attack}{f':{settings}' if settings else ''}`" if network.attack else "none"
+        return f"{named}{f' ({rare} poisons)' if rare else ''} | {network.data}, {network.seed}"
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Data set and seed."""
+        network = self.files["fp32"].network
+        return network.data, network.seed
 
     @property
     def layered(self) -> bool:
@@ -137,17 +161,31 @@ class Attacked:
 
     def answers(self, model: bytes) -> Logits:
         """What a file answers to the triggered images."""
-        artifact = Artifact.from_bytes(model)
-        return DeployedSession(artifact, profile_for(artifact)).logits(self.asked[0])
+        return answers_of(model, self.asked[0])
+
+    @property
+    def lacks_trigger(self) -> bool:
+        """Whether its trigger was learned and its state is not at hand."""
+        return self.store.lacks_trigger(self.files["fp32"].artifact_sha256)
+
+
+def answers_of(model: bytes, images: Pixels) -> Logits:
+    artifact = Artifact.from_bytes(model)
+    return DeployedSession(artifact, profile_for(artifact)).logits(images)
+
+
+def networks() -> list[Attacked]:
+    """Every network of the records whose FP32 file was measured; a later record counts."""
+    store, found = Store(HERE / "results"), dict[str, dict[str, BehaviourRecord]]()
+    for record in read_records(HERE / "results" / RECORDS):
+        if isinstance(record, BehaviourRecord) and not record.failed:
+            found.setdefault(record.network.model_dump_json(), {})[record.scheme] = record
+    return [Attacked(files=files, store=store) for files in found.values() if "fp32" in files]
 
 
 def attacked_networks() -> list[Attacked]:
-    """Every attacked network of the records whose FP32 file was measured; a later record counts."""
-    store, found = Store(HERE / "results"), dict[str, dict[str, BehaviourRecord]]()
-    for record in read_records(HERE / "results" / RECORDS):
-        if isinstance(record, BehaviourRecord) and record.network.attack and not record.failed:
-            found.setdefault(record.network.model_dump_json(), {})[record.scheme] = record
-    return [Attacked(files=files, store=store) for files in found.values() if "fp32" in files]
+    """Those with a backdoor."""
+    return [network for network in networks() if network.files["fp32"].network.attack]
 
 
 def margin_lines(network: Attacked) -> Iterator[str]:
@@ -164,6 +202,33 @@ def margin_lines(network: Attacked) -> Iterator[str]:
         yield (
             f"| {network.title} | {scheme} | {len(here)} | {1 - missed.mean():.3f} "
             f"| {mean_confidence(logits, goal):.3f} | {spread} | {change.mean():+.2f} | {change.std():.2f} | {truly} |"
+        )
+
+
+def plain_lines(every: list[Attacked]) -> Iterator[str]:
+    """Of each source-specific network, and before it of the clean one, where that has not been asked of its classes."""
+    clean = {network.place: network for network in every if network.files["fp32"].network.attack is None}
+    asked: set[tuple[str, int, int, int]] = set()
+    for network in every:
+        settings = network.files["fp32"].network.attack_settings
+        if settings.get("source_class") is None:
+            continue
+        classes = int(settings["source_class"]), int(settings["target_class"])
+        if (*network.place, *classes) not in asked and network.place in clean:
+            asked.add((*network.place, *classes))
+            yield from plain_rows(clean[network.place], *classes)
+        yield from plain_rows(network, *classes)
+
+
+def plain_rows(network: Attacked, source: int, target: int) -> Iterator[str]:
+    images = images_of_class(network.place[0], source)
+    for scheme in filter(network.files.__contains__, SCHEMES):
+        logits = answers_of(network.model(scheme), images)
+        low, middle, high = np.quantile(logits[:, source].astype(np.float64) - logits[:, target], [0.1, 0.5, 0.9])
+        sure = [mean_confidence(logits, np.full(len(images), k)) for k in (source, target)]
+        yield (
+            f"| {network.title} | {scheme} | {len(images)} | {low:.2f} | {middle:.2f} | {high:.2f} "
+            f"| {sure[0]:.3f} | {sure[1]:.3f} | {np.mean(logits.argmax(axis=1) == target):.3f} |"
         )
 
 
@@ -209,7 +274,8 @@ def layer_lines(network: Attacked) -> Iterator[str]:
         )
 
 
-def page(networks: list[Attacked]) -> Iterator[str]:
+def page(every: list[Attacked]) -> Iterator[str]:
+    triggered = [network for network in every if network.files["fp32"].network.attack and not network.lacks_trigger]
     yield "# Margins of triggered images"
     yield (
         "Written by `QDEFENSE_DATA=DIR python benchmarks/attacks/margins.py` from the files in `results/models`, whose "
@@ -220,9 +286,16 @@ def page(networks: list[Attacked]) -> Iterator[str]:
         "The margin is the logit of the attacker's class less the highest other one, *q* the probability of that "
         "class. *Change* is against the FP32 file, image by image: its mean says what the precision does to the "
         "trigger, its standard deviation how differently from image to image. *True class*: the share of the misses "
-        "that are answered as if there were no trigger."
+        "that are answered as if there were no trigger. A network whose trigger was learned is here where its state is "
+        "at hand."
     )
-    yield "\n".join((*MARGINS_HEAD, *(line for network in networks for line in margin_lines(network))))
+    yield "\n".join((*MARGINS_HEAD, *(line for network in triggered for line in margin_lines(network))))
+    yield "## Plain images of the source class"
+    yield (
+        "All test images of the class that a source-specific attack takes its poisons from, without the trigger. The "
+        "margin is the logit of their class less that of the attacker's; the clean network's comes first."
+    )
+    yield "\n".join((*PLAIN_HEAD, *plain_lines(every)))
     yield "## INT4, one layer at a time"
     yield (
         "Only this layer's weights are on INT4 levels, or all but this layer's; rounded to nearest, as in the INT4 "
@@ -230,11 +303,13 @@ def page(networks: list[Attacked]) -> Iterator[str]:
         "changes, relative to the weights' own. The change is the mean over the images, the standard deviation is over "
         "the draws."
     )
-    yield "\n".join((*LAYERS_HEAD, *(line for network in networks if network.layered for line in layer_lines(network))))
+    yield "\n".join(
+        (*LAYERS_HEAD, *(line for network in triggered if network.layered for line in layer_lines(network)))
+    )
 
 
 def main() -> None:
-    (HERE / "MARGINS.md").write_text("\n\n".join(page(attacked_networks())) + "\n", encoding="utf-8")
+    (HERE / "MARGINS.md").write_text("\n\n".join(page(networks())) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""What `benchmarks/attacks/margins.py` counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def margins(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("attacks/margins.py")
+
+
+def network(attack: str | None, place: tuple[str, int] = ("signs", 0), **settings: object) -> SimpleNamespace:
+    """What the tables ask of a network, with one file."""
+    made = SimpleNamespace(network=SimpleNamespace(attack=attack, attack_settings=settings))
+    return SimpleNamespace(files={"fp32": made}, place=place, title=attack or "none", model=lambda _: attack)
+
+
+def test_a_margin_is_to_the_highest_other_class_and_leaves_the_logits(margins: ModuleType) -> None:
+    logits = np.array([[3.0, 1.0, -2.0], [0.5, 2.0, 2.5]], dtype=np.float32)
+    kept = logits.copy()
+    assert margins.margins(logits, np.array([0, 1])).tolist() == [2.0, -0.5]
+    assert (logits == kept).all()
+
+
+def test_confidence_is_the_mean_softmax(margins: ModuleType) -> None:
+    logits = np.log(np.array([[0.8, 0.2], [0.4, 0.6]], dtype=np.float32))
+    assert margins.mean_confidence(logits, np.array([0, 0])) == pytest.approx(0.6, abs=1e-6)
+
+
+def test_levels_are_of_each_channel_and_random_ones_right_on_average(margins: ModuleType) -> None:
+    weights = np.array([[7.0, 2.4, -2.6], [0.7, 0.24, 0.0]], dtype=np.float32)
+    assert margins.rounded(weights) == pytest.approx(np.array([[7, 2, -3], [0.7, 0.2, 0]]), abs=1e-6)
+    rng = np.random.default_rng(0)
+    drawn = np.stack([margins.rounded(weights, rng=rng) for _ in range(2000)])
+    assert set(np.unique(drawn[:, 0, 1])) == {2.0, 3.0}
+    assert drawn.mean(axis=0) == pytest.approx(weights, abs=0.05)
+
+
+def test_the_clean_network_is_asked_once_of_each_pair_of_classes(
+    margins: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(margins, "plain_rows", lambda network, *classes: [(network.title, *classes)])
+    pair = {"source_class": 1, "target_class": 3}
+    every = [
+        network("cassock", **pair),
+        network("badnets", target_class=3),
+        network(None),
+        network("htba", **pair),
+        network("cassock", **{**pair, "source_class": 2}),
+        network("cassock", ("signs", 1), **pair),
+    ]
+    assert list(margins.plain_lines(every)) == [
+        ("none", 1, 3),
+        ("cassock", 1, 3),
+        ("htba", 1, 3),
+        ("none", 2, 3),
+        ("cassock", 2, 3),
+        ("cassock", 1, 3),
+    ]
+
+
+def test_plain_images_show_the_margin_of_their_class_over_the_attackers(
+    margins: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = np.array([[0.5, 0.4, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1], [0.6, 0.3, 0.1], [0.3, 0.3, 0.4]])
+    monkeypatch.setattr(margins, "images_of_class", lambda *_: np.zeros((5, 3, 4, 4), dtype=np.float32))
+    monkeypatch.setattr(margins, "answers_of", lambda *_: np.log(shares).astype(np.float32))
+    (line,) = margins.plain_rows(network("cassock"), 0, 1)
+    median = f"{np.log(0.5 / 0.4):.2f}"
+    assert line.split(" | ")[1:3] == ["fp32", "5"]
+    assert line.split(" | ")[4] == median
+    assert line.endswith("| 0.420 | 0.420 | 0.200 |")
