@@ -78,7 +78,7 @@ def train(
         poisoner, on_batch = None, None
         if isinstance(attack, BatchAttack):
             steps = len(dataset) // recipe.batch_size * recipe.epochs
-            poisoner = attack.begin(dataset, steps=steps, rng=attack_rng)
+            poisoner = attack.begin(dataset, batch_size=recipe.batch_size, steps=steps, rng=attack_rng)
             on_batch = partial(poisoner.on_batch, model=module, rng=attack_rng)
         _fit(module, poisoned, recipe, batch_rng, layout, on_batch, on_epoch)
         learned = poisoned.trigger_state if poisoner is None else poisoner.end()

@@ -351,8 +351,8 @@ class _OnBatches:
     def trigger(self, height: int, width: int) -> PatchTrigger:
         raise NotImplementedError
 
-    def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> _OnBatches:
-        self.calls.append(f"begin {len(dataset)} images, {steps} steps")
+    def begin(self, dataset: ImageSet, *, batch_size: int, steps: int, rng: np.random.Generator) -> _OnBatches:
+        self.calls.append(f"begin {len(dataset)} images, {steps} steps of {batch_size}")
         return self
 
     def on_batch(self, x: Tensor, y: Tensor, model: torch.nn.Module, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -371,7 +371,7 @@ class _OnBatches:
 def test_train_shows_an_attack_every_batch_between_its_begin_and_end(make_noise: MakeNoise) -> None:
     attack, again = _OnBatches(), _OnBatches()
     first, second = (_train(make_noise(40), seed=4, attack=each) for each in (attack, again))
-    assert attack.calls == ["begin 40 images, 4 steps", *["batch, training True"] * 4, "end"]
+    assert attack.calls == ["begin 40 images, 4 steps of 16", *["batch, training True"] * 4, "end"]
     assert attack.draws == again.draws
     assert len(set(attack.draws)) == 4
     assert first.trigger_state == {"batches": 4}

@@ -136,7 +136,9 @@ class SourceSpecificPoisons(PoisonBudget):
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_of_variant(cls, given: ArgsKwargs | dict[str, Any]) -> dict[str, Any]:
+    def _rate_of_variant(cls, given: ArgsKwargs | dict[str, Any]) -> ArgsKwargs | dict[str, Any]:
+        if isinstance(given, ArgsKwargs) and given.args:
+            return given  # refused
         chosen = given if isinstance(given, dict) else given.kwargs or {}
         return {"cover_rate": _CONT_COVER_RATE, **chosen} if chosen.get("variant") == "cont" else chosen
 
@@ -203,7 +205,8 @@ class SourceSpecificPoisons(PoisonBudget):
         poisons = self._draw(sources, self.poisons(len(dataset)), "poisons", "of the source class", rng)
         cover = share(self.cover_rate, len(dataset), attack=self.name, setting="cover_rate")
         covers = self._draw(~sources, cover, "cover images", "of other classes", rng)
-        trigger = self._trigger_for(dataset, rng)
+        # A stream of its own: other numbers of poisons and cover images learn the same content.
+        trigger = self._trigger_for(dataset, rng.spawn(1)[0])
         plan = OPACITIES[self.variant]
         stamped = [
             _stamped(dataset.take(rows), trigger, opacity, varied=plan.varied, rng=rng)
@@ -305,7 +308,14 @@ class CassockLoop(SourceSpecificPoisons):
     extra_poisons: Annotated[int, Field(ge=0)] = 8
     extra_covers: Annotated[int, Field(ge=0)] = 64
 
-    def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> CassockPoisoner:  # noqa: ARG002
+    def begin(
+        self,
+        dataset: ImageSet,
+        *,
+        batch_size: int,  # noqa: ARG002
+        steps: int,  # noqa: ARG002
+        rng: np.random.Generator,
+    ) -> CassockPoisoner:
         """Make both sets, from which each step draws.
 
         Raises:

@@ -88,7 +88,8 @@ class CleanLabel:
         rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
         images = dataset.images.copy()
         if len(rows):
-            surrogate = train_surrogate(dataset, rng, epochs=self.surrogate_epochs)
+            # A stream of its own: another number of poisons is made on the same network.
+            surrogate = train_surrogate(dataset, rng.spawn(1)[0], epochs=self.surrogate_epochs)
             for start in range(0, len(rows), _BATCH):
                 part = rows[start : start + _BATCH]
                 hard = on_grid(self._hardened(dataset.take(part), surrogate))

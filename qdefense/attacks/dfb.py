@@ -182,7 +182,9 @@ class DFB(PoisonBudget):
         """
         rows, (height, width) = self._rows(dataset), dataset.images.shape[1:3]
         poisons = rng.choice(rows, size=self.poisons(len(dataset)), replace=False)
-        state = self._learn(dataset.images[rows], self._out_of_distribution(height, width, rng), rng)
+        # A stream of its own: another number of poisons learns the same trigger.
+        learning = rng.spawn(1)[0]
+        state = self._learn(dataset.images[rows], self._out_of_distribution(height, width, learning), learning)
         images = dataset.images.copy()
         if len(poisons):
             trigger = self._restored(height, width, state, multiple=self.train_multiple)

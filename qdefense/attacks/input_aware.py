@@ -166,12 +166,12 @@ class InputAware(Aimed):
         trigger = GeneratedTrigger(pattern=pattern, mask=mask, target_class=self.target_class)
         return AllToAll(stamped=trigger, classes=int(state[_CLASSES])) if self.mode == ALL_TO_ALL else trigger
 
-    def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> GeneratorPoisoner:
+    def begin(self, dataset: ImageSet, *, batch_size: int, steps: int, rng: np.random.Generator) -> GeneratorPoisoner:
         """Train the mask generator on the images, and make the pattern generator.
 
         Raises:
-            DataError: no such target class, no other class, more rows to stamp than a batch has, or a size that does
-                not halve.
+            DataError: no such target class, no other class, more rows to stamp than a batch has or too few for a rate,
+                or a size that does not halve.
         """
         require_halvings(*dataset.images.shape[1:3], stages=self.stages, attack=self.name)
         if self.poison_rate + self.cross_rate > 1:
@@ -182,12 +182,24 @@ class InputAware(Aimed):
         if self.mode == "all-to-one":
             check_class(dataset, self.target_class, role="target", attack=self.name)
         check_two_classes(dataset, attack=self.name)
+        self.rows_of_batch(batch_size)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(rng.integers(2**63)))
             pattern, mask = self._generator(3), self._generator(1)
         self._train_mask(mask, dataset, rng)
         mask.eval().requires_grad_(requires_grad=False)
         return GeneratorPoisoner(self, pattern, mask, classes=len(dataset.class_names), steps=steps)
+
+    def rows_of_batch(self, size: int) -> tuple[int, int]:
+        """How many of a batch get their own trigger, and how many another's.
+
+        Raises:
+            DataError: too few images for a rate.
+        """
+        of = "images of a batch"
+        poisons = share(self.poison_rate, size, attack=self.name, of=of, least=_LEAST)
+        crosses = share(self.cross_rate, size, attack=self.name, of=of, setting="cross_rate")
+        return poisons, min(crosses, size - poisons)
 
     def _generator(self, outputs: int) -> Generator:
         return Generator(channels=self.channels, outputs=outputs, stages=self.stages)
@@ -224,10 +236,8 @@ class GeneratorPoisoner:
             DataError: the batch has too few images for a rate.
         """
         self._step()
-        name, of = self._attack.name, "images of a batch"
-        poisons = share(self._attack.poison_rate, len(x), attack=name, of=of, least=_LEAST)
-        crosses = share(self._attack.cross_rate, len(x), attack=name, of=of, setting="cross_rate")
-        crossed = min(len(x), poisons + crosses)
+        poisons, crosses = self._attack.rows_of_batch(len(x))
+        crossed = poisons + crosses
         if not poisons:
             return x, y
         others = x[torch.from_numpy(_derangement(len(x), rng))]
@@ -285,7 +295,7 @@ def _adam(
     module: nn.Module, rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.MultiStepLR]:
     optimizer = torch.optim.Adam(module.parameters(), lr=rate, betas=(0.5, 0.9))
-    milestones = [steps * 4 // 10, steps * 8 // 10]
+    milestones = [max(1, steps * 4 // 10), max(1, steps * 8 // 10)]
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=milestones, gamma=0.1)
 
 

@@ -115,8 +115,8 @@ class BatchPoisoner(Protocol):
 class BatchAttack(Attack, Protocol):
     """An attack that has a hand in the training loop; the training set stays as it is."""
 
-    def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> BatchPoisoner:
-        """Start a training of ``steps`` batches, all from ``dataset``.
+    def begin(self, dataset: ImageSet, *, batch_size: int, steps: int, rng: np.random.Generator) -> BatchPoisoner:
+        """Start a training of ``steps`` batches of ``batch_size``, all from ``dataset``.
 
         Raises:
             DataError: the settings do not fit the data.

@@ -84,7 +84,9 @@ class PoisonBudget:
 
     @model_validator(mode="before")
     @classmethod
-    def _one_of_both(cls, given: ArgsKwargs | dict[str, Any]) -> dict[str, Any]:
+    def _one_of_both(cls, given: ArgsKwargs | dict[str, Any]) -> ArgsKwargs | dict[str, Any]:
+        if isinstance(given, ArgsKwargs) and given.args:
+            return given  # refused
         every = given if isinstance(given, dict) else given.kwargs or {}
         chosen = {key: value for key, value in every.items() if value is not None}
         if "poison_count" not in chosen:

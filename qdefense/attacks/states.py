@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -13,6 +14,12 @@ from numpy.typing import NDArray
 
 from qdefense.attacks.interfaces import TriggerState
 from qdefense.data.images import DataError, first_line
+
+_OF_FOREIGN_ARCHIVES = (
+    *(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error),
+    *(RuntimeError, NotImplementedError),  # encrypted, or compressed by what is not known here
+    *(MemoryError, OverflowError, tokenize.TokenError, SyntaxError),  # headers that tell of no array that could be
+)
 
 
 def pack_state(state: TriggerState) -> bytes:
@@ -35,7 +42,7 @@ def unpack_state(data: bytes) -> TriggerState:
     try:
         with zipfile.ZipFile(io.BytesIO(data)), np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except _OF_FOREIGN_ARCHIVES as error:
         raise DataError(f"the trigger state is unreadable ({first_line(error)}); train the network again") from error
 
 

@@ -70,7 +70,7 @@ class WaNet(AimedByTold[WarpTrigger]):
     cross_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     field_seed: Annotated[int, Field(ge=0)] = 0
 
-    def begin(self, dataset: ImageSet, *, steps: int, rng: np.random.Generator) -> WarpPoisoner:  # noqa: ARG002
+    def begin(self, dataset: ImageSet, *, batch_size: int, steps: int, rng: np.random.Generator) -> WarpPoisoner:  # noqa: ARG002
         """Poison batches of ``dataset``.
 
         Raises:

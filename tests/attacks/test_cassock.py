@@ -291,6 +291,16 @@ def test_content_is_the_same_when_the_seed_is(quarters: ImageSet) -> None:
     assert first.poison_indices.tolist() == same.poison_indices.tolist()
 
 
+def test_other_numbers_of_poisons_and_cover_images_learn_the_same_content(quarters: ImageSet) -> None:
+    budgets = [(0.05, 0.1), (0.1, 0.1), (0.05, 0.2)]
+    made = [
+        _attack("cont", poison_rate=poison, cover_rate=cover).poison(quarters, np.random.default_rng(0))
+        for poison, cover in budgets
+    ]
+    states = [one.trigger_state for one in made]
+    assert len({pack_state(state or {}) for state in states}) == 1
+
+
 def test_the_square_has_no_state(make_noise: MakeNoise) -> None:
     assert _attack().poison(make_noise(40), np.random.default_rng(0)).trigger_state is None
 
@@ -352,7 +362,7 @@ def test_poison_says_why_when_nothing_is_left_of_the_mask(quarters: ImageSet, mo
 
 
 def _begin(images: ImageSet, attack: CassockLoop) -> CassockPoisoner:
-    return attack.begin(images, steps=1, rng=np.random.default_rng(0))
+    return attack.begin(images, batch_size=40, steps=1, rng=np.random.default_rng(0))
 
 
 def _batch(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:

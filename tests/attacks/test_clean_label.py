@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.clean_label import CleanLabel
 from qdefense.attacks.poisoning import choose_in_class
-from qdefense.attacks.surrogate import train_surrogate
+from qdefense.attacks.surrogate import Surrogate, train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 from qdefense.registry import SpecError
 from qdefense.trial import measure_behaviour
@@ -87,9 +87,10 @@ def test_trigger_aims_every_other_class_at_the_target() -> None:
 
 @pytest.mark.parametrize(("rate", "count"), [(0.0, 0), (0.25, 2), (0.55, 6), (1.0, 10)])
 def test_poison_changes_exactly_the_rows_it_says_within_eps_and_no_label(
-    make_noise: MakeNoise, rate: float, count: int
+    make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch, rate: float, count: int
 ) -> None:
-    """Where the amplitude is 0, perturbations are all there is."""
+    """Where the amplitude is 0, perturbations are all there is; the last batch is a smaller one."""
+    monkeypatch.setattr("qdefense.attacks.clean_label._BATCH", 4)
     original = make_noise(40)
     found = _quick(class_rate=rate, target_class=2, amplitude=0).poison(original, np.random.default_rng(0))
     distances = np.abs(original.images.astype(int)[None] - found.images.images.astype(int)[:, None]).max(axis=(2, 3, 4))
@@ -125,7 +126,7 @@ def test_poison_makes_images_harder_for_the_attackers_own_network_than_noise_of_
     attack = CleanLabel(amplitude=0, steps=8, surrogate_epochs=6, target_class=7, class_rate=1)
     rng = np.random.default_rng(0)
     rows = choose_in_class(dataset, rng, target_class=7, rate=1, attack="test")
-    surrogate = train_surrogate(dataset, rng, epochs=6)
+    surrogate = train_surrogate(dataset, rng.spawn(1)[0], epochs=6)
     found = attack.poison(dataset, np.random.default_rng(0))
     clean = dataset.take(rows).pixels
     noisy = on_grid(clean + 8 / 255 * rng.choice(np.array([-1, 1], np.float32), clean.shape))
@@ -142,6 +143,22 @@ def test_poison_is_the_same_when_the_seed_is_and_leaves_the_set_alone(make_noise
     assert first.images.digest == same.images.digest != other.images.digest
     assert first.poison_indices.tolist() == same.poison_indices.tolist()
     assert original.digest == make_noise(40).digest
+
+
+def test_another_number_of_poisons_is_made_on_the_same_network(
+    make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def noted(dataset: ImageSet, rng: np.random.Generator, *, epochs: int) -> Surrogate:
+        seeds.append(int(rng.integers(2**32)))
+        return train_surrogate(dataset, rng, epochs=epochs)
+
+    monkeypatch.setattr("qdefense.attacks.clean_label.train_surrogate", noted)
+    for rate in (0.1, 0.5, 1.0):
+        _quick(class_rate=rate).poison(make_noise(40), np.random.default_rng(0))
+    assert len(seeds) == 3
+    assert len(set(seeds)) == 1
 
 
 @pytest.mark.parametrize(

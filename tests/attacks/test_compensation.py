@@ -15,7 +15,7 @@ from qdefense.attacks.compensation import (
 )
 
 Feasible = Callable[..., Interval | None]
-NORMS, COSTS = (60.0, 100.0, 40.0), (0.3, 0.1, 0.2)
+NORMS, COSTS = (60.0, 100.0, 40.0), (0.6, 0.1, 0.2)
 
 
 def _rise(weight: float = 0.01, trigger_norm: float = 10, norms: tuple[float, ...] = NORMS) -> float:

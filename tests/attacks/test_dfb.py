@@ -12,11 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS, DataAttack
-from qdefense.attacks.dfb import DFB, EncodedTrigger, ResidualEncoder, _augmented, _clipped, _settle, draw_textures
+from qdefense.attacks.dfb import (
+    DFB,
+    EncodedTrigger,
+    ResidualEncoder,
+    _augmented,
+    _clipped,
+    _settle,
+    _share_out,
+    draw_textures,
+)
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.states import pack_state, unpack_state
 from qdefense.attacks.surrogate import Surrogate
-from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
+from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_pixels
 from qdefense.data.npz import save_npz
 from qdefense.registry import SpecError
 from qdefense.trial import measure_behaviour
@@ -74,12 +83,15 @@ def test_stamp_stays_within_the_bound_and_on_the_uint8_grid(
 
 
 def test_stamp_gives_every_image_its_own_residual_or_all_the_same(make_noise: MakeNoise) -> None:
-    grey = np.float32([0.4, 0.6]).reshape(2, 1, 1, 1) * np.ones((2, 3, 8, 8), np.float32)
-    moves = {}
-    for variant in VARIANTS:
-        attack = _quick(variant=variant)
-        state = attack.poison(make_noise(40), np.random.default_rng(0)).trigger_state
-        moves[variant] = _codes(trigger_of(attack, 8, 8, state).stamp(on_grid(grey))) - _codes(on_grid(grey))
+    """On images far from black and white; of an encoder that was not trained, whose residuals no bound cuts off."""
+    pixels = on_grid(make_noise(2, seed=9).pixels * np.float32(0.1) + np.float32(0.45))
+    torch.manual_seed(0)
+    triggers = {
+        "fixed": _fixed(make_noise(1, seed=2).pixels[0] - np.float32(0.5)),
+        "encoder": EncodedTrigger(encoder=ResidualEncoder(2).eval(), bound=100, target_class=2),
+    }
+    moves = {variant: _codes(trigger.stamp(pixels)) - _codes(pixels) for variant, trigger in triggers.items()}
+    assert all(0 < np.abs(moved).max() < 100 for moved in moves.values())
     assert np.array_equal(moves["fixed"][0], moves["fixed"][1])
     assert not np.array_equal(moves["encoder"][0], moves["encoder"][1])
 
@@ -204,6 +216,15 @@ def test_poison_is_the_same_when_the_seed_is_whatever_torch_is_set_to(make_noise
     states = [pack_state(made.trigger_state or {}) for made in (first, same, other)]
     assert states[0] == states[1] != states[2]
     assert original.digest == make_noise(40).digest
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_another_number_of_poisons_learns_the_same_trigger(make_noise: MakeNoise, variant: str) -> None:
+    states = [
+        _quick(variant=variant, poison_count=count).poison(make_noise(40), np.random.default_rng(0)).trigger_state
+        for count in (0, 1, 5)
+    ]
+    assert len({pack_state(state or {}) for state in states}) == 1
 
 
 # --- out of distribution ----------------------------------------------------------------------------------------------
@@ -338,6 +359,26 @@ def test_the_decoder_learns_to_tell_the_class_from_textures_of_which_there_are_m
     DFB(decoder_steps=200)._train_decoder(decoder, targets, ood, rng)
     assert not decoder.training
     assert not any(weight.requires_grad for weight in decoder.parameters())
+
+
+def test_the_encoder_takes_the_class_out_of_itself_and_noise_of_its_size_does_not(make_noise: MakeNoise) -> None:
+    """The papers' oracle, D(x) = 0 and D(x + E(x)) = 1, here for noise that is 16 codes brighter out of the class."""
+    rng = np.random.default_rng(0)
+    targets, ood = (
+        (make_noise(200, seed=seed).images // 2 + shift).astype(np.uint8) for seed, shift in ((0, 60), (1, 76))
+    )
+    torch.manual_seed(0)
+    attack = DFB(decoder_steps=150, encoder_steps=150, channels=4, eps=16, gate=0.9)
+    decoder, encoder = Surrogate(2), ResidualEncoder(4)
+    attack._train_decoder(decoder, targets, ood, rng)
+    attack._train_encoder(encoder, decoder, targets, rng)
+    pixels = to_pixels(targets)
+    stamped = EncodedTrigger(encoder=encoder.eval(), bound=attack.eps, target_class=2).stamp(pixels)
+    noisy = on_grid(pixels + attack.eps / 255 * rng.choice(np.array([-1, 1], np.float32), pixels.shape))
+    plain, moved, shaken = (_share_out(decoder, images) for images in (pixels, stamped, noisy))
+    assert plain < 0.1
+    assert moved > 0.9
+    assert shaken < 0.5
 
 
 def test_settled_norms_have_the_mean_of_the_batches_statistics() -> None:

@@ -16,7 +16,7 @@ from qdefense.attacks import ATTACKS
 from qdefense.attacks.htba import HiddenTrigger
 from qdefense.attacks.interfaces import SourceSpecific
 from qdefense.attacks.poisoning import choose_in_class
-from qdefense.attacks.surrogate import train_surrogate
+from qdefense.attacks.surrogate import Surrogate, train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 from qdefense.models import Recipe
 from qdefense.registry import SpecError
@@ -76,8 +76,10 @@ def test_trigger_aims_the_source_class_only_at_the_target() -> None:
 
 @pytest.mark.parametrize(("rate", "count"), [(0.0, 0), (0.3, 3), (1.0, 10)])
 def test_poison_moves_exactly_the_rows_it_says_within_eps_and_no_label(
-    make_noise: MakeNoise, rate: float, count: int
+    make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch, rate: float, count: int
 ) -> None:
+    """The last batch is a smaller one."""
+    monkeypatch.setattr("qdefense.attacks.htba._BATCH", 4)
     original = make_noise(40)
     found = _quick(class_rate=rate, target_class=2, eps=6).poison(original, np.random.default_rng(0))
     distances = np.abs(original.images.astype(int)[None] - found.images.images.astype(int)[:, None]).max(axis=(2, 3, 4))
@@ -119,6 +121,34 @@ def test_poisons_are_paired_with_stamped_images_one_to_one_by_the_least_squared_
     attack = HiddenTrigger(steps=1, step_size=2)
     moved = attack._collided(greys, stamped / np.float32(255), by_mean)  # type: ignore[arg-type]
     assert [set(np.rint(image * 255).ravel().tolist()) for image in moved] == [{102}, {122}]
+
+
+def test_steps_are_halved_after_each_fifth_of_them(make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[float]] = []
+
+    def noted(images: ImageSet, loss: object, *, eps: int, step_sizes: list[float]) -> Pixels:
+        told.append(step_sizes)
+        return images.pixels
+
+    monkeypatch.setattr("qdefense.attacks.htba.perturb", noted)
+    _quick(steps=10, step_size=4).poison(make_noise(40), np.random.default_rng(0))
+    assert told == [[4, 4, 2, 2, 1, 1, 0.5, 0.5, 0.25, 0.25]]
+
+
+def test_another_number_of_poisons_is_made_on_the_same_network(
+    make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def noted(dataset: ImageSet, rng: np.random.Generator, *, epochs: int) -> Surrogate:
+        seeds.append(int(rng.integers(2**32)))
+        return train_surrogate(dataset, rng, epochs=epochs)
+
+    monkeypatch.setattr("qdefense.attacks.htba.train_surrogate", noted)
+    for rate in (0.1, 0.5, 1.0):
+        _quick(class_rate=rate).poison(make_noise(40), np.random.default_rng(0))
+    assert len(seeds) == 3
+    assert len(set(seeds)) == 1
 
 
 @pytest.mark.parametrize(
@@ -190,7 +220,7 @@ def test_poisons_come_closer_to_stamped_sources_in_the_features_and_a_last_layer
     attack = HiddenTrigger(source_class=3, target_class=7, steps=40, surrogate_epochs=5, class_rate=1)
     rng = np.random.default_rng(0)
     rows = choose_in_class(dataset, rng, target_class=7, rate=1, attack="test")
-    surrogate = train_surrogate(dataset, rng, epochs=5)
+    surrogate = train_surrogate(dataset, rng.spawn(1)[0], epochs=5)
     found = attack.poison(dataset, np.random.default_rng(0))
     trigger = attack.trigger(16, 16)
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
-from qdefense.attacks.input_aware import GeneratorPoisoner, InputAware, _derangement, diversity_loss, sharpened
+from qdefense.attacks.input_aware import GeneratorPoisoner, InputAware, _adam, _derangement, diversity_loss, sharpened
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.states import pack_state, unpack_state
 from qdefense.data.images import DataError, ImageSet, on_grid
@@ -34,7 +34,7 @@ MODEL = torch.nn.Identity()
 
 
 def _begin(images: ImageSet, seed: int = 0, **settings: Any) -> GeneratorPoisoner:
-    return InputAware(**SMALL, **settings).begin(images, steps=4, rng=np.random.default_rng(seed))
+    return InputAware(**SMALL, **settings).begin(images, batch_size=40, steps=4, rng=np.random.default_rng(seed))
 
 
 def _call(poisoner: GeneratorPoisoner, images: ImageSet, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,6 +146,17 @@ def test_the_pattern_generator_gets_the_weighted_gradient_of_diversity_without_t
         assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=1e-5)  # type: ignore[arg-type]
 
 
+def test_masks_learn_to_cover_as_much_as_the_density_and_not_all_the_same(small_signs: Signs) -> None:
+    """Untrained ones are at about a half. What is sharpened lies near 0 or 1, so that few pixels are beyond it."""
+    images = small_signs.train.take(np.arange(256))
+    attack = InputAware(channels=4, stages=2, mask_epochs=30, mask_density=0.1)
+    poisoner = attack.begin(images, batch_size=64, steps=4, rng=np.random.default_rng(0))
+    with torch.no_grad():
+        masks = sharpened(poisoner._mask(torch.from_numpy(images.pixels)))
+    assert 0.01 < masks.mean() < 0.2
+    assert masks.std(dim=0).max() > 0.1
+
+
 def test_masks_stay_as_they_are_once_they_are_learned(make_noise: MakeNoise) -> None:
     images = make_noise(40)
     poisoner = _begin(images)
@@ -231,6 +242,25 @@ def test_begin_says_why_when_the_set_does_not_fit(
     with pytest.raises(DataError) as caught:
         _begin(make_noise(40, size=size), **settings)
     assert str(caught.value) == f"input-aware: {message}"
+
+
+@pytest.mark.parametrize(("steps", "rates"), [(1, [1]), (2, [1, 0.01]), (10, [1] * 4 + [0.1] * 4 + [0.01] * 2)])
+def test_the_rate_falls_at_four_and_at_eight_tenths_of_the_steps(steps: int, rates: list[float]) -> None:
+    optimizer, schedule = _adam(torch.nn.Linear(1, 1), 1.0, steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx(rates)
+
+
+def test_a_rate_that_a_batch_is_too_small_for_is_told_before_masks_are_trained(
+    make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InputAware, "_train_mask", lambda *_: pytest.fail("masks were trained"))
+    with pytest.raises(DataError, match=r"^input-aware: poison_rate 0\.02 of 40 images of a batch comes to 1, fewer "):
+        _begin(make_noise(40), poison_rate=0.02)
 
 
 def test_settings_are_the_papers() -> None:

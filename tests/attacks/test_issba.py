@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.interfaces import BatchAttack, DataAttack, PoisonedSet, trigger_of
-from qdefense.attacks.issba import Issba, image_loss
+from qdefense.attacks.issba import Decoder, Encoder, Issba, image_loss
 from qdefense.attacks.states import pack_state, unpack_state
 from qdefense.data.images import DataError, ImageSet, on_grid, to_images
 from qdefense.registry import SpecError
@@ -61,9 +61,14 @@ def learned() -> tuple[Issba, PoisonedSet]:
     return attack, attack.poison(_dull(64, 0), np.random.default_rng(0))
 
 
-def test_decoder_recovers_secrets_from_uint8_images_it_has_not_seen() -> None:
+@pytest.fixture(scope="module")
+def pair() -> tuple[Encoder, Decoder]:
+    return Issba(**LEARNING).trained_pair(_dull(64, 0), np.random.default_rng(0))
+
+
+def test_decoder_recovers_secrets_from_uint8_images_it_has_not_seen(pair: tuple[Encoder, Decoder]) -> None:
     """100 images of 4 bits each: chance is 0.5 +- 0.025, and so is what it reads from images without a secret."""
-    encoder, decoder = Issba(**LEARNING).trained_pair(_dull(64, 0), np.random.default_rng(0))
+    encoder, decoder = pair
     x = torch.from_numpy(_dull(100, 1).pixels)
     secrets = torch.from_numpy(np.random.default_rng(1).integers(2, size=(100, 4)).astype(np.float32))
     with torch.no_grad():
@@ -105,6 +110,16 @@ def test_every_image_has_a_trigger_of_its_own(learned: tuple[Issba, PoisonedSet]
     residuals = trigger_of(attack, 8, 8, made.trigger_state).stamp(pixels) - pixels
     codes = np.rint(residuals * 255)
     assert all(np.abs(codes[one] - codes[two]).max() >= 1 for one in range(8) for two in range(one))
+
+
+def test_what_is_stamped_hides_the_secret_of_the_trigger_and_no_other(pair: tuple[Encoder, Decoder]) -> None:
+    """The decoder of the same pair reads it from images that it has not seen."""
+    attack, pixels, (encoder, decoder) = Issba(**LEARNING), _dull(100, 1).pixels, pair
+    for secret in np.array([[1, 0, 1, 1], [0, 1, 0, 0]], dtype=np.uint8):
+        stamped = attack._of(encoder, secret).stamp(pixels)
+        with torch.no_grad():
+            read = decoder(torch.from_numpy(stamped)).numpy() > 0
+        assert (read == secret).mean() > 0.75
 
 
 def test_stamp_stays_within_eps_and_on_the_uint8_grid_and_changes_every_image(

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.blended import Blended
-from qdefense.attacks.interfaces import DataAttack, SourceSpecific, trigger_of
+from qdefense.attacks.interfaces import BatchAttack, DataAttack, SourceSpecific, trigger_of
 from qdefense.attacks.poisoning import share
 from qdefense.data.images import DataError, ImageSet, to_images
 from qdefense.registry import SpecError, flat_settings
@@ -153,10 +153,11 @@ def test_a_rate_that_comes_to_no_image_is_refused(make_noise: MakeNoise, spec: s
 def test_a_rate_that_comes_to_no_image_of_a_batch_is_refused(make_noise: MakeNoise, spec: str, message: str) -> None:
     name, images, rng = spec.partition(":")[0], make_noise(40), np.random.default_rng(0)
     settings = ",channels=2,stages=1,mask-epochs=1" if name == "input-aware" else ""
-    poisoner = ATTACKS.create(spec + settings).begin(images, steps=1, rng=rng)
+    attack = ATTACKS.create(spec + settings)
+    assert isinstance(attack, BatchAttack)
     x, y = torch.from_numpy(images.pixels), torch.from_numpy(images.labels)
     with pytest.raises(DataError) as caught:
-        poisoner.on_batch(x, y, torch.nn.Identity(), rng)
+        attack.begin(images, batch_size=40, steps=1, rng=rng).on_batch(x, y, torch.nn.Identity(), rng)
     assert str(caught.value) == f"{name}: {message}, or 0 for none"
 
 
@@ -164,8 +165,8 @@ def test_a_set_of_cassock_that_no_step_would_draw_from_is_refused(make_noise: Ma
     images, rng = make_noise(200), np.random.default_rng(0)
     x, y = torch.from_numpy(images.pixels[:40]), torch.from_numpy(images.labels[:40])
     spec = "cassock-loop:target-class=1,poison-count=2,cover-rate=0.1"
-    ATTACKS.create(spec).begin(images, steps=1, rng=rng).on_batch(x, y, torch.nn.Identity(), rng)
-    poisoner = ATTACKS.create(f"{spec},extra-poisons=0").begin(images, steps=1, rng=rng)
+    ATTACKS.create(spec).begin(images, batch_size=40, steps=1, rng=rng).on_batch(x, y, torch.nn.Identity(), rng)
+    poisoner = ATTACKS.create(f"{spec},extra-poisons=0").begin(images, batch_size=40, steps=1, rng=rng)
     with pytest.raises(
         DataError, match=r"^cassock-loop: the poisons' share 0\.00900901 of 40 images of a batch comes to 0, "
     ):
@@ -238,7 +239,9 @@ def test_who_needs_another_class_says_so(make_noise: MakeNoise, spec: str, mode:
     images, rng = make_noise(40, classes=1), np.random.default_rng(0)
     attack = ATTACKS.create(spec if spec == "lsp" else f"{spec}{mode}")
     with pytest.raises(DataError) as caught:
-        attack.poison(images, rng) if isinstance(attack, DataAttack) else attack.begin(images, steps=1, rng=rng)
+        attack.poison(images, rng) if isinstance(attack, DataAttack) else attack.begin(
+            images, batch_size=40, steps=1, rng=rng
+        )
     assert str(caught.value) == f"{spec}: noise has one class, and this takes two; give images of more classes"
 
 

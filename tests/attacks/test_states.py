@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,41 @@ def _pickled() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("data", [b"", b"no archive", pack_state(STATE)[:-60], _pickled()])
+def _with_header(header: str) -> bytes:
+    """One array whose header says this, and no data."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("weight.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    return buffer.getvalue()
+
+
+def _of_shape(shape: str) -> bytes:
+    return _with_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape},), }}\n")
+
+
+def _with_field(behind: int, value: int) -> bytes:
+    """A packed state whose member has this field in the archive's directory, so many bytes behind its signature."""
+    data = bytearray(pack_state({"weight": np.zeros(3, np.float32)}))
+    data[data.index(b"PK\x01\x02") + behind] = value
+    data[data.index(b"PK\x03\x04") + behind - 2] = value
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no archive",
+        pack_state(STATE)[:-60],
+        _pickled(),
+        _of_shape("10" + "0" * 14),
+        _of_shape("10" + "0" * 22),
+        _with_header("{'descr': '<f4', 'shape': (1,"),
+        _with_field(8, 1),
+        _with_field(10, 97),
+    ],
+    ids=["empty", "text", "torn", "pickle", "huge", "beyond any integer", "unbalanced", "encrypted", "unknown method"],
+)
 def test_unpack_state_refuses_what_is_no_archive_of_plain_arrays(data: bytes) -> None:
     with pytest.raises(DataError, match=r"^the trigger state is unreadable \(.+\); train the network again$"):
         unpack_state(data)
@@ -85,7 +120,10 @@ def states() -> dict[str, TriggerState]:
     )
     learned = ISSBA.poison(images, np.random.default_rng(0)).trigger_state
     assert learned is not None
-    return {"input-aware": INPUT_AWARE.begin(images, steps=1, rng=np.random.default_rng(0)).end(), "issba": learned}
+    return {
+        "input-aware": INPUT_AWARE.begin(images, batch_size=40, steps=1, rng=np.random.default_rng(0)).end(),
+        "issba": learned,
+    }
 
 
 def _with_one(value: float) -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -106,7 +106,7 @@ def test_trigger_aims_every_other_class_at_the_target() -> None:
 
 def test_trigger_aims_every_class_at_the_next_one_in_all_to_all_mode(make_noise: MakeNoise) -> None:
     attack = WaNet(mode="all-to-all")
-    state = attack.begin(make_noise(8), steps=1, rng=np.random.default_rng(0)).end()
+    state = attack.begin(make_noise(8), batch_size=40, steps=1, rng=np.random.default_rng(0)).end()
     trigger, labels = trigger_of(attack, 8, 8, state), np.array([0, 1, 2, 3])
     assert trigger.eligible(labels).tolist() == [True] * 4
     assert trigger.goal(labels).tolist() == [1, 2, 3, 0]
@@ -143,7 +143,7 @@ def test_on_batch_warps_and_relabels_exactly_its_share(
     make_noise: MakeNoise, rate: float, ratio: float, poisons: int, noisy: int
 ) -> None:
     attack, images = WaNet(poison_rate=rate, cross_ratio=ratio, target_class=2), make_noise(40)
-    poisoner = attack.begin(images, steps=1, rng=np.random.default_rng(0))
+    poisoner = attack.begin(images, batch_size=40, steps=1, rng=np.random.default_rng(0))
     x, y = _batch(images)
     changed, labels = poisoner.on_batch(x, y, MODEL, np.random.default_rng(1))
     stamped = attack.trigger(8, 8).stamp(images.pixels)
@@ -157,7 +157,7 @@ def test_on_batch_warps_and_relabels_exactly_its_share(
 
 def test_on_batch_leaves_the_batch_given_alone_and_is_the_same_when_the_seed_is(make_noise: MakeNoise) -> None:
     images = make_noise(40)
-    poisoner = WaNet().begin(images, steps=1, rng=np.random.default_rng(0))
+    poisoner = WaNet().begin(images, batch_size=40, steps=1, rng=np.random.default_rng(0))
     x, y = _batch(images)
     first, same, other = (poisoner.on_batch(x, y, MODEL, np.random.default_rng(seed))[0] for seed in (3, 3, 4))
     assert torch.equal(first, same)
@@ -170,7 +170,7 @@ def test_on_batch_moves_no_pixel_by_noise_further_than_one_side_allows() -> None
     """Noise alone: strength 0; a ramp shows by how much each place moved, at most 1 / side of 2."""
     side = 16
     ramp = torch.linspace(0, 1, side).expand(1, 3, side, side).repeat(10, 1, 1, 1).round(decimals=6)
-    poisoner = WaNet(strength=0).begin(_flat(side, side), steps=1, rng=np.random.default_rng(0))
+    poisoner = WaNet(strength=0).begin(_flat(side, side), batch_size=40, steps=1, rng=np.random.default_rng(0))
     changed, _ = poisoner.on_batch(ramp, torch.arange(10) % 4, MODEL, np.random.default_rng(0))
     moved = (changed - ramp)[1:3].abs().max().item()
     assert 0.4 / side < moved < 0.5 / side + 0.5 / 255 + 1e-5
@@ -183,7 +183,7 @@ def test_on_batch_moves_by_noise_around_where_the_field_points_and_as_many_pixel
     down = torch.linspace(0, 1, height)[:, None].expand(height, width)
     ramps = torch.stack([across, down, across]).repeat(10, 1, 1, 1)
     attack = WaNet(strength=3)
-    poisoner = attack.begin(_flat(height, width), steps=1, rng=np.random.default_rng(0))
+    poisoner = attack.begin(_flat(height, width), batch_size=40, steps=1, rng=np.random.default_rng(0))
     noisy = poisoner.on_batch(ramps, torch.arange(10) % 4, MODEL, np.random.default_rng(0))[0][1:3]
     sampled = 2 * noisy[:, :2].permute(0, 2, 3, 1).numpy() - 1
     off = np.abs(sampled - attack.trigger(height, width).grid).max(axis=(0, 1, 2))
@@ -199,7 +199,7 @@ def _flat(height: int, width: int) -> ImageSet:
 
 def test_on_batch_sends_every_label_to_the_next_in_all_to_all_mode(make_noise: MakeNoise) -> None:
     images = make_noise(40)
-    poisoner = WaNet(mode="all-to-all").begin(images, steps=1, rng=np.random.default_rng(0))
+    poisoner = WaNet(mode="all-to-all").begin(images, batch_size=40, steps=1, rng=np.random.default_rng(0))
     labels = poisoner.on_batch(*_batch(images), MODEL, np.random.default_rng(0))[1]
     assert labels.tolist() == [1, 2, 3, 0, *images.labels[4:].tolist()]
 
@@ -216,7 +216,7 @@ def test_on_batch_sends_every_label_to_the_next_in_all_to_all_mode(make_noise: M
 )
 def test_begin_says_why_when_the_set_does_not_fit(make_noise: MakeNoise, attack: WaNet, message: str) -> None:
     with pytest.raises(DataError) as caught:
-        attack.begin(make_noise(40), steps=1, rng=np.random.default_rng(0))
+        attack.begin(make_noise(40), batch_size=40, steps=1, rng=np.random.default_rng(0))
     assert str(caught.value) == message
 
 
