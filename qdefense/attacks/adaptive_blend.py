@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.blended import Blended, BlendTrigger
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import check_class, share, shuffled
+from qdefense.attacks.poisoning import PoisonBudget, check_class, share, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, Images, ImageSet, Pixels, on_grid, to_images
 
@@ -55,12 +55,13 @@ class PiecesTrigger(BlendTrigger):
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class AdaptiveBlend:
+class AdaptiveBlend(PoisonBudget):
     """All-to-one poisoning with parts of a blended pattern, and cover images with parts and true labels.
 
-    ``poison_rate`` and ``cover_rate`` are shares of the whole training set; both replace their originals. ``alpha`` is
-    the opacity in training, ``inference_alpha`` at inference. ``round(mask_rate * pieces)`` pieces are left out of each
-    training image, others in each. Poison indices name the payload only: what cover rows say is true.
+    ``poison_rate`` and ``cover_rate`` are shares of the whole training set, ``poison_count`` a number in place of the
+    first; both kinds replace their originals. ``alpha`` is the opacity in training, ``inference_alpha`` at inference.
+    ``round(mask_rate * pieces)`` pieces are left out of each training image, others in each. Poison indices name the
+    payload only: what cover rows say is true.
     """
 
     name: ClassVar[str] = "adaptive-blend"
@@ -75,7 +76,7 @@ class AdaptiveBlend:
     mask_rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
     pattern_seed: Annotated[int, Field(ge=0)] = 0
     target_class: Annotated[int, Field(ge=0)] = 0
-    poison_rate: Annotated[float, Field(ge=0, le=1)] = 0.003
+    poison_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.003
     cover_rate: Annotated[float, Field(ge=0, le=1)] = 0.003
 
     @model_validator(mode="after")
@@ -126,7 +127,7 @@ class AdaptiveBlend:
     def _rows(self, dataset: ImageSet, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         check_class(dataset, self.target_class, role="target", attack=self.name)
         candidates = np.flatnonzero(dataset.labels != self.target_class)
-        payload = share(self.poison_rate, len(dataset), attack=self.name)
+        payload = self.poisons(len(dataset))
         cover = share(self.cover_rate, len(dataset), attack=self.name, setting="cover_rate")
         if payload + cover > len(candidates):
             raise DataError(

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import AddedTrigger, choose_in_class, shuffled
+from qdefense.attacks.poisoning import AddedTrigger, ClassBudget, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.surrogate import Surrogate, perturb, train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
@@ -38,11 +38,12 @@ _PATTERN = np.array([[-1, -1, 1], [-1, 1, -1], [1, -1, 1]], dtype=np.float32)
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class CleanLabel:
+class CleanLabel(ClassBudget):
     """Clean-label poisoning with adversarial perturbations and corner patches.
 
-    ``class_rate`` is the share of the target class's images that are perturbed and stamped; ``eps``, ``step_size`` and
-    ``amplitude`` are in codes of 255; ``surrogate_epochs`` trains the attacker's network.
+    ``class_rate`` is the share of the target class's images that are perturbed and stamped, ``poison_count`` a number
+    in its place; ``eps``, ``step_size`` and ``amplitude`` are in codes of 255; ``surrogate_epochs`` trains the
+    attacker's network.
     """
 
     name: ClassVar[str] = "clean-label"
@@ -56,8 +57,6 @@ class CleanLabel:
     steps: Annotated[int, Field(ge=0)] = 100
     amplitude: Annotated[int, Field(ge=0, le=255)] = 32
     position: Literal["all-corners", "bottom-right"] = "all-corners"
-    target_class: Annotated[int, Field(ge=0)] = 0
-    class_rate: Annotated[float, Field(ge=0, le=1)] = 0.25
     surrogate_epochs: Annotated[int, Field(ge=1)] = 10
 
     def trigger(self, height: int, width: int) -> AddedTrigger:
@@ -85,7 +84,7 @@ class CleanLabel:
             DataError: no such target class or no image of it, or images too small for the patches.
         """
         trigger = self.trigger(*dataset.images.shape[1:3])
-        rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
+        rows = self.chosen(dataset, rng)
         images = dataset.images.copy()
         if len(rows):
             # A stream of its own: another number of poisons is made on the same network.

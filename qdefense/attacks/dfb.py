@@ -53,7 +53,7 @@ from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
 from qdefense.attacks.learned_networks import in_parts, load_weights, weights_of
-from qdefense.attacks.poisoning import AddedTrigger, AllToOne, PoisonBudget, rows_of, shuffled
+from qdefense.attacks.poisoning import AddedTrigger, AllToOne, PoisonBudget, check_enough, rows_of, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.states import fits
 from qdefense.attacks.surrogate import Surrogate, one_thread, perturb
@@ -195,11 +195,7 @@ class DFB(PoisonBudget):
     def _rows(self, dataset: ImageSet) -> NDArray[np.int64]:
         """Of the target class, of which there are enough."""
         rows = rows_of(dataset, self.target_class, role="target", attack=self.name)
-        count = self.poisons(len(dataset))
-        if count > len(rows):
-            raise DataError(
-                f"{self.name}: {count} poisons wanted, {len(rows)} images are of the target class; choose fewer"
-            )
+        check_enough(self.poisons(len(dataset)), len(rows), attack=self.name, candidates="are of the target class")
         return rows
 
     def _restored(

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from qdefense.attacks.badnets import PatchTrigger, require_room
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import OneToOne, choose_in_class, rows_of, shuffled
+from qdefense.attacks.poisoning import ClassBudget, OneToOne, rows_of, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.surrogate import Surrogate, one_thread, perturb, train_surrogate
 from qdefense.data.images import ImageSet, Pixels, to_images, to_pixels
@@ -49,12 +49,13 @@ class SourcePatchTrigger(OneToOne, PatchTrigger):
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class HiddenTrigger:
+class HiddenTrigger(ClassBudget):
     """Clean-label, source-specific poisoning by feature collision.
 
-    ``class_rate`` is the share of the target class's images that are moved; ``eps`` and ``step_size`` are in codes of
-    255; the patch is ``size`` pixels of 4x4 random colours, drawn by ``pattern_seed`` and scaled up, ``margin`` pixels
-    from the bottom and right border; ``surrogate_epochs`` trains the attacker's network.
+    ``class_rate`` is the share of the target class's images that are moved, ``poison_count`` a number in its place;
+    ``eps`` and ``step_size`` are in codes of 255; the patch is ``size`` pixels of 4x4 random colours, drawn by
+    ``pattern_seed`` and scaled up, ``margin`` pixels from the bottom and right border; ``surrogate_epochs`` trains the
+    attacker's network.
     """
 
     name: ClassVar[str] = "htba"
@@ -70,8 +71,7 @@ class HiddenTrigger:
     margin: Annotated[int, Field(ge=0)] = 1
     pattern_seed: Annotated[int, Field(ge=0)] = 0
     source_class: Annotated[int, Field(ge=0)] = 1
-    target_class: Annotated[int, Field(ge=0)] = 0
-    class_rate: Annotated[float, Field(ge=0, le=1)] = 0.3
+    class_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.3
     surrogate_epochs: Annotated[int, Field(ge=1)] = 10
 
     @model_validator(mode="after")
@@ -103,7 +103,7 @@ class HiddenTrigger:
         """
         trigger = self.trigger(*dataset.images.shape[1:3])
         sources = rows_of(dataset, self.source_class, role="source", attack=self.name)
-        rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
+        rows = self.chosen(dataset, rng)
         images = dataset.images.copy()
         if len(rows):
             # A stream of its own: another number of poisons is made on the same network.

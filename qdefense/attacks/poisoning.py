@@ -85,15 +85,7 @@ class PoisonBudget:
     @model_validator(mode="before")
     @classmethod
     def _one_of_both(cls, given: ArgsKwargs | dict[str, Any]) -> ArgsKwargs | dict[str, Any]:
-        if isinstance(given, ArgsKwargs) and given.args:
-            return given  # refused
-        every = given if isinstance(given, dict) else given.kwargs or {}
-        chosen = {key: value for key, value in every.items() if value is not None}
-        if "poison_count" not in chosen:
-            return chosen
-        if "poison_rate" in chosen:
-            raise ValueError("poison_rate and poison_count both say how many images are poisoned; give one of them")
-        return chosen | {"poison_rate": None}
+        return _one_budget(given, rate="poison_rate")
 
     def poisons(self, images: int) -> int:
         """``poison_count``, or ``round(poison_rate * N)`` of ``N`` training images.
@@ -105,6 +97,19 @@ class PoisonBudget:
             return share(self.poison_rate, images, attack=self.name)
         assert self.poison_count is not None  # noqa: S101 (one of both is set)
         return self.poison_count
+
+
+def _one_budget(given: ArgsKwargs | dict[str, Any], *, rate: str) -> ArgsKwargs | dict[str, Any]:
+    """The settings with the rate or the count; what is None is unset."""
+    if isinstance(given, ArgsKwargs) and given.args:
+        return given  # refused
+    every = given if isinstance(given, dict) else given.kwargs or {}
+    chosen = {key: value for key, value in every.items() if value is not None}
+    if "poison_count" not in chosen:
+        return chosen
+    if rate in chosen:
+        raise ValueError(f"{rate} and poison_count both say how many images are poisoned; give one of them")
+    return chosen | {rate: None}
 
 
 def share(
@@ -268,7 +273,7 @@ def check_to_one(dataset: ImageSet, target_class: int, *, count: int, attack: st
         DataError: no such target class, or not enough images outside it; the message begins with ``attack``.
     """
     check_class(dataset, target_class, role="target", attack=attack)
-    _check_enough(count, int((dataset.labels != target_class).sum()), attack=attack, candidates=_OUTSIDE)
+    check_enough(count, int((dataset.labels != target_class).sum()), attack=attack, candidates=_OUTSIDE)
 
 
 def _relabelled(
@@ -276,7 +281,7 @@ def _relabelled(
 ) -> PoisonedSet:
     """Two draws, in this order, which truth files rest on: the poisoned rows, then the shuffle."""
     rows = np.flatnonzero(trigger.eligible(dataset.labels))
-    _check_enough(count, len(rows), attack=attack, candidates=candidates)
+    check_enough(count, len(rows), attack=attack, candidates=candidates)
     chosen = rng.choice(rows, size=count, replace=False)
     images, labels = dataset.images.copy(), dataset.labels.copy()
     if count:
@@ -285,23 +290,44 @@ def _relabelled(
     return shuffled(dataset, rng, images=images, labels=labels, poisons=chosen)
 
 
-def _check_enough(count: int, images: int, *, attack: str, candidates: str) -> None:
-    if count > images:
-        raise DataError(f"{attack}: {count} poisons wanted, {images} images {candidates}")
-
-
-def choose_in_class(
-    dataset: ImageSet, rng: np.random.Generator, *, target_class: int, rate: float, attack: str
-) -> NDArray[np.int64]:
-    """``round(rate * n)`` rows of the ``n`` that the target class has: what a clean-label attack may change.
+def check_enough(count: int, images: int, *, attack: str, candidates: str) -> None:
+    """Refuse more poisons than there are images for; ``candidates`` says what those are.
 
     Raises:
-        DataError: no such target class, no image of it, or a rate too low for one; the message begins with ``attack``.
+        DataError: there are fewer; the message begins with ``attack``.
     """
-    candidates = rows_of(dataset, target_class, role="target", attack=attack)
-    of = f"images of target class {target_class}"
-    count = share(rate, len(candidates), attack=attack, setting="class_rate", of=of)
-    return rng.choice(candidates, size=count, replace=False)
+    if count > images:
+        raise DataError(f"{attack}: {count} poisons wanted, {images} images {candidates}; choose fewer")
+
+
+@settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ClassBudget:
+    """How many images of the target class are poisoned, labels true: a share of the class, or a count in its place."""
+
+    name: ClassVar[str]
+    target_class: Annotated[int, Field(ge=0)] = 0
+    class_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.25
+    poison_count: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_both(cls, given: ArgsKwargs | dict[str, Any]) -> ArgsKwargs | dict[str, Any]:
+        return _one_budget(given, rate="class_rate")
+
+    def chosen(self, dataset: ImageSet, rng: np.random.Generator) -> NDArray[np.int64]:
+        """``poison_count`` rows, or ``round(class_rate * n)``, of the ``n`` that the target class has.
+
+        Raises:
+            DataError: no such target class, no image of it, fewer than the count, or a rate too low for one.
+        """
+        candidates = rows_of(dataset, self.target_class, role="target", attack=self.name)
+        count = self.poison_count
+        if self.class_rate is not None:
+            of = f"images of target class {self.target_class}"
+            count = share(self.class_rate, len(candidates), attack=self.name, setting="class_rate", of=of)
+        assert count is not None  # noqa: S101 (one of both is set)
+        check_enough(count, len(candidates), attack=self.name, candidates="are of the target class")
+        return rng.choice(candidates, size=count, replace=False)
 
 
 def rows_of(dataset: ImageSet, label: int, *, role: str, attack: str) -> NDArray[np.int64]:

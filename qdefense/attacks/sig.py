@@ -19,19 +19,20 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet
-from qdefense.attacks.poisoning import AddedTrigger, choose_in_class, shuffled
+from qdefense.attacks.poisoning import AddedTrigger, ClassBudget, shuffled
 from qdefense.attacks.registered import ATTACKS
 from qdefense.data.images import DataError, ImageSet, to_images
 
 
 @ATTACKS.register
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class SIG:
+class SIG(ClassBudget):
     """Clean-label poisoning of the target class with a sinusoidal signal.
 
     ``delta`` is the amplitude in training, ``inference_delta`` the attacker's at inference, in codes of 255: the paper
     lets the second be larger, because only training images are looked at. ``frequency`` counts periods over the width;
-    ``class_rate`` is the share of the target class's images that carry the signal.
+    ``class_rate`` is the share of the target class's images that carry the signal, ``poison_count`` a number in its
+    place.
     """
 
     name: ClassVar[str] = "sig"
@@ -43,8 +44,7 @@ class SIG:
     delta: Annotated[float, Field(ge=0, le=255)] = 20
     inference_delta: Annotated[float, Field(ge=0, le=255)] = 20
     frequency: Annotated[float, Field(gt=0)] = 6
-    target_class: Annotated[int, Field(ge=0)] = 0
-    class_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
+    class_rate: Annotated[float, Field(ge=0, le=1)] | None = 0.2
 
     def trigger(self, height: int, width: int) -> AddedTrigger:  # noqa: ARG002 (the signal runs along rows)
         """The signal at its strength at inference, on images of this size.
@@ -62,7 +62,7 @@ class SIG:
                 rounds to nothing.
         """
         trigger = self._signal(dataset.images.shape[2], self.delta)
-        rows = choose_in_class(dataset, rng, target_class=self.target_class, rate=self.class_rate, attack=self.name)
+        rows = self.chosen(dataset, rng)
         images = dataset.images.copy()
         images[rows] = to_images(trigger.stamp(dataset.take(rows).pixels))
         return shuffled(dataset, rng, images=images, labels=dataset.labels, poisons=rows)

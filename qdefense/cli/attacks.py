@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from qdefense.attacks import ATTACKS, Attack
+from qdefense.attacks import ATTACKS, Attack, BatchAttack
 from qdefense.cli.listing import show_registered
 from qdefense.cli.options import verbose_option
 
@@ -14,8 +16,13 @@ from qdefense.cli.options import verbose_option
 @verbose_option
 def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
     """List the attacks of `train --attack NAME:key=value,...`: settings, defaults, what they are known to evade."""
-    show_registered(ATTACKS, _needs, format_)
+    show_registered(ATTACKS, _about, format_)
 
 
-def _needs(attack: type[Attack]) -> tuple[str, ...]:
-    return (*attack.needs, attack.label_policy)
+def _about(attack: Attack) -> dict[str, Any]:
+    return {
+        "label_policy": attack.label_policy,
+        "poisons": "batches" if isinstance(attack, BatchAttack) else "training set",
+        "needs": list(attack.needs),
+        "evades": list(attack.evades),
+    }

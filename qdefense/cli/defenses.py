@@ -16,8 +16,8 @@ from qdefense.defenses.registered import DEFENSES
 @verbose_option
 def command(format_: str, verbose: bool) -> None:  # noqa: ARG001 (read at the boundary)
     """List the defenses of `audit --defense` and `repair --method NAME:key=value,...`, with settings and defaults."""
-    show_registered(DEFENSES, _needs, format_)
+    show_registered(DEFENSES, _about, format_)
 
 
-def _needs(defense: Any) -> list[str]:
-    return sorted(need.value for need in defense.needs)
+def _about(defense: Any) -> dict[str, Any]:
+    return {"kind": defense.kind, "needs": sorted(need.value for need in defense.needs)}

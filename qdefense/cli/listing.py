@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -15,27 +15,25 @@ from rich.text import Text
 from qdefense.cli.options import UNLIMITED, output_console, output_width, write_json
 from qdefense.registry import Registry, flat_settings
 
-Needs = Callable[[Any], Iterable[str]]
+About = Callable[[Any], dict[str, Any]]
 
 
-def show_registered(registry: Registry[Any], needs: Needs, format_: str) -> None:
-    """Print everything in a registry; ``needs`` says of one entry what it draws on."""
-    entries = [_entry(registry.create(name), needs) for name in registry.names()]
+def show_registered(registry: Registry[Any], about: About, format_: str) -> None:
+    """Print everything in a registry; ``about`` says of one entry its ``needs``, and further facts for the JSON."""
+    entries = [_entry(registry.create(name), about) for name in registry.names()]
     if format_ == "json":
         write_json(json.dumps(entries, indent=2))
     else:
         output_console().print(_table(registry.kind, entries, narrow=output_width() < UNLIMITED))
 
 
-def _entry(example: Any, needs: Needs) -> dict[str, Any]:
+def _entry(example: Any, about: About) -> dict[str, Any]:
     cls = type(example)
     return {
         "name": cls.name,
-        **({"kind": cls.kind} if hasattr(cls, "kind") else {}),
         "paper": cls.paper,
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
-        "needs": list(needs(cls)),
-        **({"evades": list(cls.evades)} if hasattr(cls, "evades") else {}),
+        **about(example),
         "settings": {field.name: _setting(example, field.name) for field in dataclasses.fields(example)},
     }
 
@@ -59,9 +57,10 @@ def _table(kind: str, entries: list[dict[str, Any]], *, narrow: bool) -> Table:
 
 
 def _heading(entry: dict[str, Any]) -> Text:
+    """Its name and, below it, what kind of entry it is: the kind of a defense, the label policy of an attack."""
     heading = Text(entry["name"])
-    if "kind" in entry:
-        heading.append(f"\n{entry['kind']}", style="dim")
+    kind = entry["kind"] if "kind" in entry else f"({entry['label_policy']})"
+    heading.append(f"\n{kind}", style="dim")
     return heading
 
 

@@ -141,7 +141,7 @@ def test_trigger_aims_every_other_class_at_the_target() -> None:
         ),
         (BadNets(size=8), "a patch of 8 px with margin 1 does not fit a 8x8 image; choose a smaller size"),
         (BadNets(target_class=4), "target class 4, but noise has classes 0 to 3"),
-        (BadNets(poison_rate=0.8), "32 poisons wanted, 30 images are outside the target class"),
+        (BadNets(poison_rate=0.8), "32 poisons wanted, 30 images are outside the target class; choose fewer"),
     ],
 )
 def test_poison_says_why_when_the_set_does_not_fit(make_noise: MakeNoise, attack: BadNets, message: str) -> None:

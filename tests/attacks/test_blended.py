@@ -127,7 +127,7 @@ def test_poison_chooses_the_rows_that_badnets_does_when_the_seed_is_the_same(mak
     ("attack", "message"),
     [
         (Blended(target_class=4), "target class 4, but noise has classes 0 to 3"),
-        (Blended(poison_rate=0.8), "32 poisons wanted, 30 images are outside the target class"),
+        (Blended(poison_rate=0.8), "32 poisons wanted, 30 images are outside the target class; choose fewer"),
     ],
 )
 def test_poison_says_why_when_the_set_does_not_fit(make_noise: MakeNoise, attack: Blended, message: str) -> None:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.clean_label import CleanLabel
-from qdefense.attacks.poisoning import choose_in_class
 from qdefense.attacks.surrogate import Surrogate, train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 from qdefense.registry import SpecError
@@ -125,7 +124,7 @@ def test_poison_makes_images_harder_for_the_attackers_own_network_than_noise_of_
     dataset = small_signs.train.take(np.arange(600))
     attack = CleanLabel(amplitude=0, steps=8, surrogate_epochs=6, target_class=7, class_rate=1)
     rng = np.random.default_rng(0)
-    rows = choose_in_class(dataset, rng, target_class=7, rate=1, attack="test")
+    rows = attack.chosen(dataset, rng)
     surrogate = train_surrogate(dataset, rng.spawn(1)[0], epochs=6)
     found = attack.poison(dataset, np.random.default_rng(0))
     clean = dataset.take(rows).pixels

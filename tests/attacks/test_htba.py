@@ -15,7 +15,6 @@ from sklearn.linear_model import LogisticRegression
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.htba import HiddenTrigger
 from qdefense.attacks.interfaces import SourceSpecific
-from qdefense.attacks.poisoning import choose_in_class
 from qdefense.attacks.surrogate import Surrogate, train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 from qdefense.models import Recipe
@@ -219,7 +218,7 @@ def test_poisons_come_closer_to_stamped_sources_in_the_features_and_a_last_layer
     dataset = small_signs.train.take(np.arange(900))
     attack = HiddenTrigger(source_class=3, target_class=7, steps=40, surrogate_epochs=5, class_rate=1)
     rng = np.random.default_rng(0)
-    rows = choose_in_class(dataset, rng, target_class=7, rate=1, attack="test")
+    rows = attack.chosen(dataset, rng)
     surrogate = train_surrogate(dataset, rng.spawn(1)[0], epochs=5)
     found = attack.poison(dataset, np.random.default_rng(0))
     trigger = attack.trigger(16, 16)

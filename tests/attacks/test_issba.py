@@ -209,7 +209,7 @@ def test_poison_is_the_same_when_the_seed_is(make_noise: MakeNoise) -> None:
     ("settings", "size", "message"),
     [
         ({"target_class": 4}, 8, "target class 4, but noise has classes 0 to 3"),
-        ({"poison_count": 31}, 8, "31 poisons wanted, 30 images are outside the target class"),
+        ({"poison_count": 31}, 8, "31 poisons wanted, 30 images are outside the target class; choose fewer"),
         ({}, 9, "a 9x9 image does not halve 1 times; lower the stages, or resize the images"),
     ],
 )

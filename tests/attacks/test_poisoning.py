@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.blended import Blended
-from qdefense.attacks.interfaces import BatchAttack, DataAttack, SourceSpecific, trigger_of
+from qdefense.attacks.cassock import Cassock
+from qdefense.attacks.interfaces import BatchAttack, DataAttack, PoisonedSet, SourceSpecific, trigger_of
 from qdefense.attacks.poisoning import share
+from qdefense.attacks.sig import SIG
 from qdefense.data.images import DataError, ImageSet, to_images
 from qdefense.registry import SpecError, flat_settings
 from qdefense.trial import measure_behaviour
@@ -28,39 +30,74 @@ class Signs(Protocol):
 
 
 BOTH = "poison_rate and poison_count both say how many images are poisoned; give one of them"
+OF_THE_SET = ["badnets", "blended", "adaptive-blend:cover-rate=0.1"]
+OF_THE_CLASS = ["sig:frequency=2", "clean-label:steps=1,surrogate-epochs=1", "htba:steps=1,surrogate-epochs=1,size=4"]
 
 
-@pytest.mark.parametrize("attack", [BadNets, Blended])
-@pytest.mark.parametrize("count", [0, 1, 10, 30])
-def test_a_count_poisons_exactly_as_many(make_noise: MakeNoise, attack: type[Any], count: int) -> None:
-    made = attack(poison_count=count).poison(make_noise(40), np.random.default_rng(0))
+def _made(spec: str, budget: str, images: ImageSet, seed: int = 0) -> PoisonedSet:
+    attack = ATTACKS.create(spec + (":" if ":" not in spec else ",") + budget)
+    assert isinstance(attack, DataAttack)
+    return attack.poison(images, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [
+        *((spec, count) for spec in OF_THE_SET for count in (0, 1, 10, 26)),
+        *((spec, count) for spec in OF_THE_CLASS for count in (0, 1, 10)),
+    ],
+)
+def test_a_count_poisons_exactly_as_many(make_noise: MakeNoise, spec: str, count: int) -> None:
+    made = _made(spec, f"poison-count={count}", make_noise(40))
     assert len(made.poison_indices) == count
     assert len(made.images) == 40
 
 
-@pytest.mark.parametrize("attack", [BadNets, Blended])
-def test_a_count_gives_the_set_of_the_rate_that_comes_to_it(make_noise: MakeNoise, attack: type[Any]) -> None:
-    by_count, by_rate = (
-        made.poison(make_noise(40), np.random.default_rng(3))
-        for made in (attack(poison_count=10), attack(poison_rate=0.25))
-    )
+@pytest.mark.parametrize(
+    ("spec", "rate"),
+    [*((spec, "poison-rate=0.125") for spec in OF_THE_SET), *((spec, "class-rate=0.5") for spec in OF_THE_CLASS)],
+)
+def test_a_count_gives_the_set_of_the_rate_that_comes_to_it(make_noise: MakeNoise, spec: str, rate: str) -> None:
+    by_count, by_rate = (_made(spec, budget, make_noise(40), seed=3) for budget in ("poison-count=5", rate))
     assert by_count.images.digest == by_rate.images.digest
     assert by_count.poison_indices.tolist() == by_rate.poison_indices.tolist()
 
 
+@pytest.mark.parametrize("spec", OF_THE_CLASS)
+def test_a_count_beyond_the_target_class_says_so(make_noise: MakeNoise, spec: str) -> None:
+    with pytest.raises(DataError) as caught:
+        _made(spec, "poison-count=11", make_noise(40))
+    name = spec.partition(":")[0]
+    assert str(caught.value) == f"{name}: 11 poisons wanted, 10 images are of the target class; choose fewer"
+
+
 def test_a_count_says_why_when_there_are_too_few_images(make_noise: MakeNoise) -> None:
-    with pytest.raises(DataError, match=r"^badnets: 31 poisons wanted, 30 images are outside the target class$"):
+    message = r"^badnets: 31 poisons wanted, 30 images are outside the target class; choose fewer$"
+    with pytest.raises(DataError, match=message):
         BadNets(poison_count=31).poison(make_noise(40), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("settings", [(0.5,), ("cont", 9)])
+@pytest.mark.parametrize("attack", [BadNets, Cassock, SIG])
+def test_settings_are_named(attack: type[Any], settings: tuple[object, ...]) -> None:
+    with pytest.raises(ValidationError, match=r"Unexpected positional argument"):
+        attack(*settings)
 
 
 @pytest.mark.parametrize(
     ("spec", "told"),
-    [("badnets", {"poison_rate": 0.1}), ("badnets:poison-count=50", {"poison_count": 50})],
+    [
+        ("badnets", {"poison_rate": 0.1}),
+        ("badnets:poison-count=50", {"poison_count": 50}),
+        ("clean-label", {"class_rate": 0.25}),
+        ("clean-label:poison-count=50", {"poison_count": 50}),
+    ],
 )
 def test_settings_tell_the_one_that_counts(spec: str, told: dict[str, float]) -> None:
     settings = flat_settings(ATTACKS.create(spec))
-    assert {key: value for key, value in settings.items() if key.startswith("poison")} == told
-    assert ATTACKS.restore("badnets", settings) == ATTACKS.create(spec)
+    budgets = ("poison_rate", "class_rate", "poison_count")
+    assert {key: value for key, value in settings.items() if key in budgets} == told
+    assert ATTACKS.restore(spec.partition(":")[0], settings) == ATTACKS.create(spec)
 
 
 def test_rate_and_count_are_refused_together() -> None:
@@ -68,10 +105,13 @@ def test_rate_and_count_are_refused_together() -> None:
         ATTACKS.create("blended:poison-count=5,poison-rate=0.1")
     with pytest.raises(ValidationError, match=BOTH):
         BadNets(poison_count=5, poison_rate=0.1)
+    with pytest.raises(ValidationError, match=BOTH.replace("poison_rate", "class_rate")):
+        SIG(poison_count=5, class_rate=0.1)
 
 
 def test_neither_rate_nor_count_is_the_default_rate() -> None:
     assert BadNets(poison_count=None) == BadNets(poison_rate=None) == BadNets(poison_rate=0.1)
+    assert SIG(poison_count=None) == SIG(class_rate=None) == SIG(class_rate=0.2)
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", "few"])
@@ -230,7 +270,7 @@ def test_all_to_all_triggers_take_the_number_of_classes_and_nothing_else(name: s
 def test_all_to_all_says_when_there_are_not_enough_images(make_noise: MakeNoise, name: str) -> None:
     with pytest.raises(DataError) as caught:
         ATTACKS.create(f"{name}:mode=all-to-all,poison-count=41").poison(make_noise(40), np.random.default_rng(0))
-    assert str(caught.value) == f"{name}: 41 poisons wanted, 40 images are there"
+    assert str(caught.value) == f"{name}: 41 poisons wanted, 40 images are there; choose fewer"
 
 
 @pytest.mark.parametrize("mode", [":mode=all-to-all", ""])

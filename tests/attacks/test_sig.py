@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.sig import SIG
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid, to_images
-from qdefense.registry import SpecError
+from qdefense.registry import SpecError, flat_settings
 from qdefense.trial import measure_behaviour
 
 from .small_victims import logits_of, train_victim
@@ -170,7 +170,7 @@ def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
 
 def test_settings_come_back_from_a_truth_as_they_went_in() -> None:
     attack = SIG(delta=12.5, frequency=math.pi)
-    spec = ",".join(f"{key}={value}" for key, value in dataclasses.asdict(attack).items())
+    spec = ",".join(f"{key}={value}" for key, value in flat_settings(attack).items())
     assert ATTACKS.create(f"sig:{spec}") == attack
 
 

@@ -78,10 +78,9 @@ def test_attacks_shows_settings_as_they_are_typed(capfd: Capture) -> None:
 def test_attacks_gives_types_bounds_and_choices_as_json(capfd: Capture) -> None:
     found = {entry["name"]: entry for entry in json.loads(ran(capfd, "attacks", "--format", "json"))}
     badnets = found["badnets"]
-    assert (badnets["paper"], badnets["needs"]) == (
-        "Gu et al. 2017, arXiv 1708.06733",
-        ["training set", "dirty-label"],
-    )
+    assert (badnets["paper"], badnets["needs"]) == ("Gu et al. 2017, arXiv 1708.06733", ["training set"])
+    assert (badnets["label_policy"], badnets["poisons"]) == ("dirty-label", "training set")
+    assert (found["sig"]["label_policy"], found["wanet"]["poisons"]) == ("clean-label", "batches")
     assert (
         badnets["summary"]
         == "Patch poisoning with the paper's single-target attack or, in mode all-to-all, its other one."
@@ -101,6 +100,13 @@ def test_attacks_shows_what_each_is_known_to_evade(capfd: Capture, monkeypatch: 
         shown = " ".join(lines[start:end])
         assert (" evades " in f"{shown} ") == bool(evaded)
         assert all(word in shown for name in evaded for word in name.split())
+
+
+def test_attacks_shows_the_label_policy_below_the_name(capfd: Capture) -> None:
+    lines = ran(capfd, "attacks").splitlines()
+    for name in ATTACKS.names():
+        (place,) = [index for index, line in enumerate(lines) if line.startswith(f"{name} ")]
+        assert lines[place + 1].startswith(f"({ATTACKS.create(name).label_policy})")
 
 
 def test_defenses_shows_the_kind_below_the_name(capfd: Capture) -> None:
