@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -166,9 +166,15 @@ class ReadsData(Protocol):
 
 def data_read_by(attack: object) -> tuple[str, ...]:
     """The paths that an attack reads besides the training set, and those of every attack in its settings."""
-    own = attack.data_read() if isinstance(attack, ReadsData) else ()
+    readers = (one for one in with_inner(attack) if isinstance(one, ReadsData))
+    return tuple(path for one in readers for path in one.data_read())
+
+
+def with_inner(attack: object) -> Iterator[object]:
+    """An attack, then whatever is in its settings, such as the host of another."""
+    yield attack
     inner = (getattr(attack, field.name) for field in fields(attack)) if is_dataclass(attack) else ()
-    return (*own, *(path for value in inner for path in data_read_by(value)))
+    yield from (found for value in inner for found in with_inner(value))
 
 
 def trigger_of(attack: Attack, height: int, width: int, state: TriggerState | None) -> Trigger:

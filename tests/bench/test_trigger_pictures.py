@@ -19,7 +19,7 @@ from qdefense.bench.cohort import Cohort
 from qdefense.bench.page import render_bench
 from qdefense.bench.store import Store
 from qdefense.bench.summary import read_results, summarise
-from qdefense.bench.trigger_pictures import MOST_BYTES, draw_triggers, read_trigger_pictures
+from qdefense.bench.trigger_pictures import MOST_BYTES, _poisons, draw_triggers, read_trigger_pictures
 
 from ..report import sample_reports as reports  # noqa: TID252 (what is hostile is there)
 from ..report.test_html import parse  # noqa: TID252 (the reader of pages is there)
@@ -31,7 +31,7 @@ TITLE = "gtsrb/resnet8/x/seed 0"
 
 def _plan(attack: str | None, *, side: int = 32) -> Any:
     """All that is asked of a planned network here."""
-    facts = SimpleNamespace(height=side, width=side)
+    facts = SimpleNamespace(height=side, width=side, classes=43)
     shows = attack is not None and trigger_shows_images(ATTACKS.create(attack))
     return SimpleNamespace(
         attack=attack,
@@ -64,6 +64,52 @@ def test_every_attacked_network_gets_a_small_picture_and_equal_ones_equal_bytes(
     assert len(found[0]) <= MOST_BYTES
     with Image.open(io.BytesIO(found[0])) as picture:
         assert (picture.format, picture.info) == ("PNG", {})
+
+
+@pytest.mark.parametrize(
+    ("attack", "labels"),
+    [
+        ("badnets:target-class=12", ["class 12"] * 3),
+        ("sig:target-class=7,delta=40,class-rate=0.02", ["class 7"] * 3),
+        ("cassock:source-class=40,target-class=3", ["class 3"] * 3),
+        ("lsp:host=adaptive-blend,host.target-class=12,host.poison-count=2", ["class 12"] * 2),
+        ("wanet", []),
+    ],
+)
+def test_a_picture_shows_signs_as_the_attack_poisons_them(attack: str, labels: list[str]) -> None:
+    block = _poisons(ATTACKS.create(attack), (16, 20), 43)
+    assert block is not None
+    assert list(block.names) == labels
+    assert block.images.shape == (len(labels), 16, 20, 3)
+    assert block.heading == ("poisons as the training set has them" if labels else "The poisons are made in training.")
+
+
+def test_poisons_are_stamped_as_for_training_and_not_as_at_inference() -> None:
+    faint, loud = (
+        _poisons(ATTACKS.create(f"sig:inference-delta=100,delta={delta}"), (16, 16), 10) for delta in (4, 40)
+    )
+    assert faint is not None
+    assert loud is not None
+    assert 0 < np.abs(faint.images.astype(int) - loud.images.astype(int)).max() <= 44
+
+
+@pytest.mark.parametrize(
+    "attack", ["clean-label", "htba", "lsp:host=clean-label", "badnets:poison-count=1000", "sig:target-class=50"]
+)
+def test_no_poisons_are_shown_that_take_a_network_or_more_signs_or_classes(attack: str) -> None:
+    assert _poisons(ATTACKS.create(attack), (16, 16), 43) is None
+
+
+def test_a_picture_has_poisons_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heights = {}
+    for part, most in (("with", MOST_BYTES), ("without", 0)):
+        with monkeypatch.context() as patched:
+            if not most:
+                patched.setattr("qdefense.bench.trigger_pictures._poisons", lambda *_: None)
+            _draw(tmp_path / part, _plan("badnets", side=16))
+        with Image.open(tmp_path / part / "triggers" / f"{DIGEST[:16]}.png") as picture:
+            heights[part] = picture.height
+    assert heights["with"] > heights["without"]
 
 
 def test_a_picture_that_is_there_is_left_alone_and_a_torn_one_is_dropped(tmp_path: Path) -> None:
