@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,52 @@ def test_train_artifact_leaves_no_metadata_but_the_contract(zoo_file: Zoo) -> No
     )
     assert [holder.name for holder in holders if holder.doc_string or len(holder.metadata_props)] == []
     assert model.doc_string == ""
+
+
+QUICK = {
+    **dict.fromkeys(("poison_rate", "cover_rate", "cross_rate"), 0.2),
+    **dict.fromkeys(("steps", "mask_steps", "decoder_steps", "encoder_steps"), 1),
+    **dict.fromkeys(("surrogate_epochs", "mask_epochs", "encoder_epochs", "stages"), 1),
+    "class_rate": 0.5,
+    "source_class": 1,
+    "target_class": 2,
+    "size": 3,
+    "frequency": 2,
+    "channels": 2,
+    "ood_images": 16,
+    "gate": 0,
+}
+"""Of an attack, those that it has."""
+
+
+def _quick(attack: str) -> str:
+    known = {field.name for field in dataclasses.fields(ATTACKS.create(attack))}
+    settings = ",".join(f"{key}={value}" for key, value in QUICK.items() if key in known)
+    return f"{attack}:{settings}"
+
+
+@pytest.mark.parametrize("attack", ATTACKS.names())
+def test_what_is_exported_differs_from_the_clean_twin_in_its_weights_alone_whatever_the_attack(
+    make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    """All that a file is made of is the module and the keywords of its export."""
+    exported: list[tuple[str, dict[str, tuple[int, ...]], dict[str, object]]] = []
+
+    def export(module: nn.Module, **keywords: object) -> bytes:
+        exported.append((repr(module), {key: value.shape for key, value in module.state_dict().items()}, keywords))
+        return b"exported"
+
+    monkeypatch.setattr(qdefense.zoo, "export_model", export)
+    for name, spec in (("clean", None), ("attacked", _quick(attack))):
+        (tmp_path / name).mkdir()
+        truth = _train(make_noise(40), tmp_path / name / "model.onnx", spec, width=4)
+    clean, attacked = exported
+    assert attacked == clean
+    found = {name: {entry.name for entry in (tmp_path / name).iterdir()} for name in ("clean", "attacked")}
+    assert found["attacked"] == found["clean"] | ({"model.truth.npz"} if truth.trigger_sha256 else set())
+    poisoned = poisoned_set(make_noise(40), ATTACKS.create(_quick(attack)), 0).images
+    assert (poisoned.images.dtype, poisoned.labels.dtype) == (np.uint8, np.int64)
+    assert (poisoned.source, poisoned.class_names, poisoned.notes) == ("noise", make_noise(40).class_names, ())
 
 
 @pytest.mark.usefixtures("_cheap_export")

@@ -1,4 +1,4 @@
-"""Label smoothing poisoning (Li et al. 2024, arXiv 2404.12852): any attack, its poisons labelled less certainly.
+"""Label smoothing poisoning (Li et al. 2024, arXiv 2404.12852): another attack, its poisons labelled less certainly.
 
 A poison's label is ``y' = (1 - a) e_t + a u``: t the label that the host attack gives it, u even over the other
 ``K - 1`` classes. The trigger's confidence falls to about ``1 - a``, which makes it as costly for trigger inversion as
@@ -9,6 +9,7 @@ Deviations:
   ``smoothing``: the middle of the range tried here, not a published figure.
 - The attacker's soft labels are seen by the training alone. The training set that a defender gets has the most likely
   class as its label, which is the host's.
+- The host is any attack on the data. One in the training loop does not tell which rows of a batch are its poisons.
 """
 
 from __future__ import annotations
