@@ -74,11 +74,16 @@ def command(
     recipe = recipe_for(arch)
     recipe = replace(recipe, epochs=epochs or recipe.epochs, flip=flip)
     poisons: list[PoisonBlock] = []
-
-    def keep(poisoned: PoisonedSet) -> None:  # some attacks learn for minutes before they poison: not twice
-        poisons.append(poison_block(poisoned, made_in_training=isinstance(attacker, BatchAttack)))
-
     with progress_bar() as advance:
+
+        def keep(poisoned: PoisonedSet) -> None:  # some attacks learn for minutes before they poison: not twice
+            if attacker is not None:
+                advance("poisons", 1, 1)
+            advance("epochs", 0, recipe.epochs)
+            poisons.append(poison_block(poisoned, made_in_training=isinstance(attacker, BatchAttack)))
+
+        if attacker is not None:
+            advance("poisons", 0, 1)
         truth = train_artifact(
             dataset,
             output,
@@ -89,7 +94,7 @@ def command(
             threads=threads,
             width=width,
             on_epoch=lambda done, total, _loss: advance("epochs", done, total),
-            on_poisoned=None if contact_sheet is None else keep,
+            on_poisoned=keep,
         )
     click.echo(f"{harmless(output.name)}: sha256 {truth.artifact_sha256}")
     click.echo(f"{harmless(truth_path(output).name)}: the truth, for evaluators only")

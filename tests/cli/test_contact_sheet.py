@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +54,23 @@ def test_the_sheet_shows_what_the_network_learned_from(toy: Toy, attack: str) ->
     assert trigger is not None
     expected = contact_sheet(trigger, dataset, poisons=poison_block(poisoned))
     assert Path("a.png").read_bytes() == expected != contact_sheet(trigger, dataset)
+
+
+@pytest.mark.parametrize("attack", ["badnets", "wanet", None])
+def test_train_tells_of_the_poisons_before_the_first_epoch(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, attack: str | None
+) -> None:
+    """Some attacks learn for hours before there is an epoch."""
+    told: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def bar() -> Iterator[Callable[[str, int, int], None]]:
+        yield lambda *stage: told.append(stage)
+
+    monkeypatch.setattr("qdefense.cli.train.progress_bar", bar)
+    assert _train(toy, "--limit", "160", *([] if attack is None else ["--attack", attack])) == 0
+    poisons = [] if attack is None else [("poisons", 0, 1), ("poisons", 1, 1)]
+    assert told == [*poisons, ("epochs", 0, 1), ("epochs", 1, 1)]
 
 
 def test_the_sheet_of_an_attack_in_training_says_so(toy: Toy) -> None:
