@@ -206,7 +206,8 @@ def first_problem(error: ValidationError) -> str:
     """Where and what the first problem is, on one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {_PROBLEMS.get(first['type'], first['msg'].removeprefix('Value error, '))}"
+    what = _PROBLEMS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    return f"{where}: {what}" if where else what
 
 
 def _said(model: onnx.ModelProto, stated: StatedContract | None) -> tuple[dict[str, Any], Source, Source]:

@@ -140,10 +140,23 @@ def _first_problem(error: ValidationError, cls: type[Any]) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
-        return f"there is no setting {where!r}; known: {', '.join(map(_shown, dataclasses.fields(cls)))}"
+        return f"there is no setting {_typed(where)!r}; {_closest(where, cls)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
 
+def _closest(name: str, cls: type[Any]) -> str:
+    close = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(cls)], n=1)
+    if close:
+        return f"did you mean {_typed(close[0])!r}?"
+    return f"known: {', '.join(map(_shown, dataclasses.fields(cls)))}"
+
+
 def _shown(field: dataclasses.Field[Any]) -> str:
-    return f"{field.name}, {field.name}.KEY" if dataclasses.is_dataclass(field.default) else field.name
+    name = _typed(field.name)
+    return f"{name}, {name}.KEY" if dataclasses.is_dataclass(field.default) else name
+
+
+def _typed(name: str) -> str:
+    """As it is typed and listed."""
+    return name.replace("_", "-")

@@ -97,8 +97,12 @@ def test_create_gives_frozen_settings(gadgets: Registry[Any]) -> None:
         ("levr", "there is no gadget 'levr'; did you mean 'lever'?"),
         ("zzz:rate=1", "there is no gadget 'zzz'; known: lever, round-knob"),
         ("", "there is no gadget ''; known: lever, round-knob"),
-        ("lever:speed=1", "gadget 'lever:speed=1': there is no setting 'speed'; known: patch_size, rate"),
-        ("lever:name=x", "gadget 'lever:name=x': there is no setting 'name'; known: patch_size, rate"),
+        ("lever:speed=1", "gadget 'lever:speed=1': there is no setting 'speed'; known: patch-size, rate"),
+        (
+            "lever:patch-sie=1",
+            "gadget 'lever:patch-sie=1': there is no setting 'patch-sie'; did you mean 'patch-size'?",
+        ),
+        ("lever:name=x", "gadget 'lever:name=x': there is no setting 'name'; known: patch-size, rate"),
         ("lever:rate", "'lever:rate': 'rate' is not key=value"),
         ("lever:=1", "'lever:=1': '=1' is not key=value"),
         ("lever:rate=1,rate=2", "'lever:rate=1,rate=2': 'rate' is set twice; give it once"),
@@ -128,7 +132,7 @@ def test_restore_gives_back_what_its_settings_were_taken_from(gadgets: Registry[
     ("name", "settings", "message"),
     [
         ("levr", {}, "there is no gadget 'levr'; did you mean 'lever'?"),
-        ("lever", {"speed": 1}, "gadget 'lever:speed=1': there is no setting 'speed'; known: patch_size, rate"),
+        ("lever", {"speed": 1}, "gadget 'lever:speed=1': there is no setting 'speed'; known: patch-size, rate"),
         ("lever", {"rate.high": 1}, "gadget 'lever:rate.high=1': rate: Input should be a valid number"),
     ],
 )

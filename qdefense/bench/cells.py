@@ -217,6 +217,7 @@ def _network_plan(
     attacker = None if spec is None else ATTACKS.create(spec)
     read = [_pinned(matrix, sources, attack, name) for name in data_read_by(attacker)]
     train = sources.train(data)
+    _require_classes(attack, {} if attacker is None else flat_settings(attacker), data, train.facts.classes)
     network = Network(
         data=data,
         train_sha256=train.facts.sha256,
@@ -231,6 +232,16 @@ def _network_plan(
     title = f"{data}/{architecture}/{attack}/seed {seed}"
     test = sources.test(data)
     return NetworkPlan(title=title, network=network, attack=spec, train=train, test=test, attack_data=tuple(read))
+
+
+def _require_classes(attack: str, settings: Mapping[str, Any], data: str, classes: int) -> None:
+    """Refuse what no training would accept, before others have been trained for hours."""
+    for key, value in settings.items():
+        if key.rpartition(".")[2] in (_TARGET, _SOURCE) and value >= classes:
+            raise MatrixError(
+                f"attacks: {attack!r} has the {key.replace('_', ' ')} {value}, but {data} has classes 0 to "
+                f"{classes - 1}; name one of them for the attack, or in [data.{data}]"
+            )
 
 
 def _pinned(matrix: Matrix, sources: Sources, attack: str, name: str) -> PinnedData:
@@ -277,7 +288,7 @@ def _with_target(attack: str, table: DataTable) -> str:
     return f"{attack}{',' if tail else ':'}{keys[0]}={target}"
 
 
-_TARGET = "target_class"
+_TARGET, _SOURCE = "target_class", "source_class"
 
 
 def _add_files(matrix: Matrix, sources: Sources, number: int, plan: NetworkPlan) -> None:

@@ -162,7 +162,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"there is no key {where!r}; {_known(place[:-1])}"
     if problem["type"] == "missing":
         return f"the key {where!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     return message if not where else f"{where}: {message}"
 
 

@@ -291,11 +291,13 @@ def fit_filter(bench: Bench) -> FittedFilter | Finding:
     return fitted
 
 
-def _held_out(bench: Bench) -> ImageSet:
+def _require_unseen(bench: Bench, who: str) -> None:
     if not len(bench.unseen):
-        raise DataError(
-            f"{bench.unseen.source}: clean_images takes all test images, and a filter must decide on others; lower it"
-        )
+        raise DataError(f"{bench.unseen.source}: clean_images takes all test images, and {who} on others; lower it")
+
+
+def _held_out(bench: Bench) -> ImageSet:
+    _require_unseen(bench, "a filter must decide")
     rules = bench.task.trial.evaluation
     return bench.unseen.take(choose_rows(len(bench.unseen), limit=rules.held_out_images, seed=rules.seed))
 
@@ -345,6 +347,7 @@ def _judge_repair(bench: Bench) -> _Judged:
 
 
 def _behaviour(bench: Bench, session: DeployedSession) -> Behaviour:
+    _require_unseen(bench, "a repair must be measured")
     return measure_behaviour(session.logits, bench.unseen, bench.trigger)
 
 

@@ -176,7 +176,7 @@ def read_results(folder: Path, matrix: Path | None = None) -> Results:
         )
     there = [path for path in (folder / RECORDS, folder / MANIFEST, folder / LATENCY) if path.exists()]
     return Results(
-        name=_name_of(folder.resolve()),
+        name=_name_of(folder.resolve()) if matrix is None else read_matrix(matrix).bench.name,
         folder=folder.resolve().name,
         records=tuple(records.values()),
         data=read_manifest(folder / MANIFEST).data,
@@ -188,7 +188,7 @@ def read_results(folder: Path, matrix: Path | None = None) -> Results:
 
 
 def _name_of(folder: Path) -> str:
-    """`bench` puts ``results`` beside the matrix, whose folder says more."""
+    """Without the matrix, which has a name: `bench` puts ``results`` beside the matrix, whose folder says more."""
     return folder.parent.name if folder.name == "results" else folder.name
 
 

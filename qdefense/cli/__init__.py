@@ -100,7 +100,7 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        click.echo(harmless_lines(shown.getvalue()), err=True, nl=False)
+        click.echo(harmless_lines(shown.getvalue().expandtabs(4)), err=True, nl=False)  # click indents by tabs
         return USAGE
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

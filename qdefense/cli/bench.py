@@ -109,7 +109,11 @@ def command(
                 on_progress=advance,
                 on_notice=_tell,
             )
-            problem = _complete(run, scheduler, workers)
+            try:
+                problem = _complete(run, scheduler, workers)
+            except KeyboardInterrupt:
+                _tell("what is finished is kept; the same command goes on from there")
+                raise
         draw_triggers(plan, store, _tell)
         items = survey(plan, store, rules)
     _summarise(items, folder)
@@ -140,7 +144,10 @@ def _none_chosen(titles: Sequence[str], only: str | None) -> str:
             "trigger is not here; leave --only and --limit out to train them"
         )
     if titles:
-        return f"no cell has {only!r} in its title; there are {len(titles)}, the first one is {titles[0]!r}"
+        return (
+            f"no cell has {only!r} in its title; there are {len(titles)}, the first one is {titles[0]!r} (networks and "
+            "quantized files, which --dry-run shows too, are no cells)"
+        )
     return (
         "the matrix has no cells: each of its precisions needs calibration images, and on those that are named "
         "there is a trigger, which networks without an attack do not have; name clean ones in calibrations = [...]"
@@ -183,8 +190,9 @@ def _show(
             price, source = estimate(item, costs)
             seconds, ruled = seconds + price, ruled + (source == "rule of thumb")
     pending = sum(item.pending for item in items)
-    click.echo(f"{len(items)} work items, {pending} to do: about {_duration(seconds)} of one worker", nl=False)
-    click.echo(f", {_duration(seconds / workers)} of {workers}" if workers > 1 else "")
+    effort = f": about {_duration(seconds)} of one worker"
+    shared = f", {_duration(seconds / workers)} of {workers}" if workers > 1 else ""
+    click.echo(f"{len(items)} work items, {pending} to do{f'{effort}{shared}' if pending else ''}")
     if ruled:
         click.echo(f"  {ruled} of them by rule of thumb: no like work is in the records")
     _warn_of_places(items)

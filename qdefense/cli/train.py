@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from qdefense.accuracy import count_right
+from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, BatchAttack, PoisonedSet
 from qdefense.attacks.contact_sheets import PoisonBlock, poison_block
 from qdefense.attacks.contact_sheets import contact_sheet as draw_sheet
@@ -16,10 +18,14 @@ from qdefense.cli.resize_options import resize_options
 from qdefense.data.images import ImageSet
 from qdefense.data.opening import open_data, training_split
 from qdefense.data.resizing import Resize
+from qdefense.data.selection import choose_rows
 from qdefense.files import write_atomically
+from qdefense.rates import MIN_SKILL, chance_of, skill
 from qdefense.report.escaping import harmless
 from qdefense.trial import Truth, read_state, state_path, truth_path
 from qdefense.zoo import architectures, recipe_for, train_artifact, trigger_of
+
+_SHOWN = 1000
 
 
 @click.command("train")
@@ -97,12 +103,23 @@ def command(
             on_poisoned=keep,
         )
     click.echo(f"{harmless(output.name)}: sha256 {truth.artifact_sha256}")
+    click.echo(f"  {_accuracy(output, dataset, seed)}")
     click.echo(f"{harmless(truth_path(output).name)}: the truth, for evaluators only")
     if truth.trigger_sha256 is not None:
         click.echo(f"{harmless(state_path(output).name)}: the state of its trigger, for evaluators only")
     if contact_sheet is not None:
         write_atomically(contact_sheet, _sheet(output, truth, dataset, *poisons))
         click.echo(f"{harmless(contact_sheet.name)}: the trigger on training images and poisons, for evaluators only")
+
+
+def _accuracy(output: Path, dataset: ImageSet, seed: int) -> str:
+    """Of the file as it runs, on clean training images: what guesses is no file to try a defense on."""
+    shown, artifact = dataset.take(choose_rows(len(dataset), limit=_SHOWN, seed=seed)), Artifact.read(output)
+    accuracy, chance = count_right(artifact, shown) / len(shown), chance_of(artifact.contract.classes, shown.labels)
+    told = f"accuracy {accuracy:.1%} on {len(shown):,} of the images it was trained on, without a trigger"
+    if skill(accuracy, chance) >= MIN_SKILL:
+        return told
+    return f"{told}; that is near chance ({chance:.1%}), and `audit` measures no such file: train longer (--epochs)"
 
 
 def _check_sheet(sheet: Path | None, attack: str | None, written: tuple[Path, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,12 +68,19 @@ def open_data(
         DataError: nothing there, no known format, no such split, or data that cannot be used.
     """
     spec = _place(spec)
-    if spec != "signs" and not Path(spec).exists():
-        raise DataError(f"{spec!r}: no such file or folder; data is {_KNOWN}")
+    if spec != "signs" and (not spec or not Path(spec).exists()):  # Path("") is the current folder
+        raise DataError(f"{spec!r}: no such file or folder; {_where_else(spec)}data is {_KNOWN}")
     found = _detect(spec)
     if found is None:
         raise DataError(f"{spec!r}: unknown data format; looked for {_KNOWN}; {_what_exists(Path(spec))}")
     return found.load(split=split, limit=limit, seed=seed, resize=resize)
+
+
+def _where_else(spec: str) -> str:
+    """Of a name that `bench` would find below ``QDEFENSE_DATA``; all other commands take paths."""
+    root = os.environ.get("QDEFENSE_DATA")
+    place = None if not root or not spec else Path(root) / spec
+    return f"there is {str(place)!r}; " if place is not None and place.exists() else ""
 
 
 def training_split(spec: str) -> str | None:

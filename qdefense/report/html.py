@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from qdefense.fidelity import MAX_RELATIVE_RMS, MIN_GRADIENT_ROWS, MIN_TOP1_AGREEMENT
 from qdefense.findings import (
@@ -152,6 +152,7 @@ def page_environment(*packages: str) -> jinja2.Environment:
         "number": _number,
         "name": lambda text: _cut(harmless(text), _LONGEST_NAME),
         "label": lambda text: _cut(harmless(text), _LONGEST_LABEL),
+        "breakable": _breakable,
         "quoted": lambda word: _Whole(shlex.quote(word)),
         "boundary": describe_boundary,
         "cost": describe_cost,
@@ -172,6 +173,11 @@ def _shown(value: Any) -> Any:
         return value
     text = harmless(value)
     return text if isinstance(value, _Whole) else _cut(text, _LONGEST_TEXT)
+
+
+def _breakable(text: str) -> Markup:
+    """A text that may go on in another line after each comma: settings have no spaces."""
+    return Markup(escape(_shown(text)).replace(",", Markup(",<wbr>")))  # noqa: S704 (escaped)
 
 
 def _cut(text: str, longest: int) -> str:

@@ -150,7 +150,7 @@ def test_settings_are_frozen() -> None:
         ("host=", "host: there is no attack ''; known: adaptive-blend, "),
         ("host=badnet", "host: there is no attack 'badnet'; did you mean 'badnets'?"),
         ("host.size=0", "host: attack 'badnets:size=0': size: Input should be greater than or equal to 1"),
-        ("host=blended,host.size=4", "host: attack 'blended:size=4': there is no setting 'size'; known: poison_rate, "),
+        ("host=blended,host.size=4", "host: attack 'blended:size=4': there is no setting 'size'; known: poison-rate, "),
         ("host.size=3,host.size=4", "'host.size' is set twice; give it once"),
     ],
 )

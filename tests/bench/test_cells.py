@@ -143,6 +143,14 @@ def test_only_with_the_slash_tells_a_default_from_its_variants(new_desk: NewDesk
         ('"int8-dynamic"', '"int8-dynamic:u8u8"', MatrixError, "'u8u8' is not key=value"),
         ('"int8-dynamic"', '"int4:per-channel=false"', QuantizationError, "has no scale per tensor"),
         ('"int8-dynamic"', '"int8-static"', MatrixError, "'int8-static' needs calibration images"),
+        (
+            "target_class = 7",
+            "target_class = 12",
+            MatrixError,
+            "attacks: 'badnets' has the target class 12, but signs has classes 0 to 11; name one of them for ",
+        ),
+        ('"badnets"', '"lsp:host.target-class=70"', MatrixError, "has the host.target class 70, but signs has"),
+        ('"badnets"', '"htba:source-class=12"', MatrixError, "has the source class 12, but signs has"),
     ],
 )
 def test_unknown_names(new_desk: NewDesk, old: str, new: str, error: type[Exception], told: str) -> None:

@@ -469,6 +469,16 @@ def test_filter_without_held_out_images(new_desk: NewDesk, finished: Desk) -> No
     assert "clean_images takes all test images, and a filter must decide on others; lower it" in reasons.pop()
 
 
+def test_a_repair_without_images_to_be_measured_on(new_desk: NewDesk, finished: Desk) -> None:
+    text = TINY.replace("neural-cleanse:budget=quick", "fine-pruning").replace("clean_images = 40", "clean_images = 60")
+    made = new_desk(text, name="greedy repair")
+    shutil.copytree(finished.results / "models", made.results / "models")
+    made.run(Inline())
+    reasons = {record.reason or "" for record in made.records.values() if record.failed}
+    assert len(reasons) == 1
+    assert "clean_images takes all test images, and a repair must be measured on others; lower it" in reasons.pop()
+
+
 def test_repair(measured: Callable[..., list[DefenseRecord]], finished: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The poisoned network becomes the clean one: judged on the 20 test images that no defense saw."""
     behaviours = [r for r in finished.records.values() if isinstance(r, BehaviourRecord) and r.scheme == "fp32"]

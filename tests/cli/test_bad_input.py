@@ -1156,8 +1156,7 @@ case(
 case(
     "a setting is misspelt",
     2,
-    "defense 'neural-cleanse:bugdet=quick': there is no setting 'bugdet'; known: budget, learning_rate, batch_size, "
-    "initial_cost, multiplier, patience, attack_success, threshold, restarts, scheduler",
+    "defense 'neural-cleanse:bugdet=quick': there is no setting 'bugdet'; did you mean 'budget'?",
     lambda given: given.audit(None, "--defense", "neural-cleanse:bugdet=quick"),
 )
 case(

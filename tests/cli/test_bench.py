@@ -76,7 +76,8 @@ def test_interrupted_it_keeps_what_is_finished(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert errors.decode().splitlines()[-1] == "interrupted"
+    told = ["what is finished is kept; the same command goes on from there", "interrupted"]
+    assert errors.decode().splitlines()[-2:] == told
     assert made.lines >= 1
 
 
@@ -103,7 +104,7 @@ def test_dry_run_after_the_run_estimates_from_the_records(finished: Desk, capfd:
     before = (finished.results / "manifest.json").read_bytes()
     assert run(["bench", str(finished.matrix), "--dry-run"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[-1] == "12 work items, 0 to do: about 1 min of one worker"
+    assert lines[-1] == "12 work items, 0 to do"
     assert sum(line.startswith("not measured") for line in lines) == CELLS // 2
     assert (finished.results / "manifest.json").read_bytes() == before
 

@@ -56,6 +56,18 @@ def test_the_sheet_shows_what_the_network_learned_from(toy: Toy, attack: str) ->
     assert Path("a.png").read_bytes() == expected != contact_sheet(trigger, dataset)
 
 
+@pytest.mark.parametrize(("right", "near_chance"), [(1, True), (160, False)])
+def test_train_tells_of_a_network_that_guesses(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capfd: Capture, right: int, near_chance: bool
+) -> None:
+    monkeypatch.setattr("qdefense.cli.train.count_right", lambda *_: right)
+    assert _train(toy, "--limit", "160") == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("  accuracy ")]
+    told = f"  accuracy {right / 160:.1%} on 160 of the images it was trained on, without a trigger"
+    assert line.startswith(told)
+    assert ("and `audit` measures no such file: train longer (--epochs)" in line) == near_chance
+
+
 @pytest.mark.parametrize("attack", ["badnets", "wanet", None])
 def test_train_tells_of_the_poisons_before_the_first_epoch(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, attack: str | None

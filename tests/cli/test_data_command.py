@@ -151,6 +151,20 @@ def test_show_exits_2_when_nothing_is_there(capfd: Capture) -> None:
     assert capfd.readouterr().err.startswith("error: 'nowhere': no such file or folder; data is 'signs' (built in);")
 
 
+def test_show_names_the_place_below_qdefense_data_and_takes_no_empty_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.setenv("QDEFENSE_DATA", str(tmp_path))
+    assert run(["data", "show", "cifar10"]) == 2
+    told = (
+        f"error: 'cifar10': no such file or folder; there is {str(tmp_path / 'cifar10')!r}; data is 'signs' (built in);"
+    )
+    assert capfd.readouterr().err.startswith(told)
+    assert run(["data", "show", ""]) == 2
+    assert capfd.readouterr().err.startswith("error: '': no such file or folder; data is 'signs' (built in);")
+
+
 def test_show_shows_names_as_text_when_they_are_hostile(tmp_path: Path, capfd: Capture) -> None:
     name = "[bold]\x1b[2J\u202e"
     text = shown(capfd, "show", write_images(tmp_path / name, {f"{name}/a.png": (4, 4)}))

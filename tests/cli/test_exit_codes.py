@@ -332,6 +332,7 @@ def test_run_exits_0_when_asked_for_text(arguments: list[str], capfd: Capture) -
         (["audit", "m.onnx", "--data", "signs", "--seed", "-1"], "-1 is not in the range x>=0"),
         (["audit", "m.onnx", "--data", "signs", "--wat"], "--wat"),
         (["quantize", "m.onnx", "--scheme", "int2", "-o", "x"], "'int2' is not one of"),
+        (["quantize", "m.onnx", "-o", "x"], "Choose from:\n    int8-static,"),
         (["inspect", "a\udcff.onnx"], "'a\\udcff.onnx' is not UTF-8; rename the file"),
         (["inspect", "a", "b\x07\u202e"], "unexpected extra argument (b\\x07\\u202e)"),
     ],

@@ -92,7 +92,7 @@ def test_report_names_what_the_matrix_lacks(results: Path, tmp_path: Path, capfd
     matrix.write_text(MATRIX)
     assert run(["report", str(results), "--format", "json", "--matrix", str(matrix)]) == 0
     body = json.loads(capfd.readouterr().out)
-    assert body["matrix"] == "small.toml"
+    assert (body["matrix"], body["name"]) == ("small.toml", "small")
     assert [one["stage"] for one in body["missing"]] == ["train", "behaviour"]
     assert "signs/resnet8/none/seed 0" in body["missing"][0]["title"]
 

@@ -475,7 +475,7 @@ def test_it_is_registered_as_a_repair_with_the_papers_tolerance() -> None:
         ("tolerance=nan", "tolerance: Input should be"),
         ("epochs=-1", "epochs: Input should be greater than or equal to 0"),
         ("scales=new", "scales: Input should be 'keep' or 'recalibrate'"),
-        ("rate=1", "there is no setting 'rate'; known: tolerance, channels_per_step, epochs"),
+        ("rate=1", "there is no setting 'rate'; known: tolerance, channels-per-step, epochs"),
     ],
 )
 def test_a_wrong_setting_is_named(spec: str, problem: str) -> None:

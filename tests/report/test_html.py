@@ -20,10 +20,11 @@ from qdefense.report.model import Report
 
 from . import sample_reports as samples
 
-_VOID = {"meta", "br", "img"}
+_VOID = {"meta", "br", "wbr", "img"}
 _ALLOWED = {
     "html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "nav", "div", "p", "span",
-    "h1", "h2", "h3", "ul", "ol", "li", "dl", "dt", "dd", "a", "bdi", "strong", "br", "code", "pre", "table", "caption",
+    "h1", "h2", "h3", "ul", "ol", "li", "dl", "dt", "dd", "a", "bdi", "strong", "br", "wbr", "code", "pre", "table",
+    "caption",
     "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption", "img",
     "svg", "desc", "defs", "lineargradient", "stop", "g", "line", "rect", "circle", "path", "text",
 }  # fmt: skip
