@@ -420,17 +420,23 @@ CLAIMS = (
             (in_the_loop("trans"), in_the_loop("source-specific")),
         )
     ),
-    Claim(
-        paper="CASSOCK",
-        sentence="`comp` has a higher ASR than the baseline",
-        figures=compared("ASR", asr_share, content("comp"), cassock("source-specific")),
-        holds=above,
+    *(
+        Claim(
+            paper="CASSOCK",
+            sentence=f"{comp.title} has a higher ASR than the baseline",
+            figures=compared("ASR", asr_share, comp, cassock("source-specific")),
+            holds=above,
+        )
+        for comp in (content("comp"), content("comp", FULL))
     ),
-    Claim(
-        paper="CASSOCK",
-        sentence="`comp` has a lower FPR than the baseline, and an ASR",
-        figures=both(asr_of(content("comp")), compared("FPR", fpr_share, content("comp"), cassock("source-specific"))),
-        holds=below_and_alive,
+    *(
+        Claim(
+            paper="CASSOCK",
+            sentence=f"{comp.title} has a lower FPR than the baseline, and an ASR",
+            figures=both(asr_of(comp), compared("FPR", fpr_share, comp, cassock("source-specific"))),
+            holds=below_and_alive,
+        )
+        for comp in (content("comp"), content("comp", FULL))
     ),
 )
 
