@@ -187,6 +187,8 @@ def _memory_limit(holds: bool) -> Check:
 def _data_folder(path: str | None) -> Check:
     if path is None:
         return Check("QDEFENSE_DATA", State.OK, "is not set; only tests and benchmarks on real images read it")
+    if not Path(path).is_dir():
+        return Check("QDEFENSE_DATA", State.WARNING, f"{path} is no folder", "set it to a folder with data sets")
     try:
         found = _ask("folder", path)["found"]
     except _BrokenError as error:
