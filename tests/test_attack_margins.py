@@ -75,3 +75,12 @@ def test_plain_images_show_the_margin_of_their_class_over_the_attackers(
     assert line.split(" | ")[1:3] == ["fp32", "5"]
     assert line.split(" | ")[4] == median
     assert line.endswith("| 0.420 | 0.420 | 0.200 |")
+
+
+def test_the_fpr_of_a_class_counts_who_is_misled_by_the_trigger_alone(margins: ModuleType) -> None:
+    """Class 2 is the attacker's, class 0 the source; of the others one of four and one of two are led there."""
+    labels = np.array([0, 1, 1, 1, 1, 2, 3, 3])
+    plain = np.array([0, 1, 2, 1, 3, 2, 3, 3])
+    stamped = np.array([2, 2, 2, 1, 3, 2, 2, 3])
+    rates = margins.misled_by_class(plain, stamped, np.full(8, 2), labels, (labels == 1) | (labels == 3))
+    assert rates == {1: 0.25, 3: 0.5}

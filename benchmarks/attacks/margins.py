@@ -27,7 +27,7 @@ from onnx import numpy_helper
 
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
-from qdefense.attacks.interfaces import trigger_of
+from qdefense.attacks.interfaces import SourceSpecific, trigger_of
 from qdefense.attacks.states import unpack_state
 from qdefense.bench.records import BehaviourRecord
 from qdefense.bench.store import RECORDS, Store, read_records
@@ -43,6 +43,8 @@ TOLD = ("smoothing", "variant", "mode", "content_amplitude")
 """Settings by which a row is told from others of its attack."""
 LAYERED = ("badnets", "blended", "lsp", "wanet")
 """Attacks whose INT4 files are taken apart, on both data sets."""
+SHOWN = 3
+"""Classes of bystanders that are named."""
 LEVELS = 7
 """Highest code of symmetric INT4."""
 
@@ -54,6 +56,7 @@ PLAIN_HEAD = (
     "| attack | data, seed | precision | images | margin: 10 % | median | 90 % | q source | q target | to the target |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
+BYSTANDERS_HEAD = ("| attack | data, seed | highest | second | third | median |", "|---|---|---|---|---|---|")
 LAYERS_HEAD = (
     "| attack | data, seed | layer | error | ASR FP32 | only it | all but it | change | at random: mean | sd | range |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -93,9 +96,14 @@ def test_images(data: str) -> ImageSet:
 
 
 @lru_cache(maxsize=2)
+def all_test_images(data: str) -> ImageSet:
+    return open_data(str(DATA / data), split="test", seed=SEED)
+
+
+@lru_cache(maxsize=2)
 def images_of_class(data: str, source: int) -> Pixels:
     """All test images of one class."""
-    images = open_data(str(DATA / data), split="test", seed=SEED)
+    images = all_test_images(data)
     return images.take(np.flatnonzero(images.labels == source)).pixels
 
 
@@ -232,6 +240,28 @@ def plain_rows(network: Attacked, source: int, target: int) -> Iterator[str]:
         )
 
 
+def bystander_line(network: Attacked) -> str | None:
+    """The classes that a source-specific trigger misleads most, in the FP32 file; ``None`` of any other trigger."""
+    images = all_test_images(network.place[0])
+    trigger = network.trigger(*images.images.shape[1:3])
+    if not isinstance(trigger, SourceSpecific):
+        return None
+    model, goal = network.model("fp32"), trigger.goal(images.labels)
+    plain, stamped = (answers_of(model, x).argmax(axis=1) for x in (images.pixels, trigger.stamp(images.pixels)))
+    rates = misled_by_class(plain, stamped, goal, images.labels, trigger.bystanders(images.labels))
+    worst = sorted(rates, key=lambda label: -rates[label])[:SHOWN]
+    cells = (f"{images.class_names[label]} {rates[label]:.3f}" for label in worst)
+    return f"| {network.title} | {' | '.join(cells)} | {np.median(list(rates.values())):.3f} |"
+
+
+def misled_by_class(
+    plain: Labels, stamped: Labels, goal: Labels, labels: Labels, bystanders: NDArray[np.bool_]
+) -> dict[int, float]:
+    """FPR of each class of bystanders: answers with the trigger that are the attacker's class, and are not without."""
+    misled = (stamped == goal) & (plain != goal)
+    return {int(label): float(misled[labels == label].mean()) for label in np.unique(labels[bystanders])}
+
+
 def layers(model: bytes) -> dict[str, Weights]:
     """Weights by the name of their initializer: of every layer that INT4 quantizes."""
     graph = onnx.load_from_string(model).graph
@@ -296,6 +326,12 @@ def page(every: list[Attacked]) -> Iterator[str]:
         "margin is the logit of their class less that of the attacker's; the clean network's comes first."
     )
     yield "\n".join((*PLAIN_HEAD, *plain_lines(every)))
+    yield "## Which bystanders a source-specific trigger misleads"
+    yield (
+        "FPR by class on all test images, FP32: the highest ones, and the median over the classes that are neither "
+        "source nor target."
+    )
+    yield "\n".join((*BYSTANDERS_HEAD, *filter(None, map(bystander_line, triggered))))
     yield "## INT4, one layer at a time"
     yield (
         "Only this layer's weights are on INT4 levels, or all but this layer's; rounded to nearest, as in the INT4 "
