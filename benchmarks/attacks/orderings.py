@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -39,6 +39,8 @@ SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
 PATCH_PIXELS = 9
 """Norm of BadNets' true mask, 3x3."""
 PAPER_INDEX, KEPT_ASR = 2.0, 0.9
+PAPER_SUCCESS, LOWER_SUCCESS = 0.99, 0.9
+"""What Neural Cleanse asks of a trigger before it makes it smaller."""
 TINY, TENFOLD = 50, 500
 SWEPT, HELD_SHARE = 1000, 0.85
 FULL = 1.0
@@ -63,9 +65,12 @@ class Planted:
     def made(self, record: BehaviourRecord | DefenseRecord) -> bool:
         """Whether it is in the file that a record is of."""
         given = record.network.attack_settings
-        return record.network.attack == self.name and all(
+        return (record.network.attack or CLEAN.name) == self.name and all(
             given.get(key) == value for key, value in self.settings.items()
         )
+
+
+CLEAN = Planted(name="none")
 
 
 def cassock(variant: str) -> Planted:
@@ -167,13 +172,17 @@ class Results:
         control = self.control(record)
         return math.nan if control is None else record.asr - control.value
 
-    def scan(self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool) -> DefenseRecord | None:
+    def scan(
+        self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool, success: float = PAPER_SUCCESS
+    ) -> DefenseRecord | None:
         """What Neural Cleanse says of a file of this attack; at a fixed cost with the steps that one takes."""
         budget = "gate" if fixed else "quick"
         costed = (
             record
             for record in self.scans
-            if (record.settings["multiplier"] == 1) == fixed and record.settings["budget"] == budget
+            if (record.settings["multiplier"] == 1) == fixed
+            and record.settings["budget"] == budget
+            and record.settings["attack_success"] == success
         )
         return _last_of(costed, planted, place, scheme)
 
@@ -500,6 +509,31 @@ def model_table(results: Results) -> Iterator[str]:
                 )
 
 
+def success_table(results: Results) -> Iterator[str]:
+    """Neural Cleanse (adaptive cost, `quick`) asked for 99 % and for 90 %, where both were."""
+    asked = (PAPER_SUCCESS, LOWER_SUCCESS)
+    head = " | ".join(f"at {success:.0%}: answer | lowest norm | its index" for success in asked)
+    yield f"| attack | data, seed | precision | {head} |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for planted, place, scheme in product((CLEAN, BADNETS, *LSP.values()), results.places, SCHEMES):
+        scans = [results.scan(planted, place, scheme, fixed=False, success=success) for success in asked]
+        told = [_told(scan) for scan in scans if scan is not None]
+        if len(told) == len(asked):
+            yield f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {' | '.join(told)} |"
+
+
+def _told(record: DefenseRecord) -> str:
+    """The answer, and the class with the smallest mask: in an attacked file marked where it is the true target."""
+    found = None if record.finding is None else record.finding.result
+    measured = [] if not isinstance(found, ScanResult) else [one for one in found.classes if one.norm is not None]
+    if not measured:
+        return f"{record.verdict} | | "
+    lowest = min(measured, key=lambda one: one.norm or 0.0)
+    targets = record.metrics.targets if isinstance(record.metrics, ScanMetrics) else ()
+    mark = " (the target)" if lowest.target_class in targets else ""
+    return f"{record.verdict} | {lowest.norm:.1f}{mark} | {shown(lowest.index)}"
+
+
 def figure(value: float) -> str:
     return "without an answer" if math.isnan(value) else f"{value:.3f}"
 
@@ -548,6 +582,10 @@ def main() -> None:
         "and still fires above 1 / K. Norm and cost (cross-entropy, in nats) of the benign classes are the medians of\n"
         f"those that have a trigger; the norm of the true one is the patch's, {PATCH_PIXELS} pixels.\n\n"
         + "\n".join(model_table(results)),
+        "## What Neural Cleanse asks of a trigger\n\n"
+        "At its adaptive cost (`quick`) it makes a mask smaller as long as the trigger reaches 99 % of the images, as\n"
+        "published, or 90 %. The class with the smallest mask (pixels), and its index. All were scanned on one\n"
+        "machine (AMD EPYC), but for BadNets of seed 0 at 99 % (Intel Xeon).\n\n" + "\n".join(success_table(results)),
         "## What each precision leaves\n\n"
         "ASR and FPR with Wilson's 95 % interval over the images of one network. Its control: the share of the same\n"
         "images that the *clean* network of that seed and precision gives to the attacker's class with the same "
