@@ -158,7 +158,7 @@ def scanned(verdict: Verdict, norm: float | None, index: float | None) -> Simple
     return SimpleNamespace(
         network=network,
         scheme="fp32",
-        settings={"multiplier": 2.0, "budget": "quick"},
+        settings={"multiplier": 2.0, "budget": "quick", "attack_success": 0.99},
         verdict=verdict,
         metrics=metrics,
     )
@@ -178,6 +178,25 @@ def test_index_of_the_target(orderings: ModuleType, record: SimpleNamespace, ind
     results.scans = [record]
     assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=False) == pytest.approx(index, nan_ok=True)
     assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=True) is None
+
+
+def test_scans_that_ask_for_less_are_beside_the_published_and_in_no_sentence(orderings: ModuleType) -> None:
+    records = []
+    for success, norm in ((0.9, 5.0), (0.99, 30.0), (0.9, 4.0)):
+        record = scanned(Verdict.CLEAN, norm, norm / 10)
+        record.settings["attack_success"] = success
+        norms = [(0, 60.0), (3, norm), (1, None)]
+        classes = [InvertedTrigger.model_construct(target_class=k, norm=one, index=0.5) for k, one in norms]
+        record.finding = SimpleNamespace(result=ScanResult.model_construct(classes=tuple(classes)))
+        records.append(record)
+    results = orderings.Results(())
+    results.scans, results.behaviours = records, [SimpleNamespace(network=records[0].network)]
+    assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=False) == 3.0
+    _head, _line, *rows = orderings.success_table(results)
+    (row,) = rows
+    assert row.endswith("| signs, 0 | fp32 | CLEAN | 30.0 (the target) | 0.500 | CLEAN | 4.0 (the target) | 0.500 |")
+    results.scans = records[1:2]
+    assert len(list(orderings.success_table(results))) == 2, "nothing beside it"
 
 
 def test_share_of_the_poisons_that_a_ranking_holds(orderings: ModuleType) -> None:
@@ -204,7 +223,7 @@ def told_by_the_model(orderings: ModuleType, costs: list[float | None], weight: 
         for place, (norm, cost) in enumerate(zip(norms, [*costs, 0.9, None], strict=True))
     ]
     record.finding = SimpleNamespace(result=ScanResult.model_construct(classes=tuple(classes)))
-    record.settings = {"multiplier": 1.0, "budget": "gate", "initial_cost": weight}
+    record.settings |= {"multiplier": 1.0, "budget": "gate", "initial_cost": weight}
     results = orderings.Results(())
     results.scans = [record]
     results.behaviours = [SimpleNamespace(network=record.network)]
