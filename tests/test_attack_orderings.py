@@ -194,7 +194,9 @@ def test_scans_that_ask_for_less_are_beside_the_published_and_in_no_sentence(ord
     assert results.index(orderings.BADNETS, ("signs", 0), "fp32", fixed=False) == 3.0
     _head, _line, *rows = orderings.success_table(results)
     (row,) = rows
-    assert row.endswith("| signs, 0 | fp32 | CLEAN | 30.0 (the target) | 0.500 | CLEAN | 4.0 (the target) | 0.500 |")
+    assert row.endswith(
+        "| signs, 0 | fp32 | CLEAN | 30.0 (the target) | 0.500 | 0.333 | CLEAN | 4.0 (the target) | 0.500 | 0.875 |"
+    )
     results.scans = records[1:2]
     assert len(list(orderings.success_table(results))) == 2, "nothing beside it"
 

@@ -512,9 +512,9 @@ def model_table(results: Results) -> Iterator[str]:
 def success_table(results: Results) -> Iterator[str]:
     """Neural Cleanse (adaptive cost, `quick`) asked for 99 % and for 90 %, where both were."""
     asked = (PAPER_SUCCESS, LOWER_SUCCESS)
-    head = " | ".join(f"at {success:.0%}: answer | lowest norm | its index" for success in asked)
+    head = " | ".join(f"at {success:.0%}: answer | lowest norm | its index | ratio" for success in asked)
     yield f"| attack | data, seed | precision | {head} |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for planted, place, scheme in product((CLEAN, BADNETS, *LSP.values()), results.places, SCHEMES):
         scans = [results.scan(planted, place, scheme, fixed=False, success=success) for success in asked]
         told = [_told(scan) for scan in scans if scan is not None]
@@ -527,11 +527,12 @@ def _told(record: DefenseRecord) -> str:
     found = None if record.finding is None else record.finding.result
     measured = [] if not isinstance(found, ScanResult) else [one for one in found.classes if one.norm is not None]
     if not measured:
-        return f"{record.verdict} | | "
+        return f"{record.verdict} | | | "
     lowest = min(measured, key=lambda one: one.norm or 0.0)
     targets = record.metrics.targets if isinstance(record.metrics, ScanMetrics) else ()
     mark = " (the target)" if lowest.target_class in targets else ""
-    return f"{record.verdict} | {lowest.norm:.1f}{mark} | {shown(lowest.index)}"
+    ratio = 1 - (lowest.norm or 0.0) / median(one.norm or 0.0 for one in measured)
+    return f"{record.verdict} | {lowest.norm:.1f}{mark} | {shown(lowest.index)} | {ratio:.3f}"
 
 
 def figure(value: float) -> str:
@@ -584,8 +585,9 @@ def main() -> None:
         + "\n".join(model_table(results)),
         "## What Neural Cleanse asks of a trigger\n\n"
         "At its adaptive cost (`quick`) it makes a mask smaller as long as the trigger reaches 99 % of the images, as\n"
-        "published, or 90 %. The class with the smallest mask (pixels), and its index. All were scanned on one\n"
-        "machine (AMD EPYC), but for BadNets of seed 0 at 99 % (Intel Xeon).\n\n" + "\n".join(success_table(results)),
+        "published, or 90 %. The class with the smallest mask (pixels), its index, and `1 - norm / median`\n"
+        "(docs/decisions/0023). All were scanned on one machine (AMD EPYC), but for BadNets of seed 0 at 99 % (Intel\n"
+        "Xeon).\n\n" + "\n".join(success_table(results)),
         "## What each precision leaves\n\n"
         "ASR and FPR with Wilson's 95 % interval over the images of one network. Its control: the share of the same\n"
         "images that the *clean* network of that seed and precision gives to the attacker's class with the same "
