@@ -396,7 +396,7 @@ def test_system_is_a_warning_when_it_is_not_the_supported_one(
 def test_data_folder_is_a_warning_when_it_is_missing_or_empty(tmp_path: Path) -> None:
     missing, empty = doctor._data_folder(str(tmp_path / "none")), doctor._data_folder(str(tmp_path))
     assert (missing.state, empty.state) == (State.WARNING, State.WARNING)
-    assert "No such file or directory" in missing.found
+    assert missing.found == f"{tmp_path / 'none'} is no folder"
     assert empty.found == f"{tmp_path} holds no data set"
 
 
