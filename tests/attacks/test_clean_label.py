@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.clean_label import CleanLabel
-from qdefense.attacks.surrogate import Surrogate, train_surrogate
+from qdefense.attacks.surrogate import train_surrogate
 from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 from qdefense.registry import SpecError
 from qdefense.trial import measure_behaviour
@@ -142,22 +142,6 @@ def test_poison_is_the_same_when_the_seed_is_and_leaves_the_set_alone(make_noise
     assert first.images.digest == same.images.digest != other.images.digest
     assert first.poison_indices.tolist() == same.poison_indices.tolist()
     assert original.digest == make_noise(40).digest
-
-
-def test_another_number_of_poisons_is_made_on_the_same_network(
-    make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seeds: list[int] = []
-
-    def noted(dataset: ImageSet, rng: np.random.Generator, *, epochs: int) -> Surrogate:
-        seeds.append(int(rng.integers(2**32)))
-        return train_surrogate(dataset, rng, epochs=epochs)
-
-    monkeypatch.setattr("qdefense.attacks.clean_label.train_surrogate", noted)
-    for rate in (0.1, 0.5, 1.0):
-        _quick(class_rate=rate).poison(make_noise(40), np.random.default_rng(0))
-    assert len(seeds) == 3
-    assert len(set(seeds)) == 1
 
 
 @pytest.mark.parametrize(

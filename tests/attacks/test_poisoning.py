@@ -15,6 +15,7 @@ from qdefense.attacks.cassock import Cassock
 from qdefense.attacks.interfaces import BatchAttack, DataAttack, PoisonedSet, SourceSpecific, trigger_of
 from qdefense.attacks.poisoning import share
 from qdefense.attacks.sig import SIG
+from qdefense.attacks.surrogate import Surrogate, train_surrogate
 from qdefense.data.images import DataError, ImageSet, to_images
 from qdefense.registry import SpecError, flat_settings
 from qdefense.trial import measure_behaviour
@@ -69,6 +70,24 @@ def test_a_count_beyond_the_target_class_says_so(make_noise: MakeNoise, spec: st
         _made(spec, "poison-count=11", make_noise(40))
     name = spec.partition(":")[0]
     assert str(caught.value) == f"{name}: 11 poisons wanted, 10 images are of the target class; choose fewer"
+
+
+@pytest.mark.parametrize("spec", OF_THE_CLASS[1:])
+def test_another_count_is_made_on_the_same_network_of_the_attackers(
+    make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    seeds: list[int] = []
+
+    def noted(dataset: ImageSet, rng: np.random.Generator, *, epochs: int) -> Surrogate:
+        seeds.append(int(rng.integers(2**32)))
+        return train_surrogate(dataset, rng, epochs=epochs)
+
+    name = spec.partition(":")[0].replace("-", "_")
+    monkeypatch.setattr(f"qdefense.attacks.{name}.train_surrogate", noted)
+    for count in (1, 5, 10):
+        _made(spec, f"poison-count={count}", make_noise(40))
+    assert len(seeds) == 3
+    assert len(set(seeds)) == 1
 
 
 def test_a_count_says_why_when_there_are_too_few_images(make_noise: MakeNoise) -> None:
