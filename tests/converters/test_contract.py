@@ -556,7 +556,9 @@ def test_read_contract_says_what_is_wrong_when_the_stated_size_is_not_the_graphs
     assert message == f"the contract says {field} 99, the graph has {actual}; correct the contract"
 
 
-@pytest.mark.parametrize(("text", "where"), [("not json", "Invalid JSON"), ("[]", "Input should be"), ("{}", "input_name: Field")])
+@pytest.mark.parametrize(
+    ("text", "where"), [("not json", "Invalid JSON"), ("[]", "Input should be"), ("{}", "input_name: Field")]
+)
 def test_read_contract_says_what_is_wrong_when_the_metadata_are_no_contract(text: str, where: str) -> None:
     model = _model()
     helper.set_model_props(model, {METADATA_KEY: text})
