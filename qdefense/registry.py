@@ -7,7 +7,7 @@ import difflib
 import importlib
 import pkgutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -74,9 +74,7 @@ class Registry(Generic[T]):
 
     def _class(self, name: str) -> type[T]:
         if name not in self.names():
-            close = difflib.get_close_matches(name, self._classes, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self.names())}"
-            raise SpecError(f"there is no {self.kind} {name!r}; {hint}")
+            raise SpecError(f"there is no {self.kind} {name!r}; {_hint(name, self.names(), self.names())}")
         return self._classes[name]
 
     def _make(self, cls: type[T], settings: Mapping[str, Any], spec: str) -> T:
@@ -140,16 +138,17 @@ def _first_problem(error: ValidationError, cls: type[Any]) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
-        return f"there is no setting {_typed(where)!r}; {_closest(where, cls)}"
+        fields = dataclasses.fields(cls)
+        hint = _hint(_typed(where), [_typed(field.name) for field in fields], map(_shown, fields))
+        return f"there is no setting {_typed(where)!r}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
 
-def _closest(name: str, cls: type[Any]) -> str:
-    close = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(cls)], n=1)
-    if close:
-        return f"did you mean {_typed(close[0])!r}?"
-    return f"known: {', '.join(map(_shown, dataclasses.fields(cls)))}"
+def _hint(name: str, known: Sequence[str], listed: Iterable[str]) -> str:
+    """The closest of what is known, or all of it as it is listed."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(listed)}"
 
 
 def _shown(field: dataclasses.Field[Any]) -> str:

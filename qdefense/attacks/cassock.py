@@ -52,7 +52,7 @@ from pydantic_core import ArgsKwargs
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
-from qdefense.attacks.poisoning import OneToOne, PoisonBudget, check_class, rows_of, share
+from qdefense.attacks.poisoning import OneToOne, PoisonBudget, check_class, check_enough, named_settings, rows_of, share
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.states import fits
 from qdefense.attacks.surrogate import train_surrogate
@@ -137,10 +137,10 @@ class SourceSpecificPoisons(PoisonBudget):
     @model_validator(mode="before")
     @classmethod
     def _rate_of_variant(cls, given: ArgsKwargs | dict[str, Any]) -> ArgsKwargs | dict[str, Any]:
-        if isinstance(given, ArgsKwargs) and given.args:
-            return given  # refused
-        chosen = given if isinstance(given, dict) else given.kwargs or {}
-        return {"cover_rate": _CONT_COVER_RATE, **chosen} if chosen.get("variant") == "cont" else chosen
+        chosen = named_settings(given)
+        if chosen is None or chosen.get("variant") != "cont":
+            return given
+        return {"cover_rate": _CONT_COVER_RATE, **chosen}
 
     @model_validator(mode="after")
     def _two_classes(self) -> Self:
@@ -254,8 +254,7 @@ class SourceSpecificPoisons(PoisonBudget):
         self, among: NDArray[np.bool_], count: int, what: str, where: str, rng: np.random.Generator
     ) -> NDArray[np.int64]:
         rows = np.flatnonzero(among)
-        if count > len(rows):
-            raise DataError(f"{self.name}: {count} {what} wanted, {len(rows)} images are {where}; choose fewer")
+        check_enough(count, len(rows), attack=self.name, candidates=f"are {where}", what=what)
         chosen: NDArray[np.int64] = rng.choice(rows, size=count, replace=False)
         return chosen
 

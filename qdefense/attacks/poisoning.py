@@ -99,11 +99,18 @@ class PoisonBudget:
         return self.poison_count
 
 
+def named_settings(given: ArgsKwargs | dict[str, Any]) -> dict[str, Any] | None:
+    """What a validator before all others is given, by name; ``None`` where some have no name, which are refused."""
+    if isinstance(given, dict):
+        return given
+    return None if given.args else given.kwargs or {}
+
+
 def _one_budget(given: ArgsKwargs | dict[str, Any], *, rate: str) -> ArgsKwargs | dict[str, Any]:
     """The settings with the rate or the count; what is None is unset."""
-    if isinstance(given, ArgsKwargs) and given.args:
+    every = named_settings(given)
+    if every is None:
         return given  # refused
-    every = given if isinstance(given, dict) else given.kwargs or {}
     chosen = {key: value for key, value in every.items() if value is not None}
     if "poison_count" not in chosen:
         return chosen
@@ -290,14 +297,14 @@ def _relabelled(
     return shuffled(dataset, rng, images=images, labels=labels, poisons=chosen)
 
 
-def check_enough(count: int, images: int, *, attack: str, candidates: str) -> None:
-    """Refuse more poisons than there are images for; ``candidates`` says what those are.
+def check_enough(count: int, images: int, *, attack: str, candidates: str, what: str = "poisons") -> None:
+    """Refuse more poisons, or ``what`` is made of them, than there are images; ``candidates`` says which those are.
 
     Raises:
         DataError: there are fewer; the message begins with ``attack``.
     """
     if count > images:
-        raise DataError(f"{attack}: {count} poisons wanted, {images} images {candidates}; choose fewer")
+        raise DataError(f"{attack}: {count} {what} wanted, {images} images {candidates}; choose fewer")
 
 
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
