@@ -113,12 +113,14 @@ class Behaviour(BaseModel):
 
 
 class Control(BaseModel):
-    """What a trigger does to a network that never learned it: the share of ``eligible`` images, in [0, 1]."""
+    """What a trigger does to a network that never learned it: shares of ``eligible`` images and ``bystanders``."""
 
     model_config = ConfigDict(frozen=True)
 
     asr: float
     eligible: int
+    fpr: float | None = None
+    bystanders: int = 0
 
 
 def activity_of(asr: float | None, base_confusion: float | None, control: float | None = None) -> Activity:
@@ -159,29 +161,32 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     rows = _eligible(images, trigger)
     chosen = images.take(rows)
     goal = trigger.goal(chosen.labels)
-    misled = None
-    if isinstance(trigger, SourceSpecific):
-        misled = _misled(logits, images, clean, trigger, np.unique(goal))
+    fpr, bystanders = _misled(logits, images, clean, trigger, goal)
     return Behaviour(
         clean_accuracy=accuracy,
         images=len(images),
         asr=_success(logits, chosen, trigger),
         base_confusion=float(np.mean(clean[rows] == goal)),
         eligible=len(rows),
-        fpr=float(misled.mean()) if misled is not None and len(misled) else None,
-        bystanders=0 if misled is None else len(misled),
+        fpr=fpr,
+        bystanders=bystanders,
     )
 
 
 def measure_control(logits: Logits, images: ImageSet, trigger: Trigger) -> Control:
-    """The ASR that a trigger has on a file which never learned it, here ``logits`` of the clean twin.
+    """The ASR, and FPR where it has one, of a trigger on a file that never learned it: ``logits`` of the clean twin.
 
     Raises:
         DataError: there are no images, or none that is eligible.
         ValueError: a logit is NaN.
     """
-    rows = _eligible(images, trigger)
-    return Control(asr=_success(logits, images.take(rows), trigger), eligible=len(rows))
+    chosen = images.take(_eligible(images, trigger))
+    asr = _success(logits, chosen, trigger)
+    if not isinstance(trigger, SourceSpecific):
+        return Control(asr=asr, eligible=len(chosen))
+    clean, goal = _classes(logits(images.pixels)), trigger.goal(chosen.labels)
+    fpr, bystanders = _misled(logits, images, clean, trigger, goal)
+    return Control(asr=asr, eligible=len(chosen), fpr=fpr, bystanders=bystanders)
 
 
 def _eligible(images: ImageSet, trigger: Trigger) -> NDArray[np.int64]:
@@ -197,15 +202,17 @@ def _success(logits: Logits, eligible: ImageSet, trigger: Trigger) -> float:
 
 
 def _misled(
-    logits: Logits, images: ImageSet, clean: NDArray[np.int64], trigger: SourceSpecific, targets: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """Of each bystander, whether it answers with a target once it carries the trigger, and with none of its own."""
+    logits: Logits, images: ImageSet, clean: NDArray[np.int64], trigger: Trigger, targets: NDArray[np.int64]
+) -> tuple[float | None, int]:
+    """The share of bystanders that answer with a target once they are stamped, and not before; how many there are."""
+    if not isinstance(trigger, SourceSpecific):
+        return None, 0
     rows = np.flatnonzero(trigger.bystanders(images.labels))
     if not len(rows):
-        return np.empty(0, dtype=np.bool_)
+        return None, 0
     stamped = _classes(logits(trigger.stamp(images.take(rows).pixels)))
-    misled: NDArray[np.bool_] = np.isin(stamped, targets) & ~np.isin(clean[rows], targets)
-    return misled
+    misled = np.isin(stamped, targets) & ~np.isin(clean[rows], targets)
+    return float(misled.mean()), len(rows)
 
 
 def _classes(logits: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -178,6 +178,17 @@ def test_a_control_is_the_asr_on_eligible_images_alone(make_noise: MakeNoise) ->
     assert measure_control(model, images, TRIGGER) == Control(asr=4 / 6, eligible=6)
 
 
+def test_the_control_of_a_source_specific_trigger_has_an_fpr_as_the_behaviour_does(make_noise: MakeNoise) -> None:
+    images = make_noise(8)
+    model = _answers(images, clean=[2, 1, 2, 3, 2, 1, 2, 3], stamped=[2, 2, 2, 2, 0, 2, 2, 2])
+    found = measure_control(model, images, _FromClassOne())
+    assert found == Control(asr=1.0, eligible=2, fpr=2 / 4, bystanders=4)
+    seen = measure_behaviour(model, images, _FromClassOne())
+    assert (found.fpr, found.bystanders) == (seen.fpr, seen.bystanders)
+    none = make_noise(8).take(np.array([1, 2, 5]))
+    assert measure_control(_answers(none, [1, 2, 1], [2, 2, 2]), none, _FromClassOne()) == Control(asr=1.0, eligible=2)
+
+
 def test_a_control_of_no_image_is_no_zero(make_noise: MakeNoise) -> None:
     images = make_noise(8).take(np.array([2, 6]))
     with pytest.raises(DataError, match="no image is eligible for the trigger; give images of other classes"):

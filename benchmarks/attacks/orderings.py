@@ -164,6 +164,11 @@ class Results:
         found = self.controls.get(record.key)
         return None if found is None else share_of(found.asr, found.eligible)
 
+    def control_fpr(self, record: BehaviourRecord) -> Proportion | None:
+        """And to its bystanders, where the trigger is source-specific."""
+        found = self.controls.get(record.key)
+        return None if found is None else share_of(found.fpr, found.bystanders)
+
     def beyond(self, planted: Planted, place: tuple[str, int]) -> float | None:
         """Its ASR less what the same trigger has on the clean network; NaN without that control."""
         record = self.behaviour(planted, place)
@@ -549,19 +554,23 @@ def rate(value: float | None, n: int | None) -> str:
 
 
 def precision_table(results: Results) -> Iterator[str]:
-    yield "| attack | data, seed | precision | clean accuracy | ASR | its control | base confusion | FPR | activity |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield (
+        "| attack | data, seed | precision | clean accuracy | ASR | its control | base confusion | FPR | its control "
+        "| activity |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for planted in SHOWN:
         for place in results.places:
             for scheme in SCHEMES:
                 seen = results.behaviour(planted, place, scheme)
                 if seen is not None:
-                    control = results.control(seen)
+                    control, misled = results.control(seen), results.control_fpr(seen)
                     yield (
                         f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {shown(seen.clean_accuracy)} "
                         f"| {rate(seen.asr, seen.eligible)} | {'' if control is None else shown(control.value)} "
                         f"| {shown(seen.base_confusion)} "
-                        f"| {rate(seen.fpr, seen.bystanders)} | {seen.activity} |"
+                        f"| {rate(seen.fpr, seen.bystanders)} | {'' if misled is None else shown(misled.value)} "
+                        f"| {seen.activity} |"
                     )
 
 
@@ -591,8 +600,8 @@ def main() -> None:
         "## What each precision leaves\n\n"
         "ASR and FPR with Wilson's 95 % interval over the images of one network. Its control: the share of the same\n"
         "images that the *clean* network of that seed and precision gives to the attacker's class with the same "
-        "trigger\non them; base confusion: the attacked file's share without the trigger.\n\n"
-        + "\n".join(precision_table(results)),
+        "trigger\non them; base confusion: the attacked file's share without the trigger. That of the FPR: of\n"
+        "the clean network's bystanders.\n\n" + "\n".join(precision_table(results)),
         *unmade(results),
     ]
     (HERE / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -121,6 +121,7 @@ class SourceSpecificPoisons(PoisonBudget):
     paper: ClassVar[str] = "Wang et al. 2023, arXiv 2206.00145"
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ("SCAn",)
+    source_specific: ClassVar[bool] = True
     name: ClassVar[str]
 
     variant: Variant = "trans"

@@ -156,6 +156,18 @@ def trigger_shows_images(attack: Attack) -> bool:
 
 
 @runtime_checkable
+class NamesSource(Protocol):
+    """An attack that says whether its trigger is a `SourceSpecific` one, before there is one; others' is none."""
+
+    source_specific: ClassVar[bool]
+
+
+def is_source_specific(attack: object) -> bool:
+    """Whether the trigger of an attack, or of one in its settings, has bystanders."""
+    return any(isinstance(one, NamesSource) and one.source_specific for one in with_inner(attack))
+
+
+@runtime_checkable
 class ReadsData(Protocol):
     """An attack that reads more than the training set."""
 

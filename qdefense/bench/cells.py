@@ -40,6 +40,7 @@ class Attacker:
     network: Network
     recipe_sha256: str
     attack: str
+    source_specific: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,14 @@ class NetworkPlan:
         from qdefense.attacks.interfaces import trigger_shows_images  # noqa: PLC0415
 
         return self.attack is not None and trigger_shows_images(ATTACKS.create(self.attack))
+
+    @cached_property
+    def source_specific(self) -> bool:
+        """Whether its trigger has bystanders, and so an FPR."""
+        from qdefense.attacks import ATTACKS  # noqa: PLC0415 (torch stays off the way to --help)
+        from qdefense.attacks.interfaces import is_source_specific  # noqa: PLC0415
+
+        return self.attack is not None and is_source_specific(ATTACKS.create(self.attack))
 
     @property
     def grid(self) -> int:
@@ -314,7 +323,12 @@ def _add_controls(matrix: Matrix, network: NetworkPlan, networks: Mapping[str, N
     twin = networks.get(digest_of(network=clean.model_dump(mode="json")))
     if network.attack is None or twin is None:
         return
-    attacker = Attacker(network=network.network, recipe_sha256=network.recipe_sha256, attack=network.attack)
+    attacker = Attacker(
+        network=network.network,
+        recipe_sha256=network.recipe_sha256,
+        attack=network.attack,
+        source_specific=network.source_specific,
+    )
     for mine in network.files.values():
         file = twin.files.get(digest_of(**_untriggered(mine).recipe("")))
         theirs = {

@@ -428,10 +428,10 @@ def _controlled(record: BehaviourRecord | ControlRecord, attacked: Network) -> s
     return digest_of(network=network_id(attacked), file=file, images=record.data_sha256)
 
 
-def _nearness(control: ControlRecord, seen: BehaviourRecord) -> tuple[int, int, bool]:
-    """The newest code first, then the clean network that was trained last, then the same CPU and ONNX Runtime."""
+def _nearness(control: ControlRecord, seen: BehaviourRecord) -> tuple[int, int, bool, bool]:
+    """The newest code first, then the clean network that was trained last, then one with an FPR, then the same CPU."""
     here, there = (None if one.runtime is None else one.runtime.facts for one in (control, seen))
-    return control.evaluation_revision or 0, control.replica, here == there
+    return control.evaluation_revision or 0, control.replica, control.fpr is not None, here == there
 
 
 def _answers(control: ControlRecord) -> bool:

@@ -69,9 +69,9 @@ SOURCE_SPECIFIC = replace(
     notes=(
         *BEHAVIOUR.notes,
         "FPR, of source-specific attacks: how many images of classes that are neither source nor target get a target "
-        "with the trigger on them, and do not without it.",
+        "with the trigger on them, and do not without it; beside it the same on the clean twin.",
     ),
-    columns=(*BEHAVIOUR.columns[:_ASR], "FPR", *BEHAVIOUR.columns[_ASR:]),
+    columns=(*BEHAVIOUR.columns[:_ASR], "FPR", "FPR on clean twin", *BEHAVIOUR.columns[_ASR:]),
 )
 """Of files among which there are source-specific ones."""
 SCANS = Form(

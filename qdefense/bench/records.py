@@ -10,7 +10,7 @@ stage          one record per                                             says
 ``train``      network: data, architecture, attack, seed                  digest and size of the FP32 file
 ``quantize``   network and precision (and calibration, where it counts)   digest and size, how much of it is integer
 ``behaviour``  file and arithmetic                                        clean accuracy, ASR, base confusion, activity
-``control``    clean file, arithmetic and attacked network                the ASR of that network's trigger on this file
+``control``    clean file, arithmetic and attacked network                ASR (and FPR) of its trigger on this file
 ``defense``    file, arithmetic, defense and access                       the finding, and the evaluator's metrics of it
 ============== ========================================================== =============================================
 
@@ -38,7 +38,7 @@ from qdefense.findings import Finding, Verdict
 from qdefense.profile import Runtime, SessionProfile
 from qdefense.trial import Activity
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 FP32 = "fp32"
 Access = Literal["session", "shadow", "no-gradients"]
 """What a defense works on: the deployed session; its shadow alone; the session without any shadow.
@@ -197,6 +197,8 @@ class ControlRecord(_Trial):
     attacked_sha256: str = Field(description="digest of the FP32 file of the attacked network, whose trigger it is")
     asr: float | None = None
     eligible: int | None = Field(default=None, description="images that the ASR is a share of")
+    fpr: float | None = Field(default=None, description="of a source-specific trigger, as of a behaviour")
+    bystanders: int | None = Field(default=None, description="images that the FPR is a share of; null in old lines")
 
 
 class Curve(_Record):

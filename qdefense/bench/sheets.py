@@ -211,7 +211,7 @@ def heat_of(area: float) -> int:
 
 
 def _behaviour_sheet(rows: Sequence[BehaviourRow]) -> Sheet:
-    """With a column for the FPR where any attack is source-specific."""
+    """With columns for the FPR and its control where any attack is source-specific."""
     sourced = any(row.fpr is not None for row in rows)
     form = forms.SOURCE_SPECIFIC if sourced else forms.BEHAVIOUR
     return _sheet(form, rows, partial(_behaviour_cells, sourced=sourced))
@@ -223,7 +223,7 @@ def _behaviour_cells(row: BehaviourRow, *, sourced: bool) -> list[Cell]:
         Cell(lines=(row.setting.file,), group=(row.setting, "", "session")),
         *_text(row.measured, percents(row.clean_accuracy), percents(row.asr), percents(row.base_confusion)),
         *_text(percents(row.control)),
-        *(_text(percents(row.fpr)) if sourced else ()),
+        *(_text(percents(row.fpr), percents(row.control_fpr)) if sourced else ()),
         *_text(*(row.activity.get(activity, 0) for activity in Activity)),
         *_text(kilobytes(row.size_bytes), percents(row.integer_mac_share), row.failed, row.unrecorded),
     ]

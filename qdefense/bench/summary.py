@@ -49,11 +49,12 @@ from qdefense.bench.tables import (
 from qdefense.bench.timing_records import FileLatency
 from qdefense.bench.timings import LatencyRow, latency_rows, outdated_timings
 
-SCHEMA_VERSION = "1.6"
+SCHEMA_VERSION = "1.7"
 """1.1: ``budgets``. 1.3: lowest and highest network of pooled rates, ``answers_lost``, AUROC of rows within a label.
 
 1.4: ``refused`` repairs, ``before_bytes`` of memory, ``apart``, ``outdated_timings``. 1.5: ``without_line`` and
 ``weaknesses`` of filters, ``failed`` files of a poison budget. 1.6: ``control`` and ``uncontrolled`` of what files do.
+1.7: their ``control_fpr``.
 """
 
 

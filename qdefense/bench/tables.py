@@ -113,6 +113,8 @@ class BehaviourRow(_SettingRow):
     """Attacked files without it: their activity is judged by the base confusion alone."""
     fpr: Spread | None = None
     """Of source-specific triggers."""
+    control_fpr: Spread | None = None
+    """Of the same triggers on the clean twins."""
     activity: dict[Activity, int]
     size_bytes: Spread | None
     integer_mac_share: Spread | None
@@ -277,6 +279,7 @@ def behaviour_rows(cohort: Cohort) -> tuple[BehaviourRow, ...]:
                 control=spread(one.asr for one in controls),
                 uncontrolled=sum(one.asr is not None for one in there) - len(controls),
                 fpr=spread(one.fpr for one in there),
+                control_fpr=spread(one.fpr for one in controls),
                 activity=dict(Counter(one.activity for one in there if one.activity is not None)),
                 size_bytes=spread(sizes.get(one.artifact_sha256) for one in there),
                 integer_mac_share=spread(shares.get(one.artifact_sha256) for one in there),

@@ -202,10 +202,13 @@ class TrialKey:
         Two recipes may give equal bytes; each has a record of its own, which names it.
         """
         defense, recipe = self.cell.defense, self.plan.recipe("")
-        network = self.plan.network if self.cell.attacker is None else self.cell.attacker.network
+        attacker = self.cell.attacker
+        network = self.plan.network if attacker is None else attacker.network
         truth = {"attack": network.attack, "settings": network.attack_settings, "seed": network.seed}
         if self.attacker_sha256 is not None:
             truth["control"] = self.attacker_sha256
+        if attacker is not None and attacker.source_specific:  # older controls of these have no FPR
+            truth["measures"] = "asr, fpr"
         asked = None
         if defense is not None:
             asked = {"name": defense.name, "settings": defense.settings, "revision": defense.revision}

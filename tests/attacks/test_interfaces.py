@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from qdefense.attacks import ATTACKS
-from qdefense.attacks.interfaces import trigger_shows_images
+from qdefense.attacks.interfaces import SourceSpecific, is_source_specific, trigger_shows_images
+from qdefense.data.images import DataError
 
 CONTENT = ["cassock:variant=cont", "cassock:variant=comp", "cassock-loop:variant=cont", "cassock-loop:variant=comp"]
 
@@ -18,3 +19,19 @@ def test_a_trigger_made_of_one_training_image_says_so(spec: str) -> None:
 )
 def test_patterns_and_weights_show_no_training_image(spec: str) -> None:
     assert not trigger_shows_images(ATTACKS.create(spec))
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_an_attack_says_whether_its_trigger_is_source_specific(name: str) -> None:
+    attack = ATTACKS.create(name)
+    try:
+        trigger = attack.trigger(32, 32)
+    except DataError:
+        assert not is_source_specific(attack)  # learned, and of no attack that has a variant without
+        return
+    assert is_source_specific(attack) == isinstance(trigger, SourceSpecific)
+
+
+@pytest.mark.parametrize("spec", [*CONTENT, "lsp:host=cassock"])
+def test_content_and_smoothed_labels_leave_a_trigger_source_specific(spec: str) -> None:
+    assert is_source_specific(ATTACKS.create(spec))

@@ -41,6 +41,8 @@ NewDesk = Callable[..., Desk]
 Capture = pytest.CaptureFixture[str]
 PLAIN = TINY.replace("controls = false\n", "").replace('defenses = ["neural-cleanse:budget=quick"]\n', "")
 """Two networks at two precisions, and what the trigger of the one does to the other."""
+SOURCED = PLAIN.replace('"badnets"', '"cassock:source-class=1"').replace('"fp32", "int8-dynamic"', '"fp32"')
+"""With a trigger that is meant for one class."""
 LEARNED = PLAIN.replace('"badnets"', '"wanet:mode=all-to-all"').replace('"fp32", "int8-dynamic"', '"fp32"')
 """The same with a trigger that no setting tells."""
 
@@ -167,6 +169,26 @@ def test_a_control_is_the_share_of_stamped_images_that_the_clean_file_gives_to_t
         assert (record.network.attack, record.attacked.attack) == (None, "badnets")
         assert record.attacked_sha256 == trained["badnets"]
     assert found["fp32"].artifact_sha256 == trained[None]
+
+
+def test_the_control_of_a_source_specific_trigger_has_an_fpr_and_older_ones_are_measured_again(
+    new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = new_desk(SOURCED)
+    with monkeypatch.context() as before:
+        before.setattr("qdefense.bench.cells.NetworkPlan.source_specific", False)
+        made.run(Inline())
+    (old,) = measured_in(made)
+    made.run(again := Inline())
+    assert again.stages == ["TrialTask"]
+    (kept, new) = measured_in(made)
+    assert kept.key == old.key != new.key
+    images = open_data("signs", split="test", limit=60, seed=0)
+    assert new.bystanders == int((~np.isin(images.labels, [1, 7])).sum())
+    assert new.fpr is not None
+    (row,) = (row for row in behaviour_rows(Cohort([*made.records.values()])) if row.setting.attack == "cassock")
+    assert row.control_fpr is not None
+    assert row.control_fpr.mean == new.fpr
 
 
 def test_controls_come_whichever_network_is_trained_last(controlled: Desk, new_desk: NewDesk) -> None:
@@ -372,6 +394,15 @@ def test_of_several_controls_the_newest_code_counts_and_then_the_same_cpu() -> N
     for records in ([old, newest, other], [other, newest, old]):
         assert Cohort([seen, *records]).controls[seen.key].asr == 0.2
     assert Cohort([seen, old, other]).controls[seen.key].asr == 0.3
+
+
+def test_a_control_with_an_fpr_counts_before_one_of_the_same_cpu() -> None:
+    seen = samples.behaviour(ATTACKED, asr=0.95, fpr=0.2, bystanders=9)
+    elsewhere = samples.RUNTIME.model_copy(update={"isa": ("sse2",)})
+    old, new = control_of(ATTACKED, 0.1), control_of(ATTACKED, 0.2, runtime=elsewhere, fpr=0.01, bystanders=9)
+    (row,) = (one for one in behaviour_rows(Cohort([seen, new, old])) if one.setting.attack == "badnets")
+    assert row.control_fpr is not None
+    assert (row.control_fpr.mean, row.fpr and row.fpr.mean) == (0.01, 0.2)
 
 
 def test_of_two_clean_networks_of_a_recipe_the_last_one_counts_on_whatever_cpu() -> None:

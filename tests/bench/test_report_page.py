@@ -386,13 +386,16 @@ def test_the_behaviour_table_has_a_column_for_the_fpr_only_where_there_is_one(
 ) -> None:
     rows = whole[0].behaviour
     fpr = Spread(mean=0.125, low=0.125, high=0.125, n=1)
-    sourced = whole[0].model_copy(update={"behaviour": (rows[0].model_copy(update={"fpr": fpr}), *rows[1:])})
+    control = Spread(mean=0.015, low=0.015, high=0.015, n=1)
+    first = rows[0].model_copy(update={"fpr": fpr, "control_fpr": control})
+    sourced = whole[0].model_copy(update={"behaviour": (first, *rows[1:])})
     plain, wider = (sheets_of(report)[1] for report in (whole[0], sourced))
     place = wider.form.columns.index("FPR")
-    assert wider.form.columns[:place] + wider.form.columns[place + 1 :] == plain.form.columns
-    told = [row[place].lines for block in wider.blocks for row in block.rows]
-    assert ("12.5 %",) in told
-    assert set(told) == {("12.5 %",), ("n/a",)}
+    assert wider.form.columns[place + 1] == "FPR on clean twin"
+    assert wider.form.columns[:place] + wider.form.columns[place + 2 :] == plain.form.columns
+    told = [(row[place].lines, row[place + 1].lines) for block in wider.blocks for row in block.rows]
+    assert (("12.5 %",), ("1.5 %",)) in told
+    assert set(told) == {(("12.5 %",), ("1.5 %",)), (("n/a",), ("n/a",))}
     assert len(wider.form.notes) == len(plain.form.notes) + 1
 
 

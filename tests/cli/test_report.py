@@ -47,7 +47,7 @@ def test_report_writes_report_html_here_by_default(
 def test_report_prints_json_and_markdown(results: Path, tmp_path: Path, capfd: Capture) -> None:
     assert run(["report", str(results), "--format", "json"]) == 0
     body = json.loads(capfd.readouterr().out)
-    assert (body["schema_version"], body["name"], body["folder"]) == ("1.6", tmp_path.name, "results")
+    assert (body["schema_version"], body["name"], body["folder"]) == ("1.7", tmp_path.name, "results")
     assert run(["report", str(results), "--format", "markdown"]) == 0
     text = capfd.readouterr().out
     assert text.startswith("# test")
