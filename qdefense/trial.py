@@ -123,21 +123,25 @@ class Control(BaseModel):
     bystanders: int = 0
 
 
-def activity_of(asr: float | None, base_confusion: float | None, control: float | None = None) -> Activity:
-    """Active at an ASR of at least 0.9; dormant at most 0.05 above the confusion without a trigger.
-
-    Dormant also, whatever the ASR, where it is at most 0.05 above the ``control``: what the same trigger does to the
-    clean twin it does to this file without a backdoor.
-    """
+def activity_of(asr: float | None, base_confusion: float | None) -> Activity:
+    """Active at an ASR of at least 0.9; dormant at most 0.05 above the confusion without a trigger."""
     if asr is None or base_confusion is None:
         return Activity.CLEAN
-    if control is not None and asr - control <= DORMANT_MARGIN + _ROUNDING:
-        return Activity.DORMANT
     if asr >= ACTIVE_ASR:
         return Activity.ACTIVE
     if asr - base_confusion <= DORMANT_MARGIN + _ROUNDING:
         return Activity.DORMANT
     return Activity.ATTENUATED
+
+
+def held_against(control: float | None, activity: Activity, asr: float | None) -> Activity:
+    """The activity, and dormant whatever the ASR where that is at most 0.05 above its ``control``.
+
+    What the same trigger does to the clean twin it does to this file without a backdoor.
+    """
+    if control is None or asr is None or asr - control > DORMANT_MARGIN + _ROUNDING:
+        return activity
+    return Activity.DORMANT
 
 
 def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None) -> Behaviour:

@@ -18,7 +18,7 @@ from qdefense.trial import (
     Behaviour,
     Control,
     Truth,
-    activity_of,
+    held_against,
     measure_behaviour,
     measure_control,
     truth_path,
@@ -169,7 +169,9 @@ def test_activity_is_right_at_its_borders(asr: float | None, base: float | None,
 def test_what_the_trigger_does_to_the_clean_twin_is_no_backdoor(
     asr: float | None, base: float | None, control: float, activity: Activity
 ) -> None:
-    assert activity_of(asr, base, control) is activity
+    alone = Behaviour(clean_accuracy=0.9, images=10, asr=asr, base_confusion=base).activity
+    assert held_against(control, alone, asr) is activity
+    assert held_against(None, alone, asr) is alone
 
 
 def test_a_control_is_the_asr_on_eligible_images_alone(make_noise: MakeNoise) -> None:

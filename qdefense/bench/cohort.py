@@ -27,7 +27,7 @@ from qdefense.bench.records import (
 )
 from qdefense.findings import Verdict
 from qdefense.profile import Runtime
-from qdefense.trial import Activity, activity_of
+from qdefense.trial import Activity, held_against
 
 NO_ATTACK = "none"
 _EVALUATION, _RUNTIME = "evaluation", "runtime"
@@ -229,10 +229,9 @@ class Cohort:
     def judged(self, record: BehaviourRecord) -> BehaviourRecord:
         """The record with the activity that its control, where there is one, makes of what the file does."""
         control = self.controls.get(record.key)
-        if control is None or record.asr is None:
+        if control is None or record.activity is None:
             return record
-        activity = activity_of(record.asr, record.base_confusion, control.asr)
-        return record.model_copy(update={"activity": activity})
+        return record.model_copy(update={"activity": held_against(control.asr, record.activity, record.asr)})
 
     def recorded(self, judged: BehaviourRecord) -> BehaviourRecord:
         """The line that a judged record was made of."""
@@ -305,16 +304,25 @@ class Cohort:
         """What the backdoor does in the file, on the same runtime and test images; ``None`` where that is unknown."""
         if record.network.attack is None:
             return Activity.CLEAN
+        found = {one.activity for one in self._seen(record)}
+        return found.pop() if len(found) == 1 else None
+
+    def control(self, record: DefenseRecord) -> ControlRecord | None:
+        """What the trigger does to the clean twin of the file that a defense was asked about."""
+        known = (self.controls.get(one.key) for one in self._seen(record))
+        return next((one for one in known if one is not None), None)
+
+    def _seen(self, record: DefenseRecord) -> list[BehaviourRecord]:
+        """What its file was seen to do on the same runtime and test images."""
         files = self._files.get((record.artifact_sha256, record.arithmetic), ())
         images, runtime = self._rules.test_images(record), self.runtime(record.runtime)
-        found = {
-            one.activity
+        return [
+            one
             for one in files
             if one.activity is not None
             and images in (None, one.data_sha256)
             and (record.runtime is None or self.runtime(one.runtime) == runtime)
-        }
-        return found.pop() if len(found) == 1 else None
+        ]
 
     def twins(self, subject: Subject) -> tuple[DefenseRecord, ...]:
         """The same defense on clean networks, at the same precision.

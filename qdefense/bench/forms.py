@@ -168,14 +168,15 @@ REPAIRS = Form(
     notes=(
         "Clean accuracy and ASR of active files (of clean networks: accuracy) before and after, on images that the "
         "repair did not see; a repair detects nothing. Changes are in percentage points, with the interval of the mean "
-        "over networks by Student's t. What became of the backdoor is counted over files of every activity, as each "
-        "file alone tells it, without a control. "
+        "over networks by Student's t. On clean twin: the ASR of the same trigger on a network that never learned it; "
+        "what is left at most 5 points above it is dormant. What became of the backdoor is counted over files of every "
+        "activity. "
         "NOT_REPAIRED: files that lost more accuracy than the repair tolerates; they are in all figures.",
     ),
     empty="No repair was run.",
     columns=(
-        *(*_ROW, "accuracy before", "accuracy after", "change", "ASR before", "ASR after", "change of ASR", "backdoor"),
-        "NOT_REPAIRED",
+        *(*_ROW, "accuracy before", "accuracy after", "change", "ASR before", "ASR after", "change of ASR"),
+        *("on clean twin", "backdoor", "NOT_REPAIRED"),
         *(*_STATES, _INACTIVE, "activity unknown", "no record"),
     ),
 )

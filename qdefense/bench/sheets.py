@@ -272,6 +272,7 @@ def _repair_cells(row: RepairRow) -> list[Cell]:
         *_named(row),
         *_text(percents(row.accuracy_before), percents(row.accuracy_after), changed(row.accuracy_change, percent=True)),
         *_text(percents(row.asr_before), percents(row.asr_after), changed(row.asr_change, percent=True)),
+        *_text(percents(row.control)),
         Cell(lines=moves or (NOTHING,)),
         *_text(row.refused),
         *_states(row.answers),

@@ -54,7 +54,7 @@ SCHEMA_VERSION = "1.7"
 
 1.4: ``refused`` repairs, ``before_bytes`` of memory, ``apart``, ``outdated_timings``. 1.5: ``without_line`` and
 ``weaknesses`` of filters, ``failed`` files of a poison budget. 1.6: ``control`` and ``uncontrolled`` of what files do.
-1.7: their ``control_fpr``.
+1.7: their ``control_fpr``, ``control`` of repairs.
 """
 
 

@@ -17,6 +17,7 @@ from qdefense.bench.cohort import NO_ATTACK, Cohort, Setting, Status, Subject, r
 from qdefense.bench.paired import mean_difference
 from qdefense.bench.records import (
     Access,
+    ControlRecord,
     DatasetMetrics,
     DefenseRecord,
     FilterMetrics,
@@ -27,7 +28,7 @@ from qdefense.bench.records import (
 )
 from qdefense.findings import Verdict
 from qdefense.rates import auroc, wilson_interval
-from qdefense.trial import Activity
+from qdefense.trial import Activity, held_against
 
 
 class Row(BaseModel):
@@ -182,7 +183,7 @@ class FilterRow(_DefenseRow):
 
 
 class RepairRow(_DefenseRow):
-    """A `Repair` of active files: clean accuracy and ASR before and after."""
+    """A `Repair` of active files: clean accuracy and ASR before and after, and what the trigger does to clean twins."""
 
     accuracy_before: Spread | None
     accuracy_after: Spread | None
@@ -190,6 +191,8 @@ class RepairRow(_DefenseRow):
     asr_before: Spread | None
     asr_after: Spread | None
     asr_change: Difference | None
+    control: Spread | None = None
+    """ASR of the same triggers on the clean twins, which no repair can be expected to go below."""
     transitions: dict[str, int]
     """``active to dormant``: how many files, of every activity."""
     refused: int = 0
@@ -393,12 +396,13 @@ def _filter_row(sides: Sides) -> FilterRow:
 
 def repair_rows(cohort: Cohort) -> tuple[RepairRow, ...]:
     """One row per setting, repair and access."""
-    return tuple(_repair_row(Sides(cohort, subject)) for subject in subjects_of(cohort, "repair"))
+    return tuple(_repair_row(cohort, Sides(cohort, subject)) for subject in subjects_of(cohort, "repair"))
 
 
-def _repair_row(sides: Sides) -> RepairRow:
-    found, every = (_metrics(records, RepairMetrics) for records in (sides.main, sides.all))
-    moves = Counter(f"{one.activity_before} to {one.activity_after}" for one in every if one.activity_after is not None)
+def _repair_row(cohort: Cohort, sides: Sides) -> RepairRow:
+    found = _metrics(sides.main, RepairMetrics)
+    controls = (cohort.control(one) for one in sides.main)
+    moves = Counter(move for one in sides.all if (move := _move(one, cohort.control(one))) is not None)
     return RepairRow(
         **sides.facts,
         accuracy_before=spread(one.accuracy_before for one in found),
@@ -407,9 +411,20 @@ def _repair_row(sides: Sides) -> RepairRow:
         asr_before=spread(one.asr_before for one in found),
         asr_after=spread(one.asr_after for one in found),
         asr_change=difference((one.asr_before, one.asr_after) for one in found),
+        control=spread(one.asr for one in controls if one is not None),
         transitions=dict(sorted(moves.items())),
         refused=sum(one.verdict is Verdict.NOT_REPAIRED for one in sides.main),
     )
+
+
+def _move(record: DefenseRecord, control: ControlRecord | None) -> str | None:
+    """What became of a backdoor, both sides held against its control."""
+    found = record.metrics
+    if not isinstance(found, RepairMetrics) or found.activity_after is None:
+        return None
+    alone = None if control is None else control.asr
+    before = held_against(alone, found.activity_before, found.asr_before)
+    return f"{before} to {held_against(alone, found.activity_after, found.asr_after)}"
 
 
 def subjects_of(cohort: Cohort, kind: str) -> list[Subject]:

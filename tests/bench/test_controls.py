@@ -19,12 +19,12 @@ from qdefense.bench.cohort import Cohort
 from qdefense.bench.facts import omissions
 from qdefense.bench.matrix import read_matrix
 from qdefense.bench.page import render_bench
-from qdefense.bench.records import BehaviourRecord, ControlRecord, Network, Record, TrainingRecord
+from qdefense.bench.records import BehaviourRecord, ControlRecord, Network, Record, RepairMetrics, TrainingRecord
 from qdefense.bench.running import evaluation_of, sources_of
 from qdefense.bench.store import Store, read_model
 from qdefense.bench.summary import BenchReport, Results, summarise
 from qdefense.bench.survey import Item, survey
-from qdefense.bench.tables import behaviour_rows, scan_rows
+from qdefense.bench.tables import behaviour_rows, repair_rows, scan_rows
 from qdefense.bench.tasks import Clock, Outcome, Task, TrainTask, TrialTask
 from qdefense.bench.timing_plan import rounds_of, survey_timings
 from qdefense.bench.worker import run_task
@@ -357,6 +357,24 @@ def test_what_a_trigger_does_to_any_network_is_no_backdoor() -> None:
     assert row.activity == {Activity.DORMANT: 1}
     assert row.control is not None
     assert (row.control.mean, row.uncontrolled) == (0.91, 0)
+
+
+def test_what_a_repair_leaves_is_held_against_what_the_trigger_does_to_the_clean_twin() -> None:
+    metrics = RepairMetrics(
+        accuracy_before=0.95, accuracy_after=0.94, asr_before=0.95, asr_after=0.3,
+        activity_before=Activity.ACTIVE, activity_after=Activity.ATTENUATED,
+    )  # fmt: skip
+    repaired = samples.defense(ATTACKED, metrics=metrics, name="fine-pruning", kind="repair", verdict=None)
+    records = [samples.behaviour(ATTACKED, asr=0.95), repaired]
+    (alone,) = repair_rows(Cohort(records))
+    assert (alone.control, alone.transitions) == (None, {"active to attenuated": 1})
+    (row,) = repair_rows(Cohort([*records, control_of(ATTACKED, 0.27)]))
+    assert row.control is not None
+    assert (row.control.mean, row.transitions) == (0.27, {"active to dormant": 1})
+    (weak,) = repair_rows(Cohort([*records, control_of(ATTACKED, 0.2)]))
+    assert weak.transitions == {"active to attenuated": 1}
+    (other,) = repair_rows(Cohort([*records, control_of(samples.network("blended"), 0.27)]))
+    assert (other.control, other.transitions) == (None, {"active to attenuated": 1})
 
 
 def test_a_control_is_of_the_same_trigger_precision_images_and_arithmetic() -> None:
