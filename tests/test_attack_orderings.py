@@ -14,6 +14,7 @@ from qdefense.bench.records import DatasetMetrics, Rate, ScanMetrics
 from qdefense.bench.tables import Proportion, proportion
 from qdefense.findings import InvertedTrigger, ScanResult, Verdict
 from qdefense.registry import flat_settings
+from qdefense.trial import Activity
 
 Values = dict[tuple[str, int], dict[str, float | None]]
 
@@ -116,10 +117,12 @@ def test_interval_of_a_difference_is_newcombe_of_two_rates_and_widens_with_more(
     assert wide[1] - wide[0] > high - low
 
 
-def behaves(asr: float | None, fpr: float | None, variant: str = "trans", key: str = "f") -> SimpleNamespace:
+def behaves(
+    asr: float | None, fpr: float | None, variant: str = "trans", key: str = "f", **changes: object
+) -> SimpleNamespace:
     network = SimpleNamespace(data="signs", seed=0, attack="cassock", attack_settings={"variant": variant})
     rates = {"asr": asr, "eligible": 100, "fpr": fpr, "bystanders": 1000}
-    return SimpleNamespace(network=network, scheme="fp32", key=key, **rates)
+    return SimpleNamespace(**{"network": network, "scheme": "fp32", "key": key, **rates, **changes})
 
 
 def test_two_variants_are_compared_with_the_interval_of_their_difference(orderings: ModuleType) -> None:
@@ -150,6 +153,33 @@ def test_what_was_not_measured_is_left_empty(orderings: ModuleType) -> None:
     assert (orderings.shown(None), orderings.shown(0.0)) == ("", "0.000")
     assert (orderings.rate(None, 10), orderings.rate(0.5, None), orderings.rate(0.5, 0)) == ("", "", "")
     assert orderings.rate(0.5, 100) == "0.500 [0.404, 0.596]"
+
+
+def test_the_page_has_a_row_for_each_network_and_a_table_of_every_file(orderings: ModuleType) -> None:
+    results = orderings.Results(())
+    results.controls = {"f": SimpleNamespace(asr=0.3, eligible=1000, fpr=0.01, bystanders=500)}
+    facts = {"clean_accuracy": 0.97, "base_confusion": 0.02}
+    results.behaviours = [
+        behaves(0.95, 0.1, activity=Activity.ACTIVE, **facts),
+        behaves(0.4, 0.1, scheme="int4", key="g", activity=Activity.ATTENUATED, **facts),
+        behaves(0.03, 0.1, scheme="int8-static", key="h", activity=Activity.DORMANT, **facts),
+    ]
+    *_, row = orderings.network_table(results)
+    told = "| `cassock:variant=trans` | signs, 0 | 0.970 | **0.950** | *0.030* |  | 0.400 | 0.300 | 0.100 | 0.010 |"
+    assert row == told
+    text = orderings.page(results, "# Title\n\n## What came so far\n\n1. A finding.\n")
+    assert [line for line in text.splitlines() if line.startswith("#")][:4] == [
+        "# Title",
+        "## The papers' orderings",
+        "## What came so far",
+        "## What each precision leaves",
+    ]
+    assert row in text
+    assert [line.split(" | ")[2] for line in orderings.precisions(results).splitlines() if "cassock" in line] == [
+        "fp32",
+        "int8-static",
+        "int4",
+    ]
 
 
 def scanned(verdict: Verdict, norm: float | None, index: float | None) -> SimpleNamespace:

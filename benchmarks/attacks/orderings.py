@@ -1,4 +1,4 @@
-"""Write README.md: which orderings of the attacks' papers hold here, and what each precision leaves of every attack.
+"""Write README.md and PRECISIONS.md: which of the papers' orderings hold here, and what each precision leaves.
 
     qdefense bench benchmarks/attacks/matrix.toml
     python benchmarks/attacks/orderings.py
@@ -32,7 +32,7 @@ from qdefense.bench.records import (
 from qdefense.bench.store import RECORDS, read_records
 from qdefense.bench.tables import Proportion, proportion
 from qdefense.findings import ScanResult, Verdict
-from qdefense.trial import DORMANT_MARGIN
+from qdefense.trial import DORMANT_MARGIN, Activity
 
 HERE = Path(__file__).parent
 SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
@@ -43,6 +43,8 @@ PAPER_SUCCESS, LOWER_SUCCESS = 0.99, 0.9
 """What Neural Cleanse asks of a trigger before it makes it smaller."""
 TINY, TENFOLD = 50, 500
 SWEPT, HELD_SHARE = 1000, 0.85
+FINDINGS = "## What came so far"
+"""The heading of the preface before which the papers' sentences stand."""
 FULL = 1.0
 """Of the target's content: as it is."""
 Told = TypeVar("Told", BehaviourRecord, DefenseRecord)
@@ -553,7 +555,34 @@ def rate(value: float | None, n: int | None) -> str:
     return "" if share is None else f"{value:.3f} [{share.low:.3f}, {share.high:.3f}]"
 
 
+def _marked(record: BehaviourRecord | None) -> str:
+    """An ASR, bold where the file is active and slanted where it is dormant."""
+    if record is None or record.asr is None:
+        return ""
+    mark = {Activity.ACTIVE: "**", Activity.DORMANT: "*"}.get(record.activity or Activity.ATTENUATED, "")
+    return f"{mark}{record.asr:.3f}{mark}"
+
+
+def network_table(results: Results) -> Iterator[str]:
+    """A row for each network."""
+    yield f"| attack | data, seed | clean accuracy | {' | '.join(SCHEMES)} | controls up to | FPR, fp32 | its control |"
+    yield "|---|---|---|" + "---|" * (len(SCHEMES) + 3)
+    for planted, place in product(SHOWN, results.places):
+        files = [results.behaviour(planted, place, scheme) for scheme in SCHEMES]
+        seen = [one for one in files if one is not None]
+        if not seen:
+            continue
+        controls = [control.value for one in seen if (control := results.control(one)) is not None]
+        misled = results.control_fpr(seen[0])
+        yield (
+            f"| {planted.title} | {place[0]}, {place[1]} | {shown(seen[0].clean_accuracy)} "
+            f"| {' | '.join(map(_marked, files))} | {shown(max(controls, default=None))} | {shown(seen[0].fpr)} "
+            f"| {'' if misled is None else shown(misled.value)} |"
+        )
+
+
 def precision_table(results: Results) -> Iterator[str]:
+    """A row for each file."""
     yield (
         "| attack | data, seed | precision | clean accuracy | ASR | its control | base confusion | FPR | its control "
         "| activity |"
@@ -581,12 +610,19 @@ def unmade(results: Results) -> Iterator[str]:
         yield "## Networks that could not be made\n\n" + "\n".join(lines)
 
 
-def main() -> None:
-    path = HERE / "results" / RECORDS
-    results = Results(read_records(path) if path.exists() else ())
+def page(results: Results, preface: str) -> str:
+    """README.md: the preface up to its findings, what the papers say, the findings, and the tables."""
+    head, findings = preface.rstrip().split(FINDINGS)
     parts = [
-        (HERE / "preface.md").read_text(encoding="utf-8").rstrip(),
+        head.rstrip(),
         "## The papers' orderings\n\n" + "\n".join(claim_table(results)),
+        FINDINGS + findings,
+        "## What each precision leaves\n\n"
+        "ASR by precision, **bold** where the file is active and *slanted* where it is dormant, and the clean\n"
+        "accuracy of the FP32 file. The controls, at most: what the same trigger does to the *clean* network of that\n"
+        "seed at the same precision. Intervals, confusion without the trigger and the FPR of every file are in\n"
+        "[PRECISIONS.md](PRECISIONS.md); poison counts against what finds and removes them in\n"
+        "[RESULTS.md](RESULTS.md).\n\n" + "\n".join(network_table(results)),
         "## The model of label smoothing on measured norms\n\n"
         "From BadNets, Neural Cleanse at a fixed cost: the trigger is hidden where its confidence is at most q_max,\n"
         "and still fires above 1 / K. Norm and cost (cross-entropy, in nats) of the benign classes are the medians of\n"
@@ -597,14 +633,28 @@ def main() -> None:
         "published, or 90 %. The class with the smallest mask (pixels), its index, and `1 - norm / median`\n"
         "(docs/decisions/0023). All were scanned on one machine (AMD EPYC), but for BadNets of seed 0 at 99 % (Intel\n"
         "Xeon).\n\n" + "\n".join(success_table(results)),
-        "## What each precision leaves\n\n"
-        "ASR and FPR with Wilson's 95 % interval over the images of one network. Its control: the share of the same\n"
-        "images that the *clean* network of that seed and precision gives to the attacker's class with the same "
-        "trigger\non them; base confusion: the attacked file's share without the trigger. That of the FPR: of\n"
-        "the clean network's bystanders.\n\n" + "\n".join(precision_table(results)),
         *unmade(results),
     ]
-    (HERE / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n\n".join(parts) + "\n"
+
+
+def precisions(results: Results) -> str:
+    """PRECISIONS.md: every file."""
+    return (
+        "# What each precision leaves, file by file\n\n"
+        "ASR and FPR with Wilson's 95 % interval over the images of one network. Its control: the share of the same\n"
+        "images that the *clean* network of that seed and precision gives to the attacker's class with the same\n"
+        "trigger on them; of the FPR, of its bystanders. Base confusion: the attacked file's share without it.\n"
+        "Written by `orderings.py`.\n\n" + "\n".join(precision_table(results)) + "\n"
+    )
+
+
+def main() -> None:
+    path = HERE / "results" / RECORDS
+    results = Results(read_records(path) if path.exists() else ())
+    preface = (HERE / "preface.md").read_text(encoding="utf-8")
+    (HERE / "README.md").write_text(page(results, preface), encoding="utf-8")
+    (HERE / "PRECISIONS.md").write_text(precisions(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
