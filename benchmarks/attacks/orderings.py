@@ -42,6 +42,7 @@ PAPER_INDEX, KEPT_ASR = 2.0, 0.9
 PAPER_SUCCESS, LOWER_SUCCESS = 0.99, 0.9
 """What Neural Cleanse asks of a trigger before it makes it smaller."""
 TINY, TENFOLD = 50, 500
+DFB_VARIANTS = "fixed", "encoder"
 SWEPT, HELD_SHARE = 1000, 0.85
 FINDINGS = "## What came so far"
 """The heading of the preface before which the papers' sentences stand."""
@@ -91,7 +92,7 @@ def few(name: str, count: int = TINY) -> Planted:
     return Planted(name=name, settings={"poison_count": count})
 
 
-def dfb(count: int, variant: str = "fixed") -> Planted:
+def dfb(count: int, variant: str) -> Planted:
     return Planted(name="dfb", settings={"variant": variant, "poison_count": count, "ood": "gtsrb"})
 
 
@@ -117,10 +118,9 @@ SHOWN = (
     *map(in_the_loop, ("source-specific", "trans")),
     Planted(name="wanet"),
     Planted(name="adaptive-blend"),
-    dfb(TINY),
+    *(dfb(TINY, variant) for variant in DFB_VARIANTS),
     *RIVALS[TINY],
-    dfb(TENFOLD),
-    dfb(TENFOLD, "encoder"),
+    *(dfb(TENFOLD, variant) for variant in DFB_VARIANTS),
     *RIVALS[TENFOLD],
     *(few("badnets", count) for count in (250, SWEPT)),
     SWEPT_BLENDED,
@@ -406,12 +406,12 @@ CLAIMS = (
     *(
         Claim(
             paper="DFB",
-            sentence=f"at {count} poisons its ASR, beyond what the trigger does to a clean network, is higher than "
-            "that of " + ", ".join(dict.fromkeys(rival.name for rival in rivals)),
-            figures=beyond_of(dfb(count), *rivals),
+            sentence=f"at {count} poisons its ASR ({variant}), beyond what the trigger does to a clean network, is "
+            "higher than that of " + ", ".join(dict.fromkeys(rival.name for rival in rivals)),
+            figures=beyond_of(dfb(count, variant), *rivals),
             holds=first_is_highest,
         )
-        for count, rivals in RIVALS.items()
+        for (count, rivals), variant in product(RIVALS.items(), DFB_VARIANTS)
     ),
     Claim(
         paper="Spectral Signatures",
