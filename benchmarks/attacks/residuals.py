@@ -61,6 +61,10 @@ class Residuals:
         """Each image with the residual of another one."""
         return on_grid(x + swapped(x, self.stamped(x, multiple), np.random.default_rng(SEED)))
 
+    def averaged(self, x: Pixels, multiple: int) -> Pixels:
+        """Each image with the mean of all residuals."""
+        return on_grid(x + (self.stamped(x, multiple) - x).mean(axis=0, keepdims=True))
+
 
 def swapped(x: Pixels, stamped: Pixels, rng: np.random.Generator) -> Pixels:
     """What the stamp adds to another image; what it adds where it clips is less than the residual."""
@@ -103,7 +107,7 @@ def victims(one: Residuals, clean: dict[Place, bytes]) -> Iterator[tuple[str, by
 
 
 def crossed(found: list[Residuals], clean: dict[Place, bytes]) -> Iterator[str]:
-    """Of each victim: its own trigger, another image's residual, and the other variant's trigger of its place."""
+    """Of each victim: its own trigger, another image's residual, their mean, and the other variant's of its place."""
     for one in found:
         x = others_of(one)
         mine, count = one.network.place, one.settings["poison_count"]
@@ -115,6 +119,7 @@ def crossed(found: list[Residuals], clean: dict[Place, bytes]) -> Iterator[str]:
         images = [
             one.stamped(x, STAMPED),
             one.exchanged(x, STAMPED) if one.own else None,
+            one.averaged(x, STAMPED) if one.own else None,
             rest[0].stamped(x, STAMPED) if rest else None,
         ]
         for title, model in victims(one, clean):
@@ -149,7 +154,7 @@ def main() -> None:
         table((*named, *map(str, MULTIPLES)), magnified(found, clean)),
         "## Whose residual",
         f"At {STAMPED} times the bound. The other variant's trigger is that of the network of the same seed and count.",
-        table((*named, "own trigger", "another image's", "other variant's"), crossed(found, clean)),
+        table((*named, "own trigger", "another image's", "their mean", "other variant's"), crossed(found, clean)),
         "## What poisons keep of their class",
         f"Training images of the target class with and without the residual, at {PLANTED} times the bound, as the\n"
         "*clean* network sees them; and the mean change of a pixel in codes of 255.",
