@@ -3,7 +3,7 @@
     QDEFENSE_DATA=... python benchmarks/attacks/stronger.py
 
 BadNets' patch mirrored, in the middle, and in several places at once: label smoothing bounds the confidence that one
-planted patch gets, and no more.
+planted patch gets, and no more. SIG's wave at other amplitudes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 from margins import DATA, HERE, SEED, Attacked, attacked_networks, mean_confidence
 
 from qdefense.artifact import Artifact
+from qdefense.attacks import ATTACKS
+from qdefense.attacks.interfaces import trigger_of
 from qdefense.bench.records import BehaviourRecord
 from qdefense.bench.store import Store, read_model
 from qdefense.data.images import Pixels
@@ -22,7 +24,7 @@ from qdefense.data.opening import open_data
 from qdefense.session import DeployedSession, profile_for
 
 HOSTED, SCHEMES = ("badnets", "lsp"), ("fp32", "int8-static")
-IMAGES = 2000
+IMAGES, DELTAS = 2000, (10, 20, 40, 80)
 Place = tuple[int, int]
 
 
@@ -132,6 +134,26 @@ def copies() -> Iterator[str]:
             yield stamps.line(network.title, scheme, network.model(scheme))
 
 
+def waves() -> Iterator[str]:
+    """Rows for each SIG network: the wave at other amplitudes on its files, and on the clean network's."""
+    clean = clean_models(Store(HERE / "results"))
+    for network in attacked_networks():
+        made = network.files["fp32"].network
+        if made.attack != "sig" or made.seed != SEED:
+            continue
+        images = open_data(str(DATA / made.data), split="test", seed=SEED, limit=IMAGES)
+        target = int(made.attack_settings["target_class"])
+        others = images.take(np.flatnonzero(images.labels != target))
+        stamped = {}
+        for delta in DELTAS:
+            attack = ATTACKS.restore("sig", {**made.attack_settings, "inference_delta": delta})
+            stamped[f"{delta}"] = trigger_of(attack, *images.images.shape[1:3], None).stamp(others.pixels)
+        stamps = Stamps(stamped=stamped, images=len(others), target=target)
+        for scheme in SCHEMES:
+            yield stamps.line(f"none (the control) | {made.data}, {SEED}", scheme, clean[made.data, scheme])
+            yield stamps.line(network.title, scheme, network.model(scheme))
+
+
 def table(names: Iterable[str], rows: Iterable[str]) -> str:
     head = f"| {' | '.join(names)} |"
     return "\n".join((head, "|" + "---|" * (head.count("|") - 1), *rows))
@@ -149,6 +171,9 @@ def main() -> None:
             ("attack", "data, seed", "precision", "images", *places((28, 28), (32, 32), (3, 3))),
             copies(),
         ),
+        "## SIG's wave at other amplitudes",
+        "Trained with 20 of 255.",
+        table(("attack", "data, seed", "precision", "images", *map(str, DELTAS)), waves()),
     ]
     (HERE / "STRONGER.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
