@@ -175,8 +175,8 @@ REPAIRS = Form(
     ),
     empty="No repair was run.",
     columns=(
-        *(*_ROW, "accuracy before", "accuracy after", "change", "ASR before", "ASR after", "change of ASR"),
-        *("on clean twin", "backdoor", "NOT_REPAIRED"),
+        *(*_ROW, "accuracy before", "accuracy after", "change", "ASR before", "ASR after", "on clean twin"),
+        *("change of ASR", "backdoor", "NOT_REPAIRED"),
         *(*_STATES, _INACTIVE, "activity unknown", "no record"),
     ),
 )

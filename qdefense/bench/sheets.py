@@ -271,8 +271,8 @@ def _repair_cells(row: RepairRow) -> list[Cell]:
     return [
         *_named(row),
         *_text(percents(row.accuracy_before), percents(row.accuracy_after), changed(row.accuracy_change, percent=True)),
-        *_text(percents(row.asr_before), percents(row.asr_after), changed(row.asr_change, percent=True)),
-        *_text(percents(row.control)),
+        *_text(percents(row.asr_before), percents(row.asr_after), percents(row.control)),
+        *_text(changed(row.asr_change, percent=True)),
         Cell(lines=moves or (NOTHING,)),
         *_text(row.refused),
         *_states(row.answers),
