@@ -563,21 +563,29 @@ def _marked(record: BehaviourRecord | None) -> str:
     return f"{mark}{record.asr:.3f}{mark}"
 
 
+def _highest_control(results: Results, files: list[BehaviourRecord]) -> str:
+    """And of how many files, where some have none."""
+    controls = [control.value for one in files if (control := results.control(one)) is not None]
+    if not controls:
+        return ""
+    part = "" if len(controls) == len(files) else f" ({len(controls)} of {len(files)})"
+    return f"{max(controls):.3f}{part}"
+
+
 def network_table(results: Results) -> Iterator[str]:
     """A row for each network."""
     yield f"| attack | data, seed | clean accuracy | {' | '.join(SCHEMES)} | controls up to | FPR, fp32 | its control |"
     yield "|---|---|---|" + "---|" * (len(SCHEMES) + 3)
     for planted, place in product(SHOWN, results.places):
         files = [results.behaviour(planted, place, scheme) for scheme in SCHEMES]
-        seen = [one for one in files if one is not None]
+        seen, whole = [one for one in files if one is not None], files[0]
         if not seen:
             continue
-        controls = [control.value for one in seen if (control := results.control(one)) is not None]
-        misled = results.control_fpr(seen[0])
+        misled = None if whole is None else results.control_fpr(whole)
         yield (
-            f"| {planted.title} | {place[0]}, {place[1]} | {shown(seen[0].clean_accuracy)} "
-            f"| {' | '.join(map(_marked, files))} | {shown(max(controls, default=None))} | {shown(seen[0].fpr)} "
-            f"| {'' if misled is None else shown(misled.value)} |"
+            f"| {planted.title} | {place[0]}, {place[1]} | {shown(None if whole is None else whole.clean_accuracy)} "
+            f"| {' | '.join(map(_marked, files))} | {_highest_control(results, seen)} "
+            f"| {shown(None if whole is None else whole.fpr)} | {shown(None if misled is None else misled.value)} |"
         )
 
 
@@ -620,9 +628,9 @@ def page(results: Results, preface: str) -> str:
         "## What each precision leaves\n\n"
         "ASR by precision, **bold** where the file is active and *slanted* where it is dormant, and the clean\n"
         "accuracy of the FP32 file. The controls, at most: what the same trigger does to the *clean* network of that\n"
-        "seed at the same precision. Intervals, confusion without the trigger and the FPR of every file are in\n"
-        "[PRECISIONS.md](PRECISIONS.md); poison counts against what finds and removes them in\n"
-        "[RESULTS.md](RESULTS.md).\n\n" + "\n".join(network_table(results)),
+        "seed at the same precision, and of how many files there is one where not of all. Intervals, confusion\n"
+        "without the trigger and the FPR of every file are in [PRECISIONS.md](PRECISIONS.md); poison counts against\n"
+        "what finds and removes them in [RESULTS.md](RESULTS.md).\n\n" + "\n".join(network_table(results)),
         "## The model of label smoothing on measured norms\n\n"
         "From BadNets, Neural Cleanse at a fixed cost: the trigger is hidden where its confidence is at most q_max,\n"
         "and still fires above 1 / K. Norm and cost (cross-entropy, in nats) of the benign classes are the medians of\n"

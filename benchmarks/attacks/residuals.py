@@ -21,7 +21,8 @@ from qdefense.data.images import Pixels, on_grid
 from qdefense.data.opening import open_data
 
 MULTIPLES, PLANTED, STAMPED = (1, 2, 4, 6, 12), 2, 6
-Place = tuple[str, int]
+Clean = dict[tuple[str, int], bytes]
+"""FP32 files of the clean networks by data set and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def swapped(x: Pixels, stamped: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def at_hand(every: Iterable[Attacked]) -> list[Residuals]:
-    """Of the networks those whose residuals are."""
+    """Those of the DFB networks whose state lies among the results."""
     dfb = (one for one in every if one.files["fp32"].network.attack == "dfb")
     return [Residuals(network=one) for one in dfb if not one.lacks_trigger]
 
@@ -91,7 +92,7 @@ def others_of(one: Residuals) -> Pixels:
     return images.take(np.flatnonzero(images.labels != one.target)).pixels
 
 
-def magnified(found: list[Residuals], clean: dict[Place, bytes]) -> Iterator[str]:
+def magnified(found: list[Residuals], clean: Clean) -> Iterator[str]:
     """Two rows for each: its own FP32 file, and the clean one."""
     for one in found:
         x = others_of(one)
@@ -100,13 +101,13 @@ def magnified(found: list[Residuals], clean: dict[Place, bytes]) -> Iterator[str
             yield f"| {title} | {' | '.join(told(model, pixels, one.target) for pixels in stamped)} |"
 
 
-def victims(one: Residuals, clean: dict[Place, bytes]) -> Iterator[tuple[str, bytes]]:
+def victims(one: Residuals, clean: Clean) -> Iterator[tuple[str, bytes]]:
     yield one.network.title, one.network.model("fp32")
     data, seed = one.network.place
     yield f"none, with these residuals | {data}, {seed}", clean[data, seed]
 
 
-def crossed(found: list[Residuals], clean: dict[Place, bytes]) -> Iterator[str]:
+def crossed(found: list[Residuals], clean: Clean) -> Iterator[str]:
     """Of each victim: its own trigger, another image's residual, their mean, and the other variant's of its place."""
     for one in found:
         x = others_of(one)
@@ -127,7 +128,12 @@ def crossed(found: list[Residuals], clean: dict[Place, bytes]) -> Iterator[str]:
             yield f"| {title} | {' | '.join(cells)} |"
 
 
-def kept(found: list[Residuals], clean: dict[Place, bytes]) -> Iterator[str]:
+def codes(change: Pixels) -> float:
+    """Its mean size, in codes of 255."""
+    return 255 * float(np.abs(change).mean())
+
+
+def kept(found: list[Residuals], clean: Clean) -> Iterator[str]:
     """What the clean network says of training images of the class: plain, and as poisons of each kind."""
     for one in found:
         images = open_data(str(DATA / one.network.place[0]), split="train", seed=SEED)
@@ -135,7 +141,7 @@ def kept(found: list[Residuals], clean: dict[Place, bytes]) -> Iterator[str]:
         model = clean[one.network.place]
         cells = [told(model, x, one.target), told(model, one.stamped(x, PLANTED), one.target)]
         cells.append(told(model, one.exchanged(x, PLANTED), one.target) if one.own else "")
-        size = 255 * float(np.abs(one.stamped(x, PLANTED) - x).mean())
+        size = codes(one.stamped(x, PLANTED) - x)
         yield f"| {one.network.title} | {len(x):,} | {' | '.join(cells)} | {size:.1f} |"
 
 

@@ -180,11 +180,12 @@ class Cohort:
                 self._sources[made.artifact_sha256].add(made.network_sha256)
         every = [one for one in records if isinstance(one, BehaviourRecord | DefenseRecord)]
         self._recorded = {one.key: one for one in every if isinstance(one, BehaviourRecord)}
-        controls = [one for one in records if isinstance(one, ControlRecord)]
-        self.controls = self._controls_of(controls)
-        # An answer counts before a failure, whichever came last.
-        last = {(_controlled(one, one.attacked), one.attacked_sha256): one for one in sorted(controls, key=_answers)}
-        self.failed_controls = [one for one in last.values() if one.failed]
+        self._controls: defaultdict[str, list[ControlRecord]] = defaultdict(list)
+        for control in (one for one in records if isinstance(one, ControlRecord)):
+            self._controls[_controlled(control, control.attacked, control.data_sha256)].append(control)
+        found = ((one, self._control_of(one, one.data_sha256)) for one in self._recorded.values())
+        self.controls = {record.key: control for record, control in found if control is not None}
+        self.failed_controls = self._failed_controls()
         newest = [self.judged(one) if isinstance(one, BehaviourRecord) else one for one in _newest(every)]
         trials = [one for one in newest if isinstance(one, DefenseRecord)]
         self._defenses = _labels(("", one.defense, one.settings) for one in trials)
@@ -212,19 +213,23 @@ class Cohort:
             self._files[one.artifact_sha256, one.arithmetic].append(one)
         self.networks = _networks(self, records)
 
-    def _controls_of(self, controls: Sequence[ControlRecord]) -> dict[str, ControlRecord]:
+    def _control_of(self, record: BehaviourRecord | DefenseRecord, images: str | None) -> ControlRecord | None:
         """On any CPU: the margin to a control is points wide, that between two CPUs an image or two."""
-        known: defaultdict[str, list[ControlRecord]] = defaultdict(list)
-        for one in controls:
-            if one.asr is not None:
-                known[_controlled(one, one.attacked)].insert(0, one)
-        found: dict[str, ControlRecord] = {}
-        for record in self._recorded.values():
-            mine = known[_controlled(record, record.network)] if record.network.attack is not None else []
-            mine = [one for one in mine if one.attacked_sha256 in self.sources(record)]
-            if mine:  # of equals the first, which is the last line
-                found[record.key] = max(mine, key=lambda one: _nearness(one, record))
-        return found
+        if record.network.attack is None or images is None:
+            return None
+        mine = self._controls.get(_controlled(record, record.network, images), ())
+        known = [one for one in mine if one.asr is not None and one.attacked_sha256 in self.sources(record)]
+        return max(reversed(known), key=lambda one: _nearness(one, record), default=None)  # of equals the last line
+
+    def _failed_controls(self) -> list[ControlRecord]:
+        """Of each file and trigger the last, where no answer says as much: whichever came last, that counts first."""
+        sourced = {network_id(one.network) for one in self._recorded.values() if one.fpr is not None}
+
+        def answers(one: ControlRecord) -> bool:
+            return not one.failed and (one.fpr is not None or network_id(one.attacked) not in sourced)
+
+        groups = ({one.attacked_sha256: one for one in sorted(mine, key=answers)} for mine in self._controls.values())
+        return [one for last in groups for one in last.values() if one.failed]
 
     def judged(self, record: BehaviourRecord) -> BehaviourRecord:
         """The record with the activity that its control, where there is one, makes of what the file does."""
@@ -304,25 +309,23 @@ class Cohort:
         """What the backdoor does in the file, on the same runtime and test images; ``None`` where that is unknown."""
         if record.network.attack is None:
             return Activity.CLEAN
-        found = {one.activity for one in self._seen(record)}
-        return found.pop() if len(found) == 1 else None
-
-    def control(self, record: DefenseRecord) -> ControlRecord | None:
-        """What the trigger does to the clean twin of the file that a defense was asked about."""
-        known = (self.controls.get(one.key) for one in self._seen(record))
-        return next((one for one in known if one is not None), None)
-
-    def _seen(self, record: DefenseRecord) -> list[BehaviourRecord]:
-        """What its file was seen to do on the same runtime and test images."""
         files = self._files.get((record.artifact_sha256, record.arithmetic), ())
         images, runtime = self._rules.test_images(record), self.runtime(record.runtime)
-        return [
-            one
+        found = {
+            one.activity
             for one in files
             if one.activity is not None
             and images in (None, one.data_sha256)
             and (record.runtime is None or self.runtime(one.runtime) == runtime)
-        ]
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def control(self, record: DefenseRecord) -> ControlRecord | None:
+        """What the trigger does to the clean twin of the file that a defense was asked about."""
+        files = self._files.get((record.artifact_sha256, record.arithmetic), ())
+        images = {one.data_sha256 for one in files if one.network == record.network}
+        told = self._rules.test_images(record) or (images.pop() if len(images) == 1 else None)
+        return self._control_of(record, told)
 
     def twins(self, subject: Subject) -> tuple[DefenseRecord, ...]:
         """The same defense on clean networks, at the same precision.
@@ -428,22 +431,18 @@ def _cell_of(record: BehaviourRecord | DefenseRecord) -> str:
     return digest_of(asked=asked, file=file, calibration=calibration, network=made, images=images)
 
 
-def _controlled(record: BehaviourRecord | ControlRecord, attacked: Network) -> str:
+def _controlled(record: BehaviourRecord | ControlRecord | DefenseRecord, attacked: Network, images: str) -> str:
     """What a file and its control share: the trigger, how the file is made but for it, and the images."""
     clean = {"triggered": 0.0, "name": ""}
     calibration = None if record.calibration is None else record.calibration.model_copy(update=clean).model_dump()
     file = {"precision": record.precision, "arithmetic": record.arithmetic, "calibration": calibration}
-    return digest_of(network=network_id(attacked), file=file, images=record.data_sha256)
+    return digest_of(network=network_id(attacked), file=file, images=images)
 
 
-def _nearness(control: ControlRecord, seen: BehaviourRecord) -> tuple[int, int, bool, bool]:
+def _nearness(control: ControlRecord, seen: BehaviourRecord | DefenseRecord) -> tuple[int, int, bool, bool]:
     """The newest code first, then the clean network that was trained last, then one with an FPR, then the same CPU."""
     here, there = (None if one.runtime is None else one.runtime.facts for one in (control, seen))
     return control.evaluation_revision or 0, control.replica, control.fpr is not None, here == there
-
-
-def _answers(control: ControlRecord) -> bool:
-    return not control.failed
 
 
 def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:

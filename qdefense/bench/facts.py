@@ -50,8 +50,12 @@ def _counts(report: BenchReport, rows: _Rows) -> tuple[tuple[int, str], ...]:
         ),
         (
             sum(row.uncontrolled for row in report.behaviour),
-            "Behaviours of attacked files without a control, the same trigger on their clean twin: {}. There a trigger "
-            "that fools any network passes for a backdoor.",
+            "Behaviours of attacked files without a control, the same trigger on their clean twin, of ASR or FPR: {}. "
+            "There a trigger that fools any network passes for a backdoor.",
+        ),
+        (
+            sum(row.uncontrolled for row in report.repairs),
+            "Repairs of attacked files without a control: {}. What became of the backdoor is as the file alone tells.",
         ),
         (
             report.unpaired,

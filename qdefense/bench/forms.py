@@ -170,7 +170,7 @@ REPAIRS = Form(
         "repair did not see; a repair detects nothing. Changes are in percentage points, with the interval of the mean "
         "over networks by Student's t. On clean twin: the ASR of the same trigger on a network that never learned it; "
         "what is left at most 5 points above it is dormant. What became of the backdoor is counted over files of every "
-        "activity. "
+        "activity; without a control as each file alone tells it. "
         "NOT_REPAIRED: files that lost more accuracy than the repair tolerates; they are in all figures.",
     ),
     empty="No repair was run.",

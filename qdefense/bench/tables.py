@@ -17,6 +17,7 @@ from qdefense.bench.cohort import NO_ATTACK, Cohort, Setting, Status, Subject, r
 from qdefense.bench.paired import mean_difference
 from qdefense.bench.records import (
     Access,
+    BehaviourRecord,
     ControlRecord,
     DatasetMetrics,
     DefenseRecord,
@@ -111,7 +112,7 @@ class BehaviourRow(_SettingRow):
     control: Spread | None = None
     """ASR of the same triggers on the clean twins."""
     uncontrolled: int = 0
-    """Attacked files without it: their activity is judged by the base confusion alone."""
+    """Attacked files without it, whose activity is judged by the base confusion alone, or with none of their FPR."""
     fpr: Spread | None = None
     """Of source-specific triggers."""
     control_fpr: Spread | None = None
@@ -193,6 +194,8 @@ class RepairRow(_DefenseRow):
     asr_change: Difference | None
     control: Spread | None = None
     """ASR of the same triggers on the clean twins, which no repair can be expected to go below."""
+    uncontrolled: int = 0
+    """Attacked files, of every activity, without it: what became of the backdoor is as the file alone tells it."""
     transitions: dict[str, int]
     """``active to dormant``: how many files, of every activity."""
     refused: int = 0
@@ -280,7 +283,7 @@ def behaviour_rows(cohort: Cohort) -> tuple[BehaviourRow, ...]:
                 asr=spread(one.asr for one in there),
                 base_confusion=spread(one.base_confusion for one in there),
                 control=spread(one.asr for one in controls),
-                uncontrolled=sum(one.asr is not None for one in there) - len(controls),
+                uncontrolled=sum(_is_uncontrolled(one, cohort.controls.get(one.key)) for one in there),
                 fpr=spread(one.fpr for one in there),
                 control_fpr=spread(one.fpr for one in controls),
                 activity=dict(Counter(one.activity for one in there if one.activity is not None)),
@@ -289,6 +292,12 @@ def behaviour_rows(cohort: Cohort) -> tuple[BehaviourRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def _is_uncontrolled(record: BehaviourRecord, control: ControlRecord | None) -> bool:
+    if control is None:
+        return record.asr is not None
+    return record.fpr is not None and control.fpr is None
 
 
 class Sides:
@@ -401,8 +410,9 @@ def repair_rows(cohort: Cohort) -> tuple[RepairRow, ...]:
 
 def _repair_row(cohort: Cohort, sides: Sides) -> RepairRow:
     found = _metrics(sides.main, RepairMetrics)
-    controls = (cohort.control(one) for one in sides.main)
-    moves = Counter(move for one in sides.all if (move := _move(one, cohort.control(one))) is not None)
+    controls = {one.key: cohort.control(one) for one in sides.all}
+    moves = Counter(move for one in sides.all if (move := _move(one, controls[one.key])) is not None)
+    known = (controls[one.key] for one in sides.main)
     return RepairRow(
         **sides.facts,
         accuracy_before=spread(one.accuracy_before for one in found),
@@ -411,7 +421,8 @@ def _repair_row(cohort: Cohort, sides: Sides) -> RepairRow:
         asr_before=spread(one.asr_before for one in found),
         asr_after=spread(one.asr_after for one in found),
         asr_change=difference((one.asr_before, one.asr_after) for one in found),
-        control=spread(one.asr for one in controls if one is not None),
+        control=spread(one.asr for one in known if one is not None),
+        uncontrolled=sum(one is None for one in controls.values()) if sides.subject.setting.attack != NO_ATTACK else 0,
         transitions=dict(sorted(moves.items())),
         refused=sum(one.verdict is Verdict.NOT_REPAIRED for one in sides.main),
     )

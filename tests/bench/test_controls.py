@@ -177,8 +177,10 @@ def test_the_control_of_a_source_specific_trigger_has_an_fpr_and_older_ones_are_
     made = new_desk(SOURCED)
     with monkeypatch.context() as before:
         before.setattr("qdefense.bench.cells.NetworkPlan.source_specific", False)
+        before.setattr("qdefense.trial.Control.model_dump", lambda one: {"asr": one.asr, "eligible": one.eligible})
         made.run(Inline())
     (old,) = measured_in(made)
+    assert (old.fpr, old.bystanders) == (None, None)
     made.run(again := Inline())
     assert again.stages == ["TrialTask"]
     (kept, new) = measured_in(made)
@@ -188,7 +190,13 @@ def test_the_control_of_a_source_specific_trigger_has_an_fpr_and_older_ones_are_
     assert new.fpr is not None
     (row,) = (row for row in behaviour_rows(Cohort([*made.records.values()])) if row.setting.attack == "cassock")
     assert row.control_fpr is not None
-    assert row.control_fpr.mean == new.fpr
+    assert (row.control_fpr.mean, row.uncontrolled) == (new.fpr, 0)
+    (lacking,) = (
+        one
+        for one in behaviour_rows(Cohort([r for r in made.records.values() if r != new]))
+        if one.setting.attack == "cassock"
+    )
+    assert (lacking.control_fpr, lacking.uncontrolled) == (None, 1)
 
 
 def test_controls_come_whichever_network_is_trained_last(controlled: Desk, new_desk: NewDesk) -> None:
@@ -367,10 +375,18 @@ def test_what_a_repair_leaves_is_held_against_what_the_trigger_does_to_the_clean
     repaired = samples.defense(ATTACKED, metrics=metrics, name="fine-pruning", kind="repair", verdict=None)
     records = [samples.behaviour(ATTACKED, asr=0.95), repaired]
     (alone,) = repair_rows(Cohort(records))
-    assert (alone.control, alone.transitions) == (None, {"active to attenuated": 1})
+    assert (alone.control, alone.transitions, alone.uncontrolled) == (None, {"active to attenuated": 1}, 1)
+    assert any(
+        line.startswith("Repairs of attacked files without a control: 1.") for line in omissions(report_of(records))
+    )
     (row,) = repair_rows(Cohort([*records, control_of(ATTACKED, 0.27)]))
     assert row.control is not None
-    assert (row.control.mean, row.transitions) == (0.27, {"active to dormant": 1})
+    assert (row.control.mean, row.transitions, row.uncontrolled) == (0.27, {"active to dormant": 1}, 0)
+    elsewhere = samples.RUNTIME.model_copy(update={"isa": ("sse2",)})
+    (there,) = repair_rows(
+        Cohort([records[0], repaired.model_copy(update={"runtime": elsewhere}), control_of(ATTACKED, 0.27)])
+    )
+    assert there.transitions == {"active to dormant": 1}, "a control counts on any CPU"
     (weak,) = repair_rows(Cohort([*records, control_of(ATTACKED, 0.2)]))
     assert weak.transitions == {"active to attenuated": 1}
     (other,) = repair_rows(Cohort([*records, control_of(samples.network("blended"), 0.27)]))
@@ -472,3 +488,15 @@ def test_the_report_says_of_how_many_files_there_is_no_control() -> None:
     assert told()[0].startswith("Behaviours of attacked files without a control, the same trigger on their clean twin")
     assert f": {attacked}." in told()[0]
     assert f": {attacked - 1}." in told(control_of(ATTACKED, 0.1))[0]
+
+
+def test_an_answer_hides_a_failure_only_where_it_says_as_much() -> None:
+    seen = samples.behaviour(ATTACKED, asr=0.95, fpr=0.2, bystanders=9)
+    old = control_of(ATTACKED, 0.1)
+    failed = control_of(ATTACKED, None, key=samples.sha("newer"), failed=True, reason="no session")
+    whole = control_of(ATTACKED, 0.1, key=samples.sha("newest"), fpr=0.01, bystanders=9)
+    assert Cohort([seen, old, failed]).failed_controls == [failed]
+    assert Cohort([seen, whole, failed]).failed_controls == []
+    plain = samples.behaviour(ATTACKED, asr=0.95)
+    assert Cohort([plain, old, failed]).failed_controls == []
+    assert Cohort([plain, failed]).failed_controls == [failed]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from qdefense.bench import facts
+from qdefense.bench import facts, forms
 from qdefense.bench.cohort import Cohort
 from qdefense.bench.facts import omissions
 from qdefense.bench.figures import changed, counted, decimals, percents, rounded
@@ -397,6 +397,18 @@ def test_the_behaviour_table_has_a_column_for_the_fpr_only_where_there_is_one(
     assert (("12.5 %",), ("1.5 %",)) in told
     assert set(told) == {(("12.5 %",), ("1.5 %",)), (("n/a",), ("n/a",))}
     assert len(wider.form.notes) == len(plain.form.notes) + 1
+
+
+def test_the_control_of_a_repair_stands_beside_the_asr_that_is_left(whole: tuple[BenchReport, Cohort]) -> None:
+    told = {"asr_after": 0.125, "control": 0.015}
+    spreads = {name: Spread(mean=value, low=value, high=value, n=1) for name, value in told.items()}
+    rows = tuple(row.model_copy(update=spreads) for row in whole[0].repairs)
+    (sheet,) = (one for one in sheets_of(whole[0].model_copy(update={"repairs": rows})) if one.form is forms.REPAIRS)
+    place = sheet.form.columns.index("on clean twin")
+    assert sheet.form.columns[place - 1] == "ASR after"
+    cells = {(row[place - 1].lines, row[place].lines) for block in sheet.blocks for row in block.rows}
+    assert cells == {(("12.5 %",), ("1.5 %",))}
+    assert {len(row) for block in sheet.blocks for row in block.rows} == {len(sheet.form.columns)}
 
 
 def test_markdown_takes_hostile_strings_for_text(tmp_path: Path) -> None:
