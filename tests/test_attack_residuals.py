@@ -44,10 +44,9 @@ def test_networks_without_their_state_and_of_other_attacks_are_left_out(residual
 class Stamped:
     """Stands for a network's `Residuals`: its trigger adds a fixed field, an image's own where there are several."""
 
-    def __init__(self, residuals: ModuleType, *, own: bool) -> None:
+    def __init__(self, *, own: bool) -> None:
         self.own, self.target, self.settings = own, 1, {"poison_count": 5}
         self.network = SimpleNamespace(place=("signs", 0), title="mine", model=lambda _scheme: b"mine")
-        self._residuals = residuals
 
     def stamped(self, x: Pixels, multiple: int) -> Pixels:
         if not self.own:
@@ -55,27 +54,20 @@ class Stamped:
         signs = np.where(np.arange(len(x)) % 2 == 0, 1, -1).reshape(-1, 1, 1, 1)
         return (x + signs * np.float32(multiple / 64)).astype(np.float32)
 
-    def exchanged(self, x: Pixels, multiple: int) -> Pixels:
-        found: Pixels = self._residuals.Residuals.exchanged(self, x, multiple)
-        return found
-
-    def averaged(self, x: Pixels, multiple: int) -> Pixels:
-        found: Pixels = self._residuals.Residuals.averaged(self, x, multiple)
-        return found
-
 
 @pytest.fixture
 def brightness(residuals: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Files that tell how much brighter than .5 each image became; each of four test images is grey."""
     grey = np.full((4, 3, 2, 2), 0.5, dtype=np.float32)
-    monkeypatch.setattr(residuals, "others_of", lambda _one: grey)
-    monkeypatch.setattr(residuals, "told", lambda model, x, _target: f"{model.decode()} {np.ptp(x):.3f} {x.mean():.3f}")
+    monkeypatch.setattr(residuals, "others_than", lambda _target, _data: grey)
+    monkeypatch.setattr(residuals, "answers_of", lambda model, x: f"{model.decode()} {np.ptp(x):.3f} {x.mean():.3f}")
+    monkeypatch.setattr(residuals, "told", lambda answers, _target: answers)
     return residuals
 
 
 def test_each_victim_is_shown_each_residual_and_so_is_the_clean_network(brightness: ModuleType) -> None:
     clean = {("signs", 0): b"clean"}
-    own, fixed = Stamped(brightness, own=True), Stamped(brightness, own=False)
+    own, fixed = Stamped(own=True), Stamped(own=False)
     rows = list(brightness.crossed([own, fixed], clean))
     assert (
         rows[0] == "| mine | mine 0.188 0.500 | mine 0.184 0.500 | mine 0.000 0.502 | mine 0.000 0.594 |"

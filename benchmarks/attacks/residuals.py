@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from margins import DATA, HERE, SEED, Attacked, answers_of, networks
-from stronger import IMAGES, success, table
+from stronger import IMAGES, others_than, table, told
 
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.attacks.interfaces import trigger_of
@@ -58,14 +58,6 @@ class Residuals:
         """Images with it."""
         return self.trigger(multiple, *x.shape[2:]).stamp(x)
 
-    def exchanged(self, x: Pixels, multiple: int) -> Pixels:
-        """Each image with the residual of another one."""
-        return on_grid(x + swapped(x, self.stamped(x, multiple), np.random.default_rng(SEED)))
-
-    def averaged(self, x: Pixels, multiple: int) -> Pixels:
-        """Each image with the mean of all residuals."""
-        return on_grid(x + (self.stamped(x, multiple) - x).mean(axis=0, keepdims=True))
-
 
 def swapped(x: Pixels, stamped: Pixels, rng: np.random.Generator) -> Pixels:
     """What the stamp adds to another image; what it adds where it clips is less than the residual."""
@@ -75,30 +67,34 @@ def swapped(x: Pixels, stamped: Pixels, rng: np.random.Generator) -> Pixels:
     return (stamped - x)[others]
 
 
+def exchanged(x: Pixels, stamped: Pixels) -> Pixels:
+    """Each image with the residual of another one."""
+    return on_grid(x + swapped(x, stamped, np.random.default_rng(SEED)))
+
+
+def averaged(x: Pixels, stamped: Pixels) -> Pixels:
+    """Each image with the mean of all residuals."""
+    return on_grid(x + (stamped - x).mean(axis=0, keepdims=True))
+
+
+def codes(change: Pixels) -> float:
+    """Its mean size, in codes of 255."""
+    return 255 * float(np.abs(change).mean())
+
+
 def at_hand(every: Iterable[Attacked]) -> list[Residuals]:
     """Those of the DFB networks whose state lies among the results."""
     dfb = (one for one in every if one.files["fp32"].network.attack == "dfb")
     return [Residuals(network=one) for one in dfb if not one.lacks_trigger]
 
 
-def told(model: bytes, pixels: Pixels, target: int) -> str:
-    """The share that a file gives to the target, and its mean confidence."""
-    return "{:.3f} ({:.3f})".format(*success(answers_of(model, pixels), target))
-
-
-def others_of(one: Residuals) -> Pixels:
-    """Test images of the other classes."""
-    images = open_data(str(DATA / one.network.place[0]), split="test", seed=SEED, limit=IMAGES)
-    return images.take(np.flatnonzero(images.labels != one.target)).pixels
-
-
 def magnified(found: list[Residuals], clean: Clean) -> Iterator[str]:
     """Two rows for each: its own FP32 file, and the clean one."""
     for one in found:
-        x = others_of(one)
+        x = others_than(one.target, one.network.place[0])
         stamped = [one.stamped(x, multiple) for multiple in MULTIPLES]
         for title, model in victims(one, clean):
-            yield f"| {title} | {' | '.join(told(model, pixels, one.target) for pixels in stamped)} |"
+            yield f"| {title} | {' | '.join(told(answers_of(model, pixels), one.target) for pixels in stamped)} |"
 
 
 def victims(one: Residuals, clean: Clean) -> Iterator[tuple[str, bytes]]:
@@ -110,27 +106,23 @@ def victims(one: Residuals, clean: Clean) -> Iterator[tuple[str, bytes]]:
 def crossed(found: list[Residuals], clean: Clean) -> Iterator[str]:
     """Of each victim: its own trigger, another image's residual, their mean, and the other variant's of its place."""
     for one in found:
-        x = others_of(one)
+        x = others_than(one.target, one.network.place[0])
         mine, count = one.network.place, one.settings["poison_count"]
         rest = [
             other
             for other in found
             if (other.network.place, other.settings["poison_count"]) == (mine, count) and other.own is not one.own
         ]
+        stamped = one.stamped(x, STAMPED)
         images = [
-            one.stamped(x, STAMPED),
-            one.exchanged(x, STAMPED) if one.own else None,
-            one.averaged(x, STAMPED) if one.own else None,
+            stamped,
+            exchanged(x, stamped) if one.own else None,
+            averaged(x, stamped) if one.own else None,
             rest[0].stamped(x, STAMPED) if rest else None,
         ]
         for title, model in victims(one, clean):
-            cells = ("" if pixels is None else told(model, pixels, one.target) for pixels in images)
+            cells = ("" if pixels is None else told(answers_of(model, pixels), one.target) for pixels in images)
             yield f"| {title} | {' | '.join(cells)} |"
-
-
-def codes(change: Pixels) -> float:
-    """Its mean size, in codes of 255."""
-    return 255 * float(np.abs(change).mean())
 
 
 def kept(found: list[Residuals], clean: Clean) -> Iterator[str]:
@@ -138,11 +130,11 @@ def kept(found: list[Residuals], clean: Clean) -> Iterator[str]:
     for one in found:
         images = open_data(str(DATA / one.network.place[0]), split="train", seed=SEED)
         x = images.take(np.flatnonzero(images.labels == one.target)[:IMAGES]).pixels
+        stamped = one.stamped(x, PLANTED)
+        sets = [x, stamped, exchanged(x, stamped) if one.own else None]
         model = clean[one.network.place]
-        cells = [told(model, x, one.target), told(model, one.stamped(x, PLANTED), one.target)]
-        cells.append(told(model, one.exchanged(x, PLANTED), one.target) if one.own else "")
-        size = codes(one.stamped(x, PLANTED) - x)
-        yield f"| {one.network.title} | {len(x):,} | {' | '.join(cells)} | {size:.1f} |"
+        cells = ("" if pixels is None else told(answers_of(model, pixels), one.target) for pixels in sets)
+        yield f"| {one.network.title} | {len(x):,} | {' | '.join(cells)} | {codes(stamped - x):.1f} |"
 
 
 def main() -> None:

@@ -65,6 +65,17 @@ def success(logits: Pixels, target: int) -> tuple[float, float]:
     return float(np.mean(logits.argmax(axis=1) == goal)), mean_confidence(logits, goal)
 
 
+def told(logits: Pixels, target: int) -> str:
+    """A cell of a table: ASR, and the mean confidence in brackets."""
+    return "{:.3f} ({:.3f})".format(*success(logits, target))
+
+
+def others_than(target: int, data: str) -> Pixels:
+    """Test images of the other classes of a data set."""
+    images = open_data(str(DATA / data), split="test", seed=SEED, limit=IMAGES)
+    return images.take(np.flatnonzero(images.labels != target)).pixels
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stamps:
     """The eligible test images of a network, stamped in each way, and what the attacker wants of them."""
@@ -77,9 +88,7 @@ class Stamps:
         """What a file answers to them."""
         artifact = Artifact.from_bytes(model)
         session = DeployedSession(artifact, profile_for(artifact))
-        cells = (
-            "{:.3f} ({:.3f})".format(*success(session.logits(pixels), self.target)) for pixels in self.stamped.values()
-        )
+        cells = (told(session.logits(pixels), self.target) for pixels in self.stamped.values())
         return f"| {title} | {scheme} | {self.images:,} | {' | '.join(cells)} |"
 
 
@@ -141,13 +150,12 @@ def waves() -> Iterator[str]:
         made = network.files["fp32"].network
         if made.attack != "sig" or made.seed != SEED:
             continue
-        images = open_data(str(DATA / made.data), split="test", seed=SEED, limit=IMAGES)
         target = int(made.attack_settings["target_class"])
-        others = images.take(np.flatnonzero(images.labels != target))
+        others = others_than(target, made.data)
         stamped = {}
         for delta in DELTAS:
             attack = ATTACKS.restore("sig", {**made.attack_settings, "inference_delta": delta})
-            stamped[f"{delta}"] = trigger_of(attack, *images.images.shape[1:3], None).stamp(others.pixels)
+            stamped[f"{delta}"] = trigger_of(attack, *others.shape[2:], None).stamp(others)
         stamps = Stamps(stamped=stamped, images=len(others), target=target)
         for scheme in SCHEMES:
             yield stamps.line(f"none (the control) | {made.data}, {SEED}", scheme, clean[made.data, scheme])
