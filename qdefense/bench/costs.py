@@ -1,7 +1,8 @@
 """What work will cost on one thread of an idle machine: the median of like work's CPU seconds, else a rule of thumb.
 
 Work on another network counts by its multiply-accumulates: a network of three times as many takes three times as long;
-training on other images by how many there are.
+training on other images by how many there are. An attack may train networks of its own, for longer than the victim:
+trainings of the same attack come before any others.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qdefense.bench.records import DefenseRecord, Network, Record, TrainingRecord
 
-Source = Literal["records", "rule of thumb"]
+Source = Literal["records", "other attacks", "rule of thumb"]
 RULED = ("resnet8", 16)
 """The network that the rules of thumb are of."""
 SECONDS_PER_IMAGE_AND_EPOCH = 1.4e-3
@@ -45,16 +46,22 @@ class CostModel:
                 self._seconds[key].append((record.volatile.cpu_seconds / share, record.network))
 
     def training(self, network: Network, *, epochs: int, images: int) -> tuple[float, Source]:
-        """Of a network."""
-        place = training_keys(network)
-        found = self._median(place[:1], network)
-        if found is None:
-            found = self._per_image(place[1], images)
-        if found is None:
-            found = self._median(place[2:], network)
+        """Of a network; what an attack that was never recorded trains of its own is not in it."""
+        of_attack, of_any = training_keys(network)
+        found = self._training(of_attack, network, images)
         if found is not None:
             return found * epochs, "records"
+        found = self._training(of_any, network, images)
+        if found is not None:
+            return found * epochs, "records" if network.attack is None else "other attacks"
         return SECONDS_PER_IMAGE_AND_EPOCH * images * epochs * _relative_size(network), "rule of thumb"
+
+    def _training(self, keys: TrainingKeys, network: Network, images: int) -> float | None:
+        """Seconds of an epoch."""
+        found = self._median(keys.same, network)
+        if found is None:
+            found = self._per_image(keys.per_image, images)
+        return self._median(keys.other_size, network) if found is None else found
 
     def other(self, stage: str, keys: Iterable[_Key], network: Network) -> tuple[float, Source]:
         """Of any later stage."""
@@ -78,10 +85,27 @@ class CostModel:
         return median(seconds / _relative_size(made) for seconds, made in self._seconds[key]) * _relative_size(network)
 
 
-def training_keys(network: Network) -> tuple[_Key, ...]:
-    """From the closest to the widest."""
+class TrainingKeys(NamedTuple):
+    """Like trainings on the same images, on other images, and of a network of another size."""
+
+    same: tuple[_Key, ...]
+    per_image: _Key
+    other_size: tuple[_Key, ...]
+
+
+def training_keys(network: Network) -> tuple[TrainingKeys, TrainingKeys]:
+    """Of the same attack, and of any."""
     place = _place(network)
-    return (("train", *place), ("train", *place[1:]), ("train", _ANY, network.data))
+    any_size = (_ANY, network.data)
+    attack = ("train", "attack", network.attack or "none")
+    return (
+        TrainingKeys(
+            same=((*attack, repr(network.attack_settings), *place), (*attack, *place)),
+            per_image=(*attack, *place[1:]),
+            other_size=((*attack, *any_size),),
+        ),
+        TrainingKeys(same=(("train", *place),), per_image=("train", *place[1:]), other_size=(("train", *any_size),)),
+    )
 
 
 def file_keys(stage: str, network: Network, scheme: str) -> tuple[_Key, ...]:
@@ -111,7 +135,9 @@ def _place(network: Network) -> tuple[str, str, int]:
 
 def _keys_of(record: Record) -> tuple[_Key, ...]:
     if isinstance(record, TrainingRecord):
-        return training_keys(record.network)
+        return tuple(
+            key for keys in training_keys(record.network) for key in (*keys.same, keys.per_image, *keys.other_size)
+        )
     if isinstance(record, DefenseRecord):
         return defense_keys(record.defense, record.settings, record.access, record.network, record.scheme)
     return file_keys(record.stage, record.network, record.scheme)

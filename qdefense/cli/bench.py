@@ -12,7 +12,7 @@ import click
 from qdefense.audit.gate import INCOMPLETE, PASSED
 from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
 from qdefense.bench.cohort import reason_of
-from qdefense.bench.costs import CostModel
+from qdefense.bench.costs import CostModel, Source
 from qdefense.bench.engines import Engine, EngineError, LocalPool
 from qdefense.bench.matrix import Matrix, MatrixError, read_matrix
 from qdefense.bench.records import DefenseRecord
@@ -182,19 +182,22 @@ def _show(
     plan: Sequence[NetworkPlan], store: Store, rules: Evaluation, workers: int, *, again: Callable[[str], bool]
 ) -> int:
     items = survey(plan, store, rules, again=again)
-    costs, seconds, ruled = CostModel(store.records.values(), store.images), 0.0, 0
+    costs, seconds, sources = CostModel(store.records.values(), store.images), 0.0, Counter[Source]()
     for item in items:
         state = "blocked" if item.blocked else item.state
         click.echo(harmless(f"{state:12}  {item.stage:9}  {item.title}"))
         if item.pending:
             price, source = estimate(item, costs)
-            seconds, ruled = seconds + price, ruled + (source == "rule of thumb")
+            seconds += price
+            sources[source] += 1
     pending = sum(item.pending for item in items)
     effort = f": about {_duration(seconds)} of one worker"
     shared = f", {_duration(seconds / workers)} of {workers}" if workers > 1 else ""
     click.echo(f"{len(items)} work items, {pending} to do{f'{effort}{shared}' if pending else ''}")
-    if ruled:
+    if ruled := sources["rule of thumb"]:
         click.echo(f"  {ruled} of them by rule of thumb: no like work is in the records")
+    if others := sources["other attacks"]:
+        click.echo(f"  {others} of them by trainings with other attacks: what theirs trains of its own is not counted")
     _warn_of_places(items)
     return PASSED
 

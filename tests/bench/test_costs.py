@@ -76,6 +76,19 @@ def test_a_training_on_other_data_counts_by_its_images() -> None:
     assert CostModel([trained(100, RESNET)]).training(other, **asked)[1] == "rule of thumb", "of how many images?"
 
 
+def test_a_training_is_priced_by_the_same_attack_which_may_train_more_than_the_victim() -> None:
+    plain, content = network(), network("cassock", variant="cont", seed=3)
+    square, other = network("cassock", variant="trans"), network("issba")
+    costs = CostModel([trained(100, plain), trained(110, plain), trained(300, content), trained(150, square)])
+    asked = {"epochs": 10, "images": 1000}
+    assert costs.training(content.model_copy(update={"seed": 0}), **asked) == (300, "records")
+    assert costs.training(network("cassock", variant="comp"), **asked) == (225, "records"), "other settings"
+    wider = square.model_copy(update={"architecture": "preactresnet18"})
+    assert costs.training(wider, **asked) == (pytest.approx(225 * TIMES), "records"), "another network"
+    assert costs.training(other, **asked) == (130, "other attacks")
+    assert costs.training(network(None), **asked) == (130, "records"), "which trains nothing else"
+
+
 def test_trials_without_gradients_price_no_others() -> None:
     """They end at once."""
     costs = CostModel([scan(0, access="no-gradients", key="a"), scan(0, access="no-gradients", key="b"), scan(100)])

@@ -109,6 +109,13 @@ def test_dry_run_after_the_run_estimates_from_the_records(finished: Desk, capfd:
     assert (finished.results / "manifest.json").read_bytes() == before
 
 
+def test_dry_run_says_where_an_attack_was_never_trained_before(tmp_path: Path, finished: Desk, capfd: Capture) -> None:  # noqa: F811
+    made = desk(tmp_path, TINY.replace('"badnets"', '"issba"'))
+    assert run(["bench", str(made.matrix), "--output-dir", str(finished.results), "--dry-run"]) == 0
+    told = "  1 of them by trainings with other attacks: what theirs trains of its own is not counted"
+    assert capfd.readouterr().out.splitlines()[-1] == told
+
+
 def test_only_and_limit(finished: Desk, capfd: Capture) -> None:  # noqa: F811
     assert run(["bench", str(finished.matrix), "--only", "behaviour", "--limit", "3"]) == 0
     assert table(capfd.readouterr().out)["behaviour"] == [3, 0, 0, 0]
