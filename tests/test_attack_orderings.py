@@ -54,7 +54,7 @@ def test_a_scan_without_an_answer_is_told_and_decides_nothing(orderings: ModuleT
     lacking = {"a": math.nan, "b": 0.1}
     assert told(orderings, {("signs", 0): lacking}) == ("no answer", ["signs seed 0: a without an answer, b 0.100"])
     word, lines = told(orderings, {("signs", 0): lacking, ("signs", 1): {"a": 0.9, "b": 0.1}})
-    assert (word, len(lines)) == ("reproduced (1 of 1)", 2)
+    assert (word, len(lines)) == ("reproduced (1 of 1; 1 without an answer)", 2)
 
 
 def test_every_attack_of_the_matrix_is_in_the_table(orderings: ModuleType) -> None:
@@ -74,12 +74,19 @@ def test_rules_of_the_sentences(orderings: ModuleType) -> None:
     assert orderings.falling([3.0, 3.0, 1.0])
     assert not orderings.falling([3.0, 1.0, 1.1])
     assert orderings.hidden([2.1, 2.0])
-    assert not orderings.hidden([2.0, 1.0]), "a host that is not found hides nothing"
+    assert orderings.hidden([2.1, 2.1]) is False
+    assert orderings.hidden([2.0, 1.0]) is None, "a host that is not found hides nothing"
     assert orderings.kept_and_hidden([3.0, 0.8, 0.95, 3.0, 2.0])
     assert orderings.kept_and_hidden([3.0, 0.8, 0.95, 1.0, 2.1]) is False, "what hides is not what works"
     assert orderings.kept_and_hidden([2.0, 0.8, 0.95, 3.0, 2.0]) is None, "the host is not found either"
-    assert orderings.kept([0.901])
-    assert not orderings.kept([0.9])
+    assert orderings.kept([0.92, 0.901, 0.93])
+    assert orderings.kept([0.92, 0.901, 0.93, 0.8, 0.7, 0.89]) is False
+    assert orderings.kept([0.901, 0.89, 0.91]) is None, "the interval holds the threshold"
+    missed = [0.8, 0.78, 0.82]
+    assert orderings.held_and_missed([0.9, 0.88, 0.92, *missed])
+    assert orderings.held_and_missed([0.86, 0.84, 0.88, *missed]) is None
+    assert orderings.held_and_missed([*missed, *missed]) is False
+    assert orderings.held_and_missed([0.86, 0.84, 0.88, 0.9, 0.88, 0.92]) is False, "the second is found"
     assert orderings.above([0.9, 0.5, 0.01, 0.2])
     assert orderings.above([0.5, 0.9, -0.2, -0.01]) is False
     assert orderings.above([0.9, 0.89, -0.01, 0.03]) is None
@@ -242,13 +249,11 @@ def test_share_of_the_poisons_that_a_ranking_holds(orderings: ModuleType) -> Non
     results = orderings.Results(())
     results.rankings = [SimpleNamespace(network=network, scheme="fp32", metrics=metrics)]
     planted = orderings.Planted(name="badnets", settings={"poison_count": 1000})
-    assert results.held(planted, ("signs", 0), "fp32") == 0.87
+    interval = (pytest.approx(0.8477, abs=5e-5), pytest.approx(0.8894, abs=5e-5))
+    assert results.held(planted, ("signs", 0), "fp32") == (0.87, *interval)
     assert results.held(planted, ("signs", 1), "fp32") is None
     results.rankings[0].metrics = None
-    assert math.isnan(results.held(planted, ("signs", 0), "fp32"))
-    assert orderings.held_and_missed([0.86, 0.85])
-    assert not orderings.held_and_missed([0.85, 0.1])
-    assert not orderings.held_and_missed([0.9, 0.86])
+    assert all(map(math.isnan, results.held(planted, ("signs", 0), "fp32")))
 
 
 def told_by_the_model(orderings: ModuleType, costs: list[float | None], weight: float = 0.01) -> list[str]:

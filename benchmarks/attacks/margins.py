@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("QDEFENSE_DATA", HERE.parents[2] / "shared" / "data"))
 SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
 IMAGES, DRAWS, SEED = 600, 12, 0
-TOLD = ("smoothing", "variant", "mode", "content_amplitude")
+TOLD = ("smoothing", "variant", "mode", "content_amplitude", "class_rate", "amplitude")
 """Settings by which a row is told from others of its attack."""
 LAYERED = ("badnets", "blended", "lsp", "wanet")
 """Attacks whose INT4 files are taken apart, on both data sets."""

@@ -5,7 +5,8 @@
 
 A sentence is judged once for every data set and seed of which all its files were measured. It is *reproduced* where it
 holds for all of them that decide, *not reproduced* where it fails for one; before anything was measured it says so.
-Two rates whose difference may be 0 decide nothing, and no ASR does that its trigger has on the clean network, too.
+A rate whose interval holds its threshold decides nothing, nor do two whose difference may be 0, nor an ASR that its
+trigger has on the clean network, too. Those intervals are over images; indices, and orders of more than two, have none.
 """
 
 from __future__ import annotations
@@ -206,13 +207,22 @@ class Results:
         hidden = record.metrics.target_norm is None
         return 0.0 if hidden else record.metrics.target_index
 
-    def held(self, planted: Planted, place: tuple[str, int], scheme: str) -> float | None:
+    def held(self, planted: Planted, place: tuple[str, int], scheme: str) -> Bounds | None:
         """Share of the poisons among the 1.5 times as many rows that Spectral Signatures rank first in their label."""
         record = _last_of(self.rankings, planted, place, scheme)
         if record is None:
             return None
         rate = record.metrics.top_recall if isinstance(record.metrics, DatasetMetrics) else None
-        return math.nan if rate is None else rate.value
+        return _NO_ANSWER if rate is None else _bounds(proportion([rate]))
+
+
+Bounds = tuple[float, float, float]
+"""A rate and its interval."""
+_NO_ANSWER: Bounds = (math.nan,) * 3
+
+
+def _bounds(share: Proportion | None) -> Bounds:
+    return _NO_ANSWER if share is None else (share.value, share.low, share.high)
 
 
 def _last_of(records: Iterable[Told], planted: Planted, place: tuple[str, int], scheme: str) -> Told | None:
@@ -308,11 +318,29 @@ def both(first: Reads, second: Reads) -> Reads:
     return figures
 
 
-def held_of(*attacks: Planted, scheme: str = "fp32") -> Reads:
+def bounded(what: str, read: Callable[[Results, Planted, tuple[str, int]], Bounds | None], *attacks: Planted) -> Reads:
+    """A rate of each and its interval: what `sides` decides by."""
+
     def figures(results: Results, place: tuple[str, int]) -> Figures:
-        return {f"share of the poisons of {planted.title}": results.held(planted, place, scheme) for planted in attacks}
+        found: Figures = {}
+        for planted in attacks:
+            names = (f"{what} {planted.title}", f"from ({planted.title})", f"to ({planted.title})")
+            found |= zip(names, read(results, planted, place) or (None,) * 3, strict=True)
+        return found
 
     return figures
+
+
+def held_of(*attacks: Planted) -> Reads:
+    return bounded("share of the poisons of", lambda results, one, place: results.held(one, place, "fp32"), *attacks)
+
+
+def bounded_asr_of(*attacks: Planted) -> Reads:
+    def read(results: Results, planted: Planted, place: tuple[str, int]) -> Bounds | None:
+        record = results.behaviour(planted, place)
+        return None if record is None else _bounds(share_of(record.asr, record.eligible))
+
+    return bounded("ASR", read, *attacks)
 
 
 def first_is_highest(values: list[float]) -> bool | None:
@@ -332,24 +360,35 @@ def below(values: list[float]) -> bool | None:
 
 
 def below_and_alive(values: list[float]) -> bool | None:
-    """Of an ASR, and then as `below`; a trigger that does nothing misleads no bystander either."""
+    """Of an ASR beyond its control, and then as `below`; a trigger that does nothing misleads no bystander either."""
     return below(values[1:]) if values[0] > DORMANT_MARGIN else None
 
 
-def hidden(values: list[float]) -> bool:
-    return values[0] > PAPER_INDEX >= values[1]
+def hidden(values: list[float]) -> bool | None:
+    """A host that is not found decides nothing: there is nothing to be hidden."""
+    return values[1] <= PAPER_INDEX if values[0] > PAPER_INDEX else None
 
 
 def falling(values: list[float]) -> bool:
     return all(before >= after for before, after in pairwise(values))
 
 
-def held_and_missed(values: list[float]) -> bool:
-    return values[0] > HELD_SHARE >= values[1]
+def sides(values: list[float], threshold: float) -> list[bool | None]:
+    """Of each rate with its interval, whether it is above the threshold; None where the interval holds it."""
+    pairs = zip(values[1::3], values[2::3], strict=True)
+    return [True if low > threshold else False if high < threshold else None for low, high in pairs]
 
 
-def kept(values: list[float]) -> bool:
-    return all(value > KEPT_ASR for value in values)
+def held_and_missed(values: list[float]) -> bool | None:
+    held, missed = sides(values, HELD_SHARE)
+    if held is False or missed is True:
+        return False
+    return None if held is None or missed is None else True
+
+
+def kept(values: list[float]) -> bool | None:
+    found = sides(values, KEPT_ASR)
+    return False if False in found else None if None in found else True
 
 
 def kept_and_hidden(values: list[float]) -> bool | None:
@@ -381,7 +420,7 @@ CLAIMS = (
     Claim(
         paper="LSP",
         sentence=f"smoothed labels (.4) keep the ASR above {KEPT_ASR}",
-        figures=asr_of(LSP[0.4]),
+        figures=bounded_asr_of(LSP[0.4]),
         holds=kept,
     ),
     *(
@@ -449,7 +488,7 @@ CLAIMS = (
         Claim(
             paper="CASSOCK",
             sentence=f"{comp.title} has a lower FPR than the baseline, and an ASR",
-            figures=both(asr_of(comp), compared("FPR", fpr_share, comp, cassock("source-specific"))),
+            figures=both(beyond_of(comp), compared("FPR", fpr_share, comp, cassock("source-specific"))),
             holds=below_and_alive,
         )
         for comp in (content("comp"), content("comp", FULL))
@@ -475,10 +514,11 @@ def verdict(claim: Claim, results: Results) -> tuple[str, list[str]]:
     if not answers:
         return "no answer" if told else "not measured yet", told
     decided = [answer for answer in answers if answer is not None]
-    open_ = f"; {len(answers) - len(decided)} undecided" if len(decided) < len(answers) else ""
+    unanswered = f"; {len(told) - len(answers)} without an answer" if len(told) > len(answers) else ""
     if not decided:
-        return f"undecided (all {len(answers)})", told
-    return ("reproduced" if all(decided) else "not reproduced") + f" ({sum(decided)} of {len(decided)}{open_})", told
+        return f"undecided (all {len(answers)}{unanswered})", told
+    rest = f"; {len(answers) - len(decided)} undecided{unanswered}" if len(decided) < len(answers) else unanswered
+    return ("reproduced" if all(decided) else "not reproduced") + f" ({sum(decided)} of {len(decided)}{rest})", told
 
 
 _WORDS = {True: "yes", False: "no", None: "undecided"}

@@ -10,16 +10,20 @@ another image x', and ``d`` the root of the mean squared difference of two image
   own label (cross-trigger mode), the others are left.
 
 Deviations:
-- The other images are the same batch's in another order, not those of a second loader.
+- The other images are the same batch's in another order, not those of a second loader. A pattern's diversity is to that
+  of its own image's partner, in the authors' code to one of the cross-triggers.
+- The generator makes all patterns of a batch in one pass, whose normalization sees them together; theirs takes two.
+- The generator's gradients are cleared after each step. In the authors' code they are not, and each step follows the
+  sum of all that came before; published figures are of that.
 - Stamped images are rounded to uint8 in training as they are at inference; the gradient passes straight through.
 - The generators' rate falls to a tenth at four tenths, and at eight tenths, of their steps, as it does for the masks in
   the paper; for the patterns the authors' code does so four times in 600 epochs, from a third of them on.
-- The generator is an encoder and a decoder of ``stages`` stages of one convolution each, where the paper's has two. Its
-  last convolution is not normalized; that of the authors may be (their blocks could not be read).
+- The generator is an encoder and a decoder of ``stages`` stages of one convolution each, where the paper's has two.
 - The mask generator learns on images without augmentation.
-- ``d(x, x')`` is of pixels in [0, 1]. The authors' code takes it of normalized images, but ``d(m(x), m(x'))`` of masks
-  in [0, 1]: on CIFAR-10 (standard deviations of about 0.25) their diversity of masks weighs about 4 times as much. That
-  of patterns, which it normalizes alike, is about the same.
+- ``d(x, x')`` is of pixels in [0, 1]. The authors' code takes it of images as the network gets them: on GTSRB the same,
+  on CIFAR-10 divided by about 0.25, but ``d(m(x), m(x'))`` of masks in [0, 1]. There ``mask_diversity_weight=4`` is
+  theirs, and masks of about 30 pixels instead of 12. That of patterns, which it normalizes alike, is about the same.
+- Masks that are empty on more than half of the images are refused.
 """
 
 from __future__ import annotations
@@ -37,7 +41,15 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, TriggerState
-from qdefense.attacks.learned_networks import in_parts, load_weights, require_halvings, weights_of
+from qdefense.attacks.learned_networks import (
+    in_parts,
+    load_weights,
+    looked_at,
+    require_effect,
+    require_halvings,
+    rounded,
+    weights_of,
+)
 from qdefense.attacks.poisoning import (
     ALL_TO_ALL,
     Aimed,
@@ -72,7 +84,7 @@ class Generator(nn.Sequential):
         layers += _block(widths[-1], widths[-1])
         for inputs, width in zip(widths[::-1], [*widths[-2::-1], channels]):
             layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(inputs, width)]
-        super().__init__(*layers, nn.Conv2d(channels, outputs, 3, padding=1))
+        super().__init__(*layers, *_convolution(channels, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x: (N, 3, H, W) float32 in [0, 1]``."""
@@ -81,7 +93,11 @@ class Generator(nn.Sequential):
 
 
 def _block(inputs: int, width: int) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width, momentum=0.05), nn.ReLU()]
+    return [*_convolution(inputs, width), nn.ReLU()]
+
+
+def _convolution(inputs: int, width: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width, momentum=0.05)]
 
 
 def sharpened(masks: Tensor) -> Tensor:
@@ -120,7 +136,8 @@ def _laid_over(x: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
 class InputAware(Aimed):
     """A generator of triggers that is trained along with the network.
 
-    ``poison_rate`` and ``cross_rate`` are shares of each batch, whatever its classes. ``channels`` are those of the
+    ``poison_rate`` and ``cross_rate`` are shares of each batch, whatever its classes. In each pixel, what a mask has
+    beyond ``mask_density`` costs; ``mask_diversity_weight`` is what pays for it. ``channels`` are those of the
     generators' first of ``stages`` stages, each twice as wide as the one before: fewer make a smaller trigger state.
     """
 
@@ -135,6 +152,7 @@ class InputAware(Aimed):
     poison_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     cross_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     diversity_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    mask_diversity_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     mask_density: Annotated[float, Field(ge=0, le=1)] = 0.032
     mask_epochs: Annotated[int, Field(ge=1)] = 25
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
@@ -171,7 +189,7 @@ class InputAware(Aimed):
 
         Raises:
             DataError: no such target class, no other class, more rows to stamp than a batch has or too few for a rate,
-                or a size that does not halve.
+                a size that does not halve, or masks that came out empty.
         """
         require_halvings(*dataset.images.shape[1:3], stages=self.stages, attack=self.name)
         if self.poison_rate + self.cross_rate > 1:
@@ -188,6 +206,10 @@ class InputAware(Aimed):
             pattern, mask = self._generator(3), self._generator(1)
         self._train_mask(mask, dataset, rng)
         mask.eval().requires_grad_(requires_grad=False)
+        masks = in_parts(lambda part: sharpened(mask(part)), looked_at(dataset))
+        require_effect(
+            (masks > 0.5).any(axis=(1, 2, 3)), attack=self.name, advice="raise mask_epochs or mask_diversity_weight"
+        )
         return GeneratorPoisoner(self, pattern, mask, classes=len(dataset.class_names), steps=steps)
 
     def rows_of_batch(self, size: int) -> tuple[int, int]:
@@ -219,7 +241,7 @@ class InputAware(Aimed):
     def _mask_loss(self, x: Tensor, masks: Tensor) -> Tensor:
         """Of ``masks`` for ``x``; another image of each is the one before it."""
         diversity = diversity_loss(x, x.roll(1, dims=0), masks, masks.roll(1, dims=0))
-        return self.diversity_weight * diversity + _SPARSITY_WEIGHT * F.relu(masks - self.mask_density).mean()
+        return self.mask_diversity_weight * diversity + _SPARSITY_WEIGHT * F.relu(masks - self.mask_density).mean()
 
 
 class GeneratorPoisoner:
@@ -249,7 +271,7 @@ class GeneratorPoisoner:
         (self._attack.diversity_weight * diversity).backward(retain_graph=True)  # type: ignore[no-untyped-call]
         self._pending = True
         laid = torch.cat([patterns[:poisons], patterns[2 * poisons :]])
-        changed = _rounded(_laid_over(x[:crossed], laid, masks))
+        changed = rounded(_laid_over(x[:crossed], laid, masks))
         labels = y.clone()
         labels[:poisons] = self._goal(y[:poisons])
         return torch.cat([changed, x[crossed:]]), labels
@@ -271,11 +293,6 @@ class GeneratorPoisoner:
         if self._attack.mode == ALL_TO_ALL:
             return torch.from_numpy(next_class(y.numpy(), self._classes))
         return torch.full_like(y, self._attack.target_class)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """To the nearest uint8; the gradient passes as if it were not."""
-    return x + (torch.from_numpy(on_grid(x.detach().numpy())) - x).detach()
 
 
 def _derangement(count: int, rng: np.random.Generator) -> NDArray[np.int64]:

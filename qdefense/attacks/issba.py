@@ -18,9 +18,13 @@ evades was not at hand to be checked, so that none is named.
 Deviations:
 - ``mean(dr^2)`` stands for LPIPS, at its weight: no perceptual network is at hand. So that the residual stays hard to
   see all the same, it is bounded: ``r = eps tanh(.)``, ``eps`` in codes of 255; the published one has no bound.
-- No critic (weight 0.5, off by default in BackdoorBox), and no spatial transformer before the decoder.
+- No critic (weight 0.5; BackdoorBox by default leaves it untrained, and its loss in the sum), and no spatial
+  transformer before the decoder.
+- The decoder learns on stamped images that are rounded to uint8, as poisons are; the gradient passes straight through.
 - The encoder has ``stages`` halvings instead of 4, and half the channels; the decoder is smaller too.
 - It learns on the training set; BackdoorBox adds the test images.
+- A residual that rounds to nothing in more than half of the images is refused. The trigger's state has the share of
+  the secret's bits that the decoder reads, as ``bit_accuracy``.
 """
 
 from __future__ import annotations
@@ -39,7 +43,15 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import LabelPolicy, PoisonedSet, TriggerState
-from qdefense.attacks.learned_networks import in_parts, load_weights, require_halvings, weights_of
+from qdefense.attacks.learned_networks import (
+    in_parts,
+    load_weights,
+    looked_at,
+    require_effect,
+    require_halvings,
+    rounded,
+    weights_of,
+)
 from qdefense.attacks.poisoning import AllToOne, PoisonBudget, check_to_one, poison_to_one
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.states import fits
@@ -48,7 +60,7 @@ from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
 _BATCH = 32
 _L2_WEIGHT, _STEP_WEIGHT, _SECRET_WEIGHT = 2.0, 1.5, 1.5
-_SECRET, _ENCODER = "secret", "encoder."
+_SECRET, _ENCODER, _BIT_ACCURACY = "secret", "encoder.", "bit_accuracy"
 
 
 class Encoder(nn.Module):
@@ -173,7 +185,7 @@ class Issba(PoisonBudget):
         require_halvings(height, width, stages=self.stages, attack=self.name)
         with torch.random.fork_rng(devices=[]):
             encoder = self._encoder(height, width)
-        if not fits(state, _state_of(encoder, np.zeros(self.bits, dtype=np.uint8))) or state[_SECRET].max() > 1:
+        if not fits(state, _state_of(encoder, np.zeros(self.bits, dtype=np.uint8), 0.0)) or state[_SECRET].max() > 1:
             raise DataError(
                 f"issba: the trigger state is not that of these settings on {height}x{width} images; give images of "
                 "the size that the network was trained on, or train it again"
@@ -190,10 +202,22 @@ class Issba(PoisonBudget):
         require_halvings(*dataset.images.shape[1:3], stages=self.stages, attack=self.name)
         count = self.poisons(len(dataset))
         check_to_one(dataset, self.target_class, count=count, attack=self.name)
-        encoder, _ = self.trained_pair(dataset, rng)
+        encoder, decoder = self.trained_pair(dataset, rng)
         trigger = self._of(encoder, rng.integers(2, size=self.bits, dtype=np.uint8))
+        accuracy = self._read(trigger, decoder, looked_at(dataset))
         made = poison_to_one(dataset, rng, trigger=trigger, count=count, attack=self.name)
-        return replace(made, trigger_state=_state_of(encoder, trigger.secret))
+        return replace(made, trigger_state=_state_of(encoder, trigger.secret, accuracy))
+
+    def _read(self, trigger: SteganographicTrigger, decoder: Decoder, x: Pixels) -> float:
+        """Share of the secret's bits that the decoder reads in images with it.
+
+        Raises:
+            DataError: the residual rounds to nothing.
+        """
+        stamped = trigger.stamp(x)
+        advice = "raise encoder_epochs, secret_epochs or learning_rate"
+        require_effect((stamped != x).any(axis=(1, 2, 3)), attack=self.name, advice=advice)
+        return float(np.mean((in_parts(decoder, stamped) > 0) == trigger.secret))
 
     def trained_pair(self, dataset: ImageSet, rng: np.random.Generator) -> tuple[Encoder, Decoder]:
         """Encoder and decoder, in eval mode; the state of torch is left as it was."""
@@ -207,7 +231,7 @@ class Issba(PoisonBudget):
                     secret = torch.from_numpy(rng.integers(2, size=(len(rows), self.bits)).astype(np.float32))
                     x = torch.from_numpy(dataset.take(rows).pixels)
                     residual = encoder(secret, x)
-                    loss = self._loss(decoder((x + residual).clamp(0, 1)), secret, residual, epoch=epoch)
+                    loss = self._loss(decoder(rounded((x + residual).clamp(0, 1))), secret, residual, epoch=epoch)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
@@ -226,8 +250,9 @@ class Issba(PoisonBudget):
         return SteganographicTrigger(encoder=encoder, secret=secret, target_class=self.target_class)
 
 
-def _state_of(encoder: Encoder, secret: NDArray[np.uint8]) -> TriggerState:
-    return {_SECRET: secret, **weights_of(encoder, _ENCODER)}
+def _state_of(encoder: Encoder, secret: NDArray[np.uint8], bit_accuracy: float) -> TriggerState:
+    accuracy = np.array(bit_accuracy, dtype=np.float32)
+    return {_SECRET: secret, _BIT_ACCURACY: accuracy, **weights_of(encoder, _ENCODER)}
 
 
 def _rows(count: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdefense.attacks.interfaces import TriggerState
 from qdefense.attacks.surrogate import one_thread
-from qdefense.data.images import DataError, Pixels
+from qdefense.data.images import DataError, ImageSet, Pixels, on_grid
 
 _ROWS_AT_ONCE = 256
+_LOOKED_AT = 500
+_LEAST_CHANGED = 0.5
 
 
 def in_parts(network: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
@@ -24,6 +28,31 @@ def in_parts(network: Callable[[Tensor], Tensor], x: Pixels) -> Pixels:
         parts = [network(part) for part in torch.from_numpy(x).split(_ROWS_AT_ONCE)]  # type: ignore[no-untyped-call]
         answers: Pixels = torch.cat(parts).numpy()
     return answers
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To the nearest uint8, as a stamped image is; the gradient passes as if it were not."""
+    return x + (torch.from_numpy(on_grid(x.detach().numpy())) - x).detach()
+
+
+def looked_at(dataset: ImageSet) -> Pixels:
+    """What a learned trigger is tried on: 500 images at most, over the whole file, which may be sorted by class."""
+    return dataset.take(np.linspace(0, len(dataset) - 1, min(_LOOKED_AT, len(dataset)), dtype=np.int64)).pixels
+
+
+def require_effect(changed: NDArray[np.bool_], *, attack: str, advice: str) -> None:
+    """Refuse a trigger that learned to do nothing, or it would be measured as one that no network takes up.
+
+    ``changed: (N,)`` says of which images it changes a pixel.
+
+    Raises:
+        DataError: it leaves more than half of them as they are; the message begins with ``attack``.
+    """
+    if changed.mean() < _LEAST_CHANGED:
+        raise DataError(
+            f"{attack}: the trigger that was learned changes nothing in {np.sum(~changed)} of {len(changed)} images; "
+            f"{advice}"
+        )
 
 
 def require_halvings(height: int, width: int, *, stages: int, attack: str) -> None:

@@ -69,6 +69,12 @@ def test_sharpened_pushes_masks_apart_and_keeps_the_middle() -> None:
     assert torch.allclose(sharpened(torch.tensor([0.2, 0.5, 0.8])), torch.tensor([0.0, 0.5, 1.0]), atol=1e-4)
 
 
+def test_a_generators_last_convolution_is_normalized_too() -> None:
+    """As the authors' is. Without it one step of Adam takes most masks where `sharpened` has no slope."""
+    last = list(InputAware()._generator(1))[-2:]
+    assert [type(layer) for layer in last] == [torch.nn.Conv2d, torch.nn.BatchNorm2d]
+
+
 @pytest.mark.parametrize(("masks", "expected"), [((0.5, 0.3), 3 * 2 + 100 * 0.15), ((0.2, 0.0), 3 * 2)])
 def test_masks_pay_for_likeness_and_for_what_they_cover_beyond_the_density(
     masks: tuple[float, float], expected: float
@@ -76,7 +82,7 @@ def test_masks_pay_for_likeness_and_for_what_they_cover_beyond_the_density(
     """Images 0.4 apart and masks 0.2: a ratio of 2 at weight 3; beyond a density of 0.25 are 0.25 and 0.05, or none."""
     x = torch.tensor([0.0, 0.4])[:, None, None, None].expand(2, 3, 4, 4)
     made = torch.tensor(masks)[:, None, None, None].expand(2, 1, 4, 4)
-    loss = InputAware(diversity_weight=3, mask_density=0.25)._mask_loss(x, made)
+    loss = InputAware(mask_diversity_weight=3, mask_density=0.25)._mask_loss(x, made)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -149,12 +155,28 @@ def test_the_pattern_generator_gets_the_weighted_gradient_of_diversity_without_t
 def test_masks_learn_to_cover_as_much_as_the_density_and_not_all_the_same(small_signs: Signs) -> None:
     """Untrained ones are at about a half. What is sharpened lies near 0 or 1, so that few pixels are beyond it."""
     images = small_signs.train.take(np.arange(256))
-    attack = InputAware(channels=4, stages=2, mask_epochs=30, mask_density=0.1)
+    attack = InputAware(channels=4, stages=2, mask_epochs=100, mask_density=0.1)
     poisoner = attack.begin(images, batch_size=64, steps=4, rng=np.random.default_rng(0))
     with torch.no_grad():
         masks = sharpened(poisoner._mask(torch.from_numpy(images.pixels)))
     assert 0.01 < masks.mean() < 0.2
     assert masks.std(dim=0).max() > 0.1
+
+
+def test_masks_that_came_out_empty_are_refused(make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network would learn wrong labels from them, and no trigger."""
+
+    def empty(_self: InputAware, mask: torch.nn.Sequential, *_: object) -> None:
+        torch.nn.init.zeros_(mask[-1].weight)  # type: ignore[arg-type]
+        torch.nn.init.constant_(mask[-1].bias, -9)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(InputAware, "_train_mask", empty)
+    with pytest.raises(DataError) as caught:
+        _begin(make_noise(40))
+    assert str(caught.value) == (
+        "input-aware: the trigger that was learned changes nothing in 40 of 40 images; raise mask_epochs or "
+        "mask_diversity_weight"
+    )
 
 
 def test_masks_stay_as_they_are_once_they_are_learned(make_noise: MakeNoise) -> None:
@@ -266,7 +288,8 @@ def test_a_rate_that_a_batch_is_too_small_for_is_told_before_masks_are_trained(
 def test_settings_are_the_papers() -> None:
     attack = InputAware()
     assert (attack.poison_rate, attack.cross_rate, attack.mask_density, attack.mask_epochs) == (0.1, 0.1, 0.032, 25)
-    assert (attack.diversity_weight, attack.learning_rate, attack.channels, attack.stages) == (1.0, 0.01, 32, 3)
+    assert (attack.diversity_weight, attack.mask_diversity_weight, attack.learning_rate) == (1.0, 1.0, 0.01)
+    assert (attack.channels, attack.stages) == (32, 3)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +300,7 @@ def test_settings_are_the_papers() -> None:
         ("poison_rate", "1.1"),
         ("cross_rate", "-1"),
         ("diversity_weight", "inf"),
+        ("mask_diversity_weight", "0"),
         ("mask_density", "2"),
         ("mask_epochs", "0"),
         ("learning_rate", "0"),

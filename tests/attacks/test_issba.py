@@ -148,6 +148,25 @@ def test_the_trigger_comes_back_from_its_packed_state(make_noise: MakeNoise) -> 
     assert (first.eligible(labels).tolist(), first.goal(labels).tolist()) == ([True, True, False, True], [2] * 4)
 
 
+def test_the_state_says_how_much_of_the_secret_can_be_read(learned: tuple[Issba, PoisonedSet]) -> None:
+    state = learned[1].trigger_state
+    assert state is not None
+    assert 0.75 < float(state["bit_accuracy"]) <= 1
+    assert (float(state["bit_accuracy"]) * 64 * 4).is_integer(), "of 4 bits in 64 images"
+
+
+def test_a_residual_that_rounds_to_nothing_is_refused(make_noise: MakeNoise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network would learn wrong labels from it, and no trigger."""
+    monkeypatch.setattr(Encoder, "forward", lambda _self, _secret, x: torch.full_like(x, 0.4 / 255))
+    monkeypatch.setattr(Issba, "trained_pair", lambda self, *_: (self._encoder(8, 8), Decoder(bits=4, channels=4)))
+    with pytest.raises(DataError) as caught:
+        _poisoned(make_noise(40))
+    assert str(caught.value) == (
+        "issba: the trigger that was learned changes nothing in 40 of 40 images; raise encoder_epochs, secret_epochs "
+        "or learning_rate"
+    )
+
+
 def test_trigger_says_that_it_is_learned() -> None:
     with pytest.raises(DataError, match=r"^issba: the trigger is learned; its state is beside the model that was trai"):
         Issba().trigger(8, 8)

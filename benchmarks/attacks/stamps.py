@@ -1,0 +1,91 @@
+"""Write STAMPS.md: how many images each attack poisons, and how much of an image its trigger changes.
+
+    QDEFENSE_DATA=... python benchmarks/attacks/stamps.py
+
+On test images, as at inference; an attack that stamps less in training says so in its module. A network whose trigger's
+state shows a training image, and is not committed, is in the table only where that state is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from margins import DATA, HERE, IMAGES, SEED, Attacked, attacked_networks, test_images
+from numpy.typing import NDArray
+
+from qdefense.data.images import ImageSet, Pixels
+from qdefense.data.opening import open_data
+
+HEAD = (
+    "| attack | data, seed | training images | poisons | images of the target class | pixels changed | highest change "
+    "| mean change |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Of images by their trigger: the share of pixels that are not what they were, and codes of 255."""
+
+    pixels: float
+    highest: float
+    mean: float
+
+
+def change_of(plain: Pixels, stamped: Pixels) -> Change:
+    """A pixel is changed if one of its channels is; highest over all channels, mean over all of them.
+
+    Both ``(N, 3, H, W) float32 in [0, 1]``.
+    """
+    codes: NDArray[np.float32] = np.round(np.abs(stamped - plain) * 255)
+    return Change(pixels=float((codes > 0).any(axis=1).mean()), highest=float(codes.max()), mean=float(codes.mean()))
+
+
+@lru_cache(maxsize=2)
+def training_images(data: str) -> ImageSet:
+    return open_data(str(DATA / data), split="train", seed=SEED)
+
+
+def poison_cells(network: Attacked) -> str:
+    """Training images, poisons (of an attack in the loop its share of a batch), and images truly of the target class."""
+    record = network.files["fp32"]
+    settings, truth = record.network.attack_settings, network.store.truth(record.artifact_sha256)
+    images = training_images(record.network.data)
+    poisons = f"{len(truth.poison_indices):,}" if truth.poison_indices else f"{settings['poison_rate']:g} of each batch"
+    target = settings.get("target_class", settings.get("host.target_class"))
+    one_class = target is not None and settings.get("mode") != "all-to-all"
+    return f"{len(images):,} | {poisons} | {f'{np.sum(images.labels == target):,}' if one_class else ''}"
+
+
+def line(network: Attacked) -> str:
+    images = test_images(network.place[0])
+    trigger = network.trigger(*images.images.shape[1:3])
+    eligible = images.take(np.flatnonzero(trigger.eligible(images.labels))).pixels
+    change = change_of(eligible, trigger.stamp(eligible))
+    return (
+        f"| {network.title} | {poison_cells(network)} "
+        f"| {change.pixels:.3f} | {change.highest:.0f} | {change.mean:.2f} |"
+    )
+
+
+def page(every: list[Attacked]) -> str:
+    rows = (line(network) for network in every if not network.lacks_trigger)
+    return (
+        "# Poisons and stamps\n\n"
+        "Written by `QDEFENSE_DATA=DIR python benchmarks/attacks/stamps.py`. The changes are those of the eligible ones\n"
+        f"of {IMAGES} test images drawn with seed {SEED}, at inference: the share of pixels that the trigger changes, and\n"
+        "by how much, in codes of 255: the highest change of a channel, and the mean over all channels of all pixels.\n\n"
+        + "\n".join((*HEAD, *rows))
+        + "\n"
+    )
+
+
+def main() -> None:
+    (HERE / "STAMPS.md").write_text(page(attacked_networks()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
