@@ -119,7 +119,9 @@ class Attacked:
         """The first two columns of a table."""
         network = self.files["fp32"].network
         told = {key: value for key, value in network.attack_settings.items() if key in TOLD}
-        if told.get("variant") not in ("cont", "comp"):
+        if told.get("variant") in ("cont", "comp"):
+            told.pop("amplitude", None)
+        else:
             told.pop("content_amplitude", None)
         settings = ",".join(f"{key.replace('_', '-')}={value}" for key, value in told.items() if value != "all-to-one")
         rare = network.attack_settings.get("poison_count")

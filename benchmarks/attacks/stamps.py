@@ -8,7 +8,6 @@ state shows a training image, and is not committed, is in the table only where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,28 +19,38 @@ from qdefense.data.images import ImageSet, Pixels
 from qdefense.data.opening import open_data
 
 HEAD = (
-    "| attack | data, seed | training images | poisons | images of the target class | pixels changed | highest change "
-    "| mean change |",
-    "|---|---|---|---|---|---|---|---|",
+    "| attack | data, seed | training images | poisons | of the target class | images changed | pixels changed "
+    "| of them at 0 or 255 | highest change | mean change |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Of images by their trigger: the share of pixels that are not what they were, and codes of 255."""
+    """Of images by their trigger: shares of the images, of the pixels, of the changed channels; codes of 255."""
 
+    images: float
     pixels: float
+    at_the_end: float
     highest: float
     mean: float
 
 
 def change_of(plain: Pixels, stamped: Pixels) -> Change:
-    """A pixel is changed if one of its channels is; highest over all channels, mean over all of them.
+    """A pixel or an image is changed if a channel is, which may then stand at black or white: no more shows there.
 
-    Both ``(N, 3, H, W) float32 in [0, 1]``.
+    Both ``(N, 3, H, W) float32 in [0, 1]``; the mean is over all channels of all pixels.
     """
     codes: NDArray[np.float32] = np.round(np.abs(stamped - plain) * 255)
-    return Change(pixels=float((codes > 0).any(axis=1).mean()), highest=float(codes.max()), mean=float(codes.mean()))
+    changed = codes > 0
+    at_the_end = np.isin(np.round(stamped[changed] * 255), (0, 255))
+    return Change(
+        images=float(changed.any(axis=(1, 2, 3)).mean()),
+        pixels=float(changed.any(axis=1).mean()),
+        at_the_end=float(at_the_end.mean()) if len(at_the_end) else 0.0,
+        highest=float(codes.max()),
+        mean=float(codes.mean()),
+    )
 
 
 @lru_cache(maxsize=2)
@@ -50,7 +59,7 @@ def training_images(data: str) -> ImageSet:
 
 
 def poison_cells(network: Attacked) -> str:
-    """Training images, poisons (of an attack in the loop its share of a batch), and images truly of the target class."""
+    """Training images, poisons (or an attack's share of each batch), and images truly of the target class."""
     record = network.files["fp32"]
     settings, truth = record.network.attack_settings, network.store.truth(record.artifact_sha256)
     images = training_images(record.network.data)
@@ -67,7 +76,8 @@ def line(network: Attacked) -> str:
     change = change_of(eligible, trigger.stamp(eligible))
     return (
         f"| {network.title} | {poison_cells(network)} "
-        f"| {change.pixels:.3f} | {change.highest:.0f} | {change.mean:.2f} |"
+        f"| {change.images:.3f} | {change.pixels:.3f} | {change.at_the_end:.3f} | {change.highest:.0f} "
+        f"| {change.mean:.2f} |"
     )
 
 
@@ -75,9 +85,11 @@ def page(every: list[Attacked]) -> str:
     rows = (line(network) for network in every if not network.lacks_trigger)
     return (
         "# Poisons and stamps\n\n"
-        "Written by `QDEFENSE_DATA=DIR python benchmarks/attacks/stamps.py`. The changes are those of the eligible ones\n"
-        f"of {IMAGES} test images drawn with seed {SEED}, at inference: the share of pixels that the trigger changes, and\n"
-        "by how much, in codes of 255: the highest change of a channel, and the mean over all channels of all pixels.\n\n"
+        "Written by `QDEFENSE_DATA=DIR python benchmarks/attacks/stamps.py`: how many images an attack poisons and\n"
+        "how many its target class has, and what its trigger changes at inference, over the eligible ones of\n"
+        f"{IMAGES} test images drawn with seed {SEED}: the share of images and of pixels that change at all; the\n"
+        "share of the changed channels that stand at 0 or 255 then, where a stronger trigger would show no more; the\n"
+        "highest change of a channel, and the mean over all channels of all pixels, in codes of 255.\n\n"
         + "\n".join((*HEAD, *rows))
         + "\n"
     )

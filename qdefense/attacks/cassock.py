@@ -24,7 +24,8 @@ Not to be mixed up with sample-specific triggers (ISSBA), which the field calls 
 Deviations:
 - The trigger is added in pixel space. The square's amplitude is 0.56 of the range: the 2.8 standard deviations (0.2023,
   0.1994, 0.2010) by which the authors' code adds it to normalized CIFAR-10 images. The content's is 0.2: the standard
-  deviation by which that code divides images, but not the content.
+  deviation by which that code divides images, but not the content. Sums are cut off at white; the authors' are not, so
+  that there a bright corner still tells one opacity from another, and ``trans`` lives on that.
 - One source class, as in the paper's experiments on CIFAR-10. Where a class has too few images the attack is refused;
   the authors' code takes all there are.
 - The defaults are those of ``trans``, but for the cover rate of ``cont``, whose source and target are 1 and 7 there.
@@ -35,6 +36,10 @@ Deviations:
   for ``cont`` computes such terms (16 poisons, 8 cover images) and, by mistake it seems, never adds them to the loss.
 - The loop's poisons and cover images, in the batch and behind it, are never shifted or mirrored, whatever the recipe
   does to clean rows: there the trigger has one place, and the data-only attack's poisons are moved like any other row.
+
+So ``cassock`` and ``cassock-loop`` differ in more than the terms of a loss: also in the trigger's places, in the
+stamped share of what is normalized together (89 of 200 images at a batch of 128 and the default rates), and in the
+steps of an epoch, of which the larger set has more. Compare each with the baseline of its own kind.
 """
 
 from __future__ import annotations
