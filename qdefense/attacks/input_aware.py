@@ -208,7 +208,7 @@ class InputAware(Aimed):
         mask.eval().requires_grad_(requires_grad=False)
         masks = in_parts(lambda part: sharpened(mask(part)), looked_at(dataset))
         require_effect(
-            (masks > 0.5).any(axis=(1, 2, 3)), attack=self.name, advice="raise mask_epochs or mask_diversity_weight"
+            np.max(masks, axis=(1, 2, 3)) > 0.5, attack=self.name, advice="raise mask_epochs or mask_diversity_weight"
         )
         return GeneratorPoisoner(self, pattern, mask, classes=len(dataset.class_names), steps=steps)
 
