@@ -10,9 +10,9 @@ import pytest
 
 from qdefense.attacks import ATTACKS
 from qdefense.bench.matrix import read_matrix
-from qdefense.bench.records import DatasetMetrics, Rate, ScanMetrics
+from qdefense.bench.records import DatasetMetrics, Rate, RepairMetrics, ScanMetrics
 from qdefense.bench.tables import Proportion, proportion
-from qdefense.findings import InvertedTrigger, ScanResult, Verdict
+from qdefense.findings import InvertedTrigger, RepairResult, ScanResult, Verdict
 from qdefense.registry import flat_settings
 from qdefense.trial import Activity
 
@@ -179,11 +179,11 @@ def test_the_page_has_a_row_for_each_network_and_a_table_of_every_file(orderings
     *_, lacking = orderings.network_table(results)
     assert lacking == f"{start}  |  | *0.030* |  | 0.400 |  |  |  |", "nothing of another file stands for FP32's"
     results.behaviours = [whole, *others]
-    text = orderings.page(results, "# Title\n\n## What came so far\n\n1. A finding.\n")
+    text = orderings.page(results, "# Title\n\n## In short\n\nA word.\n")
     assert [line for line in text.splitlines() if line.startswith("#")][:4] == [
         "# Title",
+        "## In short",
         "## The papers' orderings",
-        "## What came so far",
         "## What each precision leaves",
     ]
     assert row in text
@@ -254,6 +254,29 @@ def test_share_of_the_poisons_that_a_ranking_holds(orderings: ModuleType) -> Non
     assert results.held(planted, ("signs", 1), "fp32") is None
     results.rankings[0].metrics = None
     assert all(map(math.isnan, results.held(planted, ("signs", 0), "fp32")))
+
+
+def test_a_poison_count_stands_beside_what_finds_and_what_removes_it(orderings: ModuleType) -> None:
+    network = SimpleNamespace(data="signs", seed=0, attack="badnets", attack_settings={"poison_count": 50})
+    file = {"network": network, "scheme": "fp32"}
+    results = orderings.Results(())
+    results.behaviours = [SimpleNamespace(**file, asr=0.5)]
+    head = list(orderings.count_table(results))
+    assert len(head) == 2, "no repair, no row"
+    metrics = RepairMetrics.model_construct(asr_before=0.5, asr_after=0.25, accuracy_before=0.9, accuracy_after=None)
+    result = RepairResult.model_construct(pruning=SimpleNamespace(pruned=(1, 2), channels=64))
+    answer = {"verdict": Verdict.NOT_REPAIRED, "metrics": metrics, "finding": SimpleNamespace(result=result)}
+    results.repairs = [SimpleNamespace(**file, **answer)]
+    begun = "| `badnets:poison-count=50` | signs, 0 | fp32 | 0.500"
+    repaired = "NOT_REPAIRED | 2 of 64 | 0.500, 0.250 | 0.900,  |"
+    assert list(orderings.count_table(results))[2:] == [f"{begun} |  | |  |  | {repaired}"]
+    asked = {"budget": "quick", "multiplier": 2.0, "attack_success": 0.99}
+    scanned = ScanMetrics.model_construct(target_norm=13.94, target_index=2.4, targets=(1,))
+    results.scans = [SimpleNamespace(**file, settings=asked, verdict=Verdict.BACKDOORED, metrics=scanned)]
+    results.rankings = [SimpleNamespace(**file, metrics=DatasetMetrics.model_construct(within_auroc=0.75))]
+    results.repairs = [SimpleNamespace(**file, verdict=Verdict.NOT_MEASURED, metrics=None, finding=None)]
+    found = "BACKDOORED | 2.400 | 13.9 | 0.750"
+    assert list(orderings.count_table(results))[2:] == [f"{begun} | {found} | NOT_MEASURED | | |  |"]
 
 
 def told_by_the_model(orderings: ModuleType, costs: list[float | None], weight: float = 0.01) -> list[str]:

@@ -27,12 +27,13 @@ from qdefense.bench.records import (
     DefenseRecord,
     Rate,
     Record,
+    RepairMetrics,
     ScanMetrics,
     TrainingRecord,
 )
 from qdefense.bench.store import RECORDS, read_records
 from qdefense.bench.tables import Proportion, proportion
-from qdefense.findings import ScanResult, Verdict
+from qdefense.findings import RepairResult, ScanResult, Verdict
 from qdefense.trial import DORMANT_MARGIN, Activity
 
 HERE = Path(__file__).parent
@@ -45,8 +46,6 @@ PAPER_SUCCESS, LOWER_SUCCESS = 0.99, 0.9
 TINY, TENFOLD = 50, 500
 DFB_VARIANTS = "fixed", "encoder"
 SWEPT, HELD_SHARE = 1000, 0.85
-FINDINGS = "## What came so far"
-"""The heading of the preface before which the papers' sentences stand."""
 FULL = 1.0
 """Of the target's content: as it is."""
 Told = TypeVar("Told", BehaviourRecord, DefenseRecord)
@@ -110,6 +109,7 @@ RIVALS = {
     TENFOLD: (few("badnets", TENFOLD), few("blended", TENFOLD), clean_label(0.1)),
 }
 """Of DFB, by the number of poisons."""
+COUNTED = (*(few("badnets", count) for count in (TINY, 250, TENFOLD, SWEPT)), BADNETS, SWEPT_BLENDED)
 SHOWN = (
     BADNETS,
     BLENDED,
@@ -152,6 +152,7 @@ class Results:
         answers = [record for record in every if isinstance(record, DefenseRecord)]
         self.scans = [record for record in answers if record.defense == "neural-cleanse"]
         self.rankings = [record for record in answers if record.defense == "spectral-signatures"]
+        self.repairs = [record for record in answers if record.defense == "fine-pruning"]
 
     @property
     def places(self) -> list[tuple[str, int]]:
@@ -471,6 +472,8 @@ CLAIMS = (
             (content("comp", FULL), cassock("trans")),
             (content("cont"), cassock("source-specific")),
             (content("cont", FULL), cassock("source-specific")),
+            (content("comp"), cassock("source-specific")),
+            (content("comp", FULL), cassock("source-specific")),
             (cassock("trans"), cassock("source-specific")),
             (in_the_loop("trans"), in_the_loop("source-specific")),
         )
@@ -582,6 +585,54 @@ def _told(record: DefenseRecord) -> str:
     return f"{record.verdict} | {lowest.norm:.1f}{mark} | {shown(lowest.index)} | {ratio:.3f}"
 
 
+def count_table(results: Results) -> Iterator[str]:
+    """By the number of poisons: what finds them, and what removes the backdoor."""
+    yield (
+        "| attack | data, seed | precision | ASR | Neural Cleanse | index | mask | AUROC | Fine-Pruning | pruned "
+        "| ASR before, after | accuracy before, after |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    for planted, place, scheme in product(COUNTED, results.places, SCHEMES):
+        repair = _last_of(results.repairs, planted, place, scheme)
+        seen = results.behaviour(planted, place, scheme)
+        if repair is not None and seen is not None:
+            found = " | ".join((_found(results, planted, place, scheme), _ranked(results, planted, place, scheme)))
+            told = f"{planted.title} | {place[0]}, {place[1]} | {scheme} | {shown(seen.asr)}"
+            yield f"| {told} | {found} | {_repaired(repair)} |"
+
+
+def _found(results: Results, planted: Planted, place: tuple[str, int], scheme: str) -> str:
+    """The answer, index and mask of the true target; censored, or above the median, its index is 0."""
+    scan = results.scan(planted, place, scheme, fixed=False)
+    if scan is None or not isinstance(scan.metrics, ScanMetrics):
+        return " | | "
+    norm = scan.metrics.target_norm
+    index = results.index(planted, place, scheme, fixed=False)
+    return f"{scan.verdict} | {shown(index)} | {'' if norm is None else f'{norm:.1f}'}"
+
+
+def _ranked(results: Results, planted: Planted, place: tuple[str, int], scheme: str) -> str:
+    record = _last_of(results.rankings, planted, place, scheme)
+    return shown(record.metrics.within_auroc if record and isinstance(record.metrics, DatasetMetrics) else None)
+
+
+def _repaired(record: DefenseRecord) -> str:
+    """The repair's own verdict, on the images that it had, and rates on those that it did not see."""
+    metrics, result = record.metrics, None if record.finding is None else record.finding.result
+    if not isinstance(metrics, RepairMetrics):
+        return f"{record.verdict} | | | "
+    pruning = result.pruning if isinstance(result, RepairResult) else None
+    pruned = "" if pruning is None else f"{len(pruning.pruned)} of {pruning.channels}"
+    asr, accuracy = (
+        f"{shown(before)}, {shown(after)}"
+        for before, after in (
+            (metrics.asr_before, metrics.asr_after),
+            (metrics.accuracy_before, metrics.accuracy_after),
+        )
+    )
+    return f"{record.verdict} | {pruned} | {asr} | {accuracy}"
+
+
 def figure(value: float) -> str:
     return "without an answer" if math.isnan(value) else f"{value:.3f}"
 
@@ -659,18 +710,21 @@ def unmade(results: Results) -> Iterator[str]:
 
 
 def page(results: Results, preface: str) -> str:
-    """README.md: the preface up to its findings, what the papers say, the findings, and the tables."""
-    head, findings = preface.rstrip().split(FINDINGS)
+    """README.md: the preface, what the papers say, and the tables."""
     parts = [
-        head.rstrip(),
+        preface.rstrip(),
         "## The papers' orderings\n\n" + "\n".join(claim_table(results)),
-        FINDINGS + findings,
         "## What each precision leaves\n\n"
         "ASR by precision, **bold** where the file is active and *slanted* where it is dormant, and the clean\n"
         "accuracy of the FP32 file. The controls, at most: what the same trigger does to the *clean* network of that\n"
         "seed at the same precision, and of how many files there is one where not of all. Intervals, confusion\n"
-        "without the trigger and the FPR of every file are in [PRECISIONS.md](PRECISIONS.md); poison counts against\n"
-        "what finds and removes them in [RESULTS.md](RESULTS.md).\n\n" + "\n".join(network_table(results)),
+        "without the trigger and the FPR of every file are in [PRECISIONS.md](PRECISIONS.md).\n\n"
+        + "\n".join(network_table(results)),
+        "## What a poison count costs and buys\n\n"
+        "Neural Cleanse (`quick`, 99 %): its answer, and the index and the mask of the true target. Spectral\n"
+        "Signatures: AUROC within the target's label. Fine-Pruning: its own verdict on 500 images that it was given,\n"
+        "how many channels it pruned, and ASR and clean accuracy on the test images that it was not.\n\n"
+        + "\n".join(count_table(results)),
         "## The model of label smoothing on measured norms\n\n"
         "From BadNets, Neural Cleanse at a fixed cost: the trigger is hidden where its confidence is at most q_max,\n"
         "and still fires above 1 / K. Norm and cost (cross-entropy, in nats) of the benign classes are the medians of\n"
