@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from margins import DATA, HERE, SEED, Attacked, answers_of, networks
+from numpy.typing import NDArray
 from stronger import IMAGES, others_than, table, told
 
 from qdefense.attacks import ATTACKS, Trigger
@@ -59,12 +60,17 @@ class Residuals:
         return self.trigger(multiple, *x.shape[2:]).stamp(x)
 
 
+def in_a_ring(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """For each row another one: a single cycle through all."""
+    order = rng.permutation(count)
+    others = np.empty_like(order)
+    others[order] = np.roll(order, 1)
+    return others
+
+
 def swapped(x: Pixels, stamped: Pixels, rng: np.random.Generator) -> Pixels:
     """What the stamp adds to another image; what it adds where it clips is less than the residual."""
-    order = rng.permutation(len(x))
-    others = np.empty_like(order)
-    others[order] = np.roll(order, 1)  # one cycle through all: no image keeps its own
-    return (stamped - x)[others]
+    return (stamped - x)[in_a_ring(len(x), rng)]
 
 
 def exchanged(x: Pixels, stamped: Pixels) -> Pixels:

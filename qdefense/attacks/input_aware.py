@@ -124,7 +124,16 @@ class GeneratedTrigger(AllToOne):
 
     def stamp(self, x: Pixels) -> Pixels:
         """Each of ``x: (N, 3, H, W) float32 in [0, 1]`` with its own trigger, rounded to the nearest uint8."""
-        return on_grid(in_parts(lambda part: _laid_over(part, self.pattern(part), sharpened(self.mask(part))), x))
+        return self.crossed(x, x)
+
+    def crossed(self, x: Pixels, others: Pixels) -> Pixels:
+        """Each of ``x: (N, 3, H, W)`` with the trigger of the other image in its row, which shall do nothing to it."""
+
+        def laid(part: Tensor) -> Tensor:
+            image, other = (half.contiguous() for half in part.split(part.shape[1] // 2, dim=1))
+            return _laid_over(image, self.pattern(other), sharpened(self.mask(other)))
+
+        return on_grid(in_parts(laid, np.concatenate([x, others], axis=1)))
 
 
 def _laid_over(x: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:

@@ -10,7 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
-from qdefense.attacks.input_aware import GeneratorPoisoner, InputAware, _adam, _derangement, diversity_loss, sharpened
+from qdefense.attacks.input_aware import (
+    GeneratedTrigger,
+    GeneratorPoisoner,
+    InputAware,
+    _adam,
+    _derangement,
+    diversity_loss,
+    sharpened,
+)
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.states import pack_state, unpack_state
 from qdefense.data.images import DataError, ImageSet, on_grid
@@ -216,6 +224,20 @@ def test_the_trigger_comes_back_from_its_packed_state(make_noise: MakeNoise) -> 
     assert (stamped - pixels)[0].tobytes() != (stamped - pixels)[1].tobytes()
     assert first.stamp(pixels[:0]).shape == (0, 3, 8, 8)
     assert (first.eligible(labels).tolist(), first.goal(labels).tolist()) == ([True, True, False, True], [2] * 4)
+
+
+def test_an_image_can_get_the_trigger_of_another_one(make_noise: MakeNoise) -> None:
+    """Where the other's mask is 1 stands the other's pattern; with its own trigger it is stamped."""
+    attack, result = _trained(make_noise(40), mask_density=0.5)
+    trigger = trigger_of(attack, 8, 8, result.trigger_state)
+    assert isinstance(trigger, GeneratedTrigger)
+    x, others = make_noise(6, seed=9).pixels, make_noise(6, seed=8).pixels
+    found = trigger.crossed(x, others)
+    with torch.no_grad():
+        pattern, mask = (network(torch.from_numpy(others)) for network in (trigger.pattern, trigger.mask))
+    expected = x + (pattern.numpy() - x) * sharpened(mask).numpy()
+    assert np.abs(found - expected).max() < 0.5 / 255 + 1e-5
+    assert trigger.crossed(x, x).tobytes() == trigger.stamp(x).tobytes() != found.tobytes()
 
 
 def test_every_class_goes_to_the_next_one_in_all_to_all_mode(make_noise: MakeNoise) -> None:

@@ -1,0 +1,79 @@
+"""Write SPECIFICITY.md: whether the trigger of a sample-specific attack works on its own image alone.
+
+    QDEFENSE_DATA=... python benchmarks/attacks/specificity.py
+
+Input-aware's paper asks that another image's trigger does nothing; ISSBA and DFB's encoder are not trained for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from margins import HERE, SCHEMES, SEED, Attacked, answers_of, networks
+from residuals import exchanged, in_a_ring
+from stronger import IMAGES, others_than, table, told
+
+from qdefense.attacks.input_aware import GeneratedTrigger
+from qdefense.data.images import Pixels
+
+
+def is_specific(network: Attacked) -> bool:
+    """Whether each image has a trigger of its own, which is at hand."""
+    made = network.files["fp32"].network
+    own = made.attack in ("input-aware", "issba") or made.attack_settings.get("variant") == "encoder"
+    return own and made.attack_settings.get("mode", "all-to-one") == "all-to-one" and not network.lacks_trigger
+
+
+def crossed(network: Attacked, x: Pixels, stamped: Pixels) -> Pixels:
+    """Each image with another one's trigger: laid over it as the attack lays it, or its residual added."""
+    trigger = network.trigger(*x.shape[2:])
+    if isinstance(trigger, GeneratedTrigger):
+        return trigger.crossed(x, x[in_a_ring(len(x), np.random.default_rng(SEED))])
+    return exchanged(x, stamped)
+
+
+def shared(x: Pixels, stamped: Pixels) -> float:
+    """Share of what the triggers change that all have in common: ``|mean r|^2 / mean |r|^2``, r the change of an image.
+
+    1 where all change alike, about ``1 / N`` where they have nothing in common.
+    """
+    change = (stamped - x).astype(np.float64)
+    whole = float(np.mean(change**2))
+    return float(np.mean(change.mean(axis=0) ** 2)) / whole if whole else 0.0
+
+
+def rows(every: list[Attacked]) -> Iterator[str]:
+    clean = {one.place: one for one in every if one.files["fp32"].network.attack is None}
+    for network in filter(is_specific, every):
+        target = int(network.files["fp32"].network.attack_settings["target_class"])
+        x = others_than(target, network.place[0])
+        stamped = network.trigger(*x.shape[2:]).stamp(x)
+        images = (x, stamped, crossed(network, x, stamped))
+        common = f"{shared(x, stamped):.3f}"
+        for title, one in (
+            (network.title, network),
+            (f"none | {network.place[0]}, {network.place[1]}", clean[network.place]),
+        ):
+            for scheme in filter(one.files.__contains__, SCHEMES):
+                cells = (told(answers_of(one.model(scheme), pixels), target) for pixels in images)
+                yield f"| {title} | {scheme} | {' | '.join(cells)} | {common} |"
+
+
+def main() -> None:
+    parts = [
+        "# Whose trigger",
+        f"Written by `specificity.py`. Of {IMAGES:,} test images (seed {SEED}) those of other classes: the share that\n"
+        "goes to the target, and in brackets the mean confidence in it, of the attacked files and, below them, of the\n"
+        "clean network's with the same images. *In common*: the share of what the triggers change, in energy, that is\n"
+        "the same in all images.",
+        table(
+            ("attack", "data, seed", "precision", "plain", "own trigger", "another image's", "in common"),
+            rows(networks()),
+        ),
+    ]
+    (HERE / "SPECIFICITY.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

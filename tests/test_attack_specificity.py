@@ -1,0 +1,71 @@
+"""Whose trigger `benchmarks/attacks/specificity.py` puts on an image, and what it says that they have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from qdefense.attacks.input_aware import InputAware
+from qdefense.data.images import Pixels
+
+
+@pytest.fixture
+def specificity(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which imports its neighbours by name, as it does when it is run."""
+    for name in ("margins", "stronger", "residuals"):
+        monkeypatch.setitem(sys.modules, name, benchmark_script(f"attacks/{name}.py"))
+    return benchmark_script("attacks/specificity.py")
+
+
+def grey(*levels: float) -> Pixels:
+    return np.stack([np.full((3, 8, 8), level, dtype=np.float32) for level in levels])
+
+
+def test_triggers_share_all_of_what_is_alike_and_nothing_of_what_is_opposite(specificity: ModuleType) -> None:
+    x = grey(0.5, 0.5)
+    assert specificity.shared(x, grey(0.6, 0.6)) == pytest.approx(1, abs=1e-6)
+    assert specificity.shared(x, grey(0.6, 0.4)) == pytest.approx(0, abs=1e-6)
+    assert specificity.shared(x, grey(0.7, 0.5)) == pytest.approx(0.5, abs=1e-6), "0.1 of 0.2 in one, and of 0 in one"
+    assert specificity.shared(x, x) == 0
+
+
+def test_an_added_residual_goes_to_another_image(specificity: ModuleType) -> None:
+    x, trigger = grey(0.2, 0.4), SimpleNamespace()
+    network = SimpleNamespace(trigger=lambda *_: trigger)
+    found = specificity.crossed(network, x, x + grey(0.2, 0.4))
+    assert found[:, 0, 0, 0] == pytest.approx([0.6, 0.6], abs=0.5 / 255)
+
+
+def test_a_generated_trigger_is_laid_over_another_image(specificity: ModuleType) -> None:
+    attack = InputAware(channels=2, stages=1)
+    state = {"classes": np.array(2)}
+    pattern, mask = attack._generator(3), attack._generator(1)
+    for prefix, network in (("pattern.", pattern), ("mask.", mask)):
+        state |= {prefix + name: value.numpy() for name, value in network.state_dict().items()}
+    trigger = attack.restored_trigger(8, 8, state)
+    x = grey(0.2, 0.7)
+    found = specificity.crossed(SimpleNamespace(trigger=lambda *_: trigger), x, trigger.stamp(x))
+    assert found.tobytes() == trigger.crossed(x, x[::-1]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("attack", "settings", "lacks", "expected"),
+    [
+        ("input-aware", {"mode": "all-to-one"}, False, True),
+        ("input-aware", {"mode": "all-to-all"}, False, False),
+        ("issba", {}, False, True),
+        ("issba", {}, True, False),
+        ("dfb", {"variant": "encoder"}, False, True),
+        ("dfb", {"variant": "fixed"}, False, False),
+        (None, {}, False, False),
+    ],
+)
+def test_only_triggers_of_an_images_own_are_asked(
+    specificity: ModuleType, attack: str | None, settings: dict[str, str], lacks: bool, expected: bool
+) -> None:
+    made = SimpleNamespace(network=SimpleNamespace(attack=attack, attack_settings=settings))
+    assert specificity.is_specific(SimpleNamespace(files={"fp32": made}, lacks_trigger=lacks)) is expected
