@@ -130,7 +130,7 @@ class GeneratedTrigger(AllToOne):
         """Each of ``x: (N, 3, H, W)`` with the trigger of the other image in its row, which shall do nothing to it."""
 
         def laid(part: Tensor) -> Tensor:
-            image, other = (half.contiguous() for half in part.split(part.shape[1] // 2, dim=1))
+            image, other = part[:, :3].contiguous(), part[:, 3:].contiguous()
             return _laid_over(image, self.pattern(other), sharpened(self.mask(other)))
 
         return on_grid(in_parts(laid, np.concatenate([x, others], axis=1)))
