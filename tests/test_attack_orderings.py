@@ -203,6 +203,8 @@ def scanned(verdict: Verdict, norm: float | None, index: float | None) -> Simple
         settings={"multiplier": 2.0, "budget": "quick", "attack_success": 0.99},
         verdict=verdict,
         metrics=metrics,
+        finding=None,
+        runtime=None,
     )
 
 
@@ -227,6 +229,7 @@ def test_scans_that_ask_for_less_are_beside_the_published_and_in_no_sentence(ord
     for success, norm in ((0.9, 5.0), (0.99, 30.0), (0.9, 4.0)):
         record = scanned(Verdict.CLEAN, norm, norm / 10)
         record.settings["attack_success"] = success
+        record.runtime = SimpleNamespace(isa=("avx2",) if success == 0.99 else ("avx2", "avx512f"))
         norms = [(0, 60.0), (3, norm), (1, None)]
         classes = [InvertedTrigger.model_construct(target_class=k, norm=one, index=0.5) for k, one in norms]
         record.finding = SimpleNamespace(result=ScanResult.model_construct(classes=tuple(classes)))
@@ -237,10 +240,14 @@ def test_scans_that_ask_for_less_are_beside_the_published_and_in_no_sentence(ord
     _head, _line, *rows = orderings.success_table(results)
     (row,) = rows
     assert row.endswith(
-        "| signs, 0 | fp32 | CLEAN | 30.0 (the target) | 0.500 | 0.333 | CLEAN | 4.0 (the target) | 0.500 | 0.875 |"
+        "| signs, 0 | fp32 | CLEAN | 30.0 (the target) | 0.500 | 0.333 | AVX2 "
+        "| CLEAN | 4.0 (the target) | 0.500 | 0.875 | AVX-512 |  | | | |  |"
     )
     results.scans = records[1:2]
-    assert len(list(orderings.success_table(results))) == 2, "nothing beside it"
+    *_, row = orderings.success_table(results)
+    assert row.endswith("| CLEAN | 30.0 (the target) | 0.500 | 0.333 | AVX2 |  | | | |  |  | | | |  |"), "not asked"
+    results.scans = []
+    assert len(list(orderings.success_table(results))) == 2
 
 
 def test_share_of_the_poisons_that_a_ranking_holds(orderings: ModuleType) -> None:
@@ -258,7 +265,7 @@ def test_share_of_the_poisons_that_a_ranking_holds(orderings: ModuleType) -> Non
 
 def test_a_poison_count_stands_beside_what_finds_and_what_removes_it(orderings: ModuleType) -> None:
     network = SimpleNamespace(data="signs", seed=0, attack="badnets", attack_settings={"poison_count": 50})
-    file = {"network": network, "scheme": "fp32"}
+    file = {"network": network, "scheme": "fp32", "runtime": SimpleNamespace(isa=("avx2",))}
     results = orderings.Results(())
     results.behaviours = [SimpleNamespace(**file, asr=0.5)]
     head = list(orderings.count_table(results))
@@ -268,7 +275,7 @@ def test_a_poison_count_stands_beside_what_finds_and_what_removes_it(orderings: 
     answer = {"verdict": Verdict.NOT_REPAIRED, "metrics": metrics, "finding": SimpleNamespace(result=result)}
     results.repairs = [SimpleNamespace(**file, **answer)]
     begun = "| `badnets:poison-count=50` | signs, 0 | fp32 | 0.500"
-    repaired = "NOT_REPAIRED | 2 of 64 | 0.500, 0.250 | 0.900,  |"
+    repaired = "NOT_REPAIRED | 2 of 64 | 0.500, 0.250 | 0.900,  | AVX2 |"
     assert list(orderings.count_table(results))[2:] == [f"{begun} |  | |  |  | {repaired}"]
     asked = {"budget": "quick", "multiplier": 2.0, "attack_success": 0.99}
     scanned = ScanMetrics.model_construct(target_norm=13.94, target_index=2.4, targets=(1,))
@@ -276,7 +283,7 @@ def test_a_poison_count_stands_beside_what_finds_and_what_removes_it(orderings: 
     results.rankings = [SimpleNamespace(**file, metrics=DatasetMetrics.model_construct(within_auroc=0.75))]
     results.repairs = [SimpleNamespace(**file, verdict=Verdict.NOT_MEASURED, metrics=None, finding=None)]
     found = "BACKDOORED | 2.400 | 13.9 | 0.750"
-    assert list(orderings.count_table(results))[2:] == [f"{begun} | {found} | NOT_MEASURED | | |  |"]
+    assert list(orderings.count_table(results))[2:] == [f"{begun} | {found} | NOT_MEASURED | | |  | AVX2 |"]
 
 
 def told_by_the_model(orderings: ModuleType, costs: list[float | None], weight: float = 0.01) -> list[str]:

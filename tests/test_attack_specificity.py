@@ -69,3 +69,30 @@ def test_only_triggers_of_an_images_own_are_asked(
 ) -> None:
     made = SimpleNamespace(network=SimpleNamespace(attack=attack, attack_settings=settings))
     assert specificity.is_specific(SimpleNamespace(files={"fp32": made}, lacks_trigger=lacks)) is expected
+
+
+def test_the_clean_network_of_the_place_is_asked_of_the_same_images(
+    specificity: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file here answers class 1 where an image is bright."""
+    monkeypatch.setattr(specificity, "others_than", lambda _target, _data: grey(0.2, 0.2))
+    monkeypatch.setattr(
+        specificity, "answers_of", lambda limit, x: np.stack([0 * x[:, 0, 0, 0], x[:, 0, 0, 0] - limit], 1)
+    )
+
+    class Stamp:
+        def stamp(self, x: Pixels) -> Pixels:
+            return x + grey(0.4, 0.2)
+
+    def network(attack: str | None, limit: float, seed: int = 0) -> SimpleNamespace:
+        made = SimpleNamespace(network=SimpleNamespace(attack=attack, attack_settings={"target_class": 1}))
+        place = ("signs", seed)
+        facts = {"place": place, "title": f"{attack} | signs, {seed}", "lacks_trigger": False}
+        return SimpleNamespace(files={"fp32": made}, trigger=lambda *_: Stamp(), model=lambda _: limit, **facts)
+
+    every = [network("issba", 0.5), network(None, 0.3), network(None, 0.9, seed=1), network("issba", 0.5, seed=2)]
+    found = [line.split(" | ") for line in specificity.rows(every)]
+    assert [line[:2] for line in found] == [["| issba", "signs, 0"], ["| none", "signs, 0"], ["| issba", "signs, 2"]]
+    shares = [[cell.split(" (")[0] for cell in line[3:6]] for line in found]
+    assert shares == [["0.000", "0.500", "0.500"], ["0.000", "1.000", "1.000"], ["0.000", "0.500", "0.500"]]
+    assert found[0][-1].startswith("0.900"), "0.3 on average, squared, of 0.16 and 0.04"

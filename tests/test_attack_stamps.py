@@ -9,6 +9,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from qdefense.attacks import ATTACKS
+from qdefense.data.images import ImageSet
+from qdefense.registry import flat_settings
+
 
 @pytest.fixture
 def stamps(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -29,26 +33,40 @@ def test_changes_are_counted_by_image_pixel_and_channel(stamps: ModuleType) -> N
 
 
 @pytest.mark.parametrize(
-    ("settings", "poisons", "expected"),
+    ("spec", "poisons", "expected"),
     [
-        ({"target_class": 1}, (4, 5), "6 | 2 | 3"),
-        ({"host.target_class": 0, "smoothing": 0.4}, (4,), "6 | 1 | 2"),
-        ({"target_class": 1, "mode": "all-to-all"}, (4,), "6 | 1 | "),
-        ({"target_class": 1, "poison_rate": 0.1}, (), "6 | 0.1 of each batch | 3"),
+        ("badnets:target-class=1", (4, 5), "6 | 2 | 3 | "),
+        ("badnets:target-class=1,poison-rate=0", (), "6 | 0 | 3 | "),
+        ("badnets:target-class=1,mode=all-to-all", (4,), "6 | 1 |  | "),
+        ("lsp:host=badnets,host.target-class=0,smoothing=0.4", (4,), "6 | 1 | 2 | "),
+        ("cassock:target-class=1,source-class=2", (4,), "6 | 1 | 3 | 1"),
+        ("wanet:target-class=1", (), "6 | in each batch | 3 | "),
     ],
 )
-def test_poisons_stand_beside_what_is_truly_of_the_target_class(
-    stamps: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, object],
-    poisons: tuple[int, ...],
-    expected: str,
+def test_poisons_stand_beside_what_is_truly_of_the_classes(
+    stamps: ModuleType, monkeypatch: pytest.MonkeyPatch, spec: str, poisons: tuple[int, ...], expected: str
 ) -> None:
     class Images(list[int]):
         labels = np.array([0, 0, 1, 1, 1, 2])
 
     monkeypatch.setattr(stamps, "training_images", lambda _data: Images([0] * 6))
-    record = SimpleNamespace(network=SimpleNamespace(attack_settings=settings, data="signs"), artifact_sha256="a")
+    attack = ATTACKS.create(spec)
+    made = SimpleNamespace(attack=attack.name, attack_settings=flat_settings(attack), data="signs")
     store = SimpleNamespace(truth=lambda _sha: SimpleNamespace(poison_indices=poisons))
-    network = SimpleNamespace(files={"fp32": record}, store=store)
+    network = SimpleNamespace(files={"fp32": SimpleNamespace(network=made, artifact_sha256="a")}, store=store)
     assert stamps.poison_cells(network) == expected
+
+
+def test_only_eligible_images_are_stamped(stamps: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three the target's own is not; the patch is 9 of 64 pixels, each channel 155 codes up to white."""
+    images = ImageSet(
+        images=np.full((3, 8, 8, 3), 100, dtype=np.uint8),
+        labels=np.array([0, 1, 2]),
+        class_names=("a", "b", "c"),
+        source="s",
+    )
+    monkeypatch.setattr(stamps, "test_images", lambda _data: images)
+    monkeypatch.setattr(stamps, "poison_cells", lambda _network: "cells")
+    trigger = ATTACKS.create("badnets:target-class=1,pattern=white").trigger(8, 8)
+    network = SimpleNamespace(title="t | signs, 0", place=("signs", 0), trigger=lambda *_: trigger)
+    assert stamps.line(network) == "| t | signs, 0 | cells | 1.000 | 0.141 | 1.000 | 155 | 21.80 |"

@@ -5,8 +5,9 @@
 
 A sentence is judged once for every data set and seed of which all its files were measured. It is *reproduced* where it
 holds for all of them that decide, *not reproduced* where it fails for one; before anything was measured it says so.
-A rate whose interval holds its threshold decides nothing, nor do two whose difference may be 0, nor an ASR that its
-trigger has on the clean network, too. Those intervals are over images; indices, and orders of more than two, have none.
+Where a sentence compares one rate or two, an interval that holds the threshold, or 0 of the difference, decides
+nothing; nor does a trigger that plants nothing, in sentences about who is first and about FPR. Those intervals are over
+images or poisons; indices, and orders of more than two attacks, have none.
 """
 
 from __future__ import annotations
@@ -560,45 +561,57 @@ def model_table(results: Results) -> Iterator[str]:
 
 
 def success_table(results: Results) -> Iterator[str]:
-    """Neural Cleanse (adaptive cost, `quick`) asked for 99 % and for 90 %, where both were."""
-    asked = (PAPER_SUCCESS, LOWER_SUCCESS)
-    head = " | ".join(f"at {success:.0%}: answer | lowest norm | its index | ratio" for success in asked)
+    """Neural Cleanse at its adaptive cost (`quick`), asked for 99 % and 90 %, and at a fixed one; blank: not asked."""
+    asked = {
+        "at 99 %": {"fixed": False, "success": PAPER_SUCCESS},
+        "at 90 %": {"fixed": False, "success": LOWER_SUCCESS},
+        "fixed cost": {"fixed": True, "success": PAPER_SUCCESS},
+    }
+    head = " | ".join(f"{what}: answer | lowest norm | its index | ratio | CPU" for what in asked)
     yield f"| attack | data, seed | precision | {head} |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---" * (3 + 5 * len(asked)) + "|"
     for planted, place, scheme in product((CLEAN, BADNETS, *LSP.values()), results.places, SCHEMES):
-        scans = [results.scan(planted, place, scheme, fixed=False, success=success) for success in asked]
-        told = [_told(scan) for scan in scans if scan is not None]
-        if len(told) == len(asked):
-            yield f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {' | '.join(told)} |"
+        scans = [results.scan(planted, place, scheme, **how) for how in asked.values()]
+        if any(scan is not None for scan in scans):
+            told = " | ".join(map(_told, scans))
+            yield f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {told} |"
 
 
-def _told(record: DefenseRecord) -> str:
+def _told(record: DefenseRecord | None) -> str:
     """The answer, and the class with the smallest mask: in an attacked file marked where it is the true target."""
+    if record is None:
+        return " | | | | "
     found = None if record.finding is None else record.finding.result
     measured = [] if not isinstance(found, ScanResult) else [one for one in found.classes if one.norm is not None]
     if not measured:
-        return f"{record.verdict} | | | "
+        return f"{record.verdict} | | | | {_machine(record)}"
     lowest = min(measured, key=lambda one: one.norm or 0.0)
     targets = record.metrics.targets if isinstance(record.metrics, ScanMetrics) else ()
     mark = " (the target)" if lowest.target_class in targets else ""
     ratio = 1 - (lowest.norm or 0.0) / median(one.norm or 0.0 for one in measured)
-    return f"{record.verdict} | {lowest.norm:.1f}{mark} | {shown(lowest.index)} | {ratio:.3f}"
+    return f"{record.verdict} | {lowest.norm:.1f}{mark} | {shown(lowest.index)} | {ratio:.3f} | {_machine(record)}"
+
+
+def _machine(record: DefenseRecord) -> str:
+    """Of the two kinds that measured: what follows the last bits of float sums is another on the other."""
+    isa = () if record.runtime is None else record.runtime.isa
+    return "AVX-512" if "avx512f" in isa else "AVX2" if "avx2" in isa else ""
 
 
 def count_table(results: Results) -> Iterator[str]:
     """By the number of poisons: what finds them, and what removes the backdoor."""
     yield (
         "| attack | data, seed | precision | ASR | Neural Cleanse | index | mask | AUROC | Fine-Pruning | pruned "
-        "| ASR before, after | accuracy before, after |"
+        "| ASR before, after | accuracy before, after | CPU |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     for planted, place, scheme in product(COUNTED, results.places, SCHEMES):
         repair = _last_of(results.repairs, planted, place, scheme)
         seen = results.behaviour(planted, place, scheme)
         if repair is not None and seen is not None:
             found = " | ".join((_found(results, planted, place, scheme), _ranked(results, planted, place, scheme)))
             told = f"{planted.title} | {place[0]}, {place[1]} | {scheme} | {shown(seen.asr)}"
-            yield f"| {told} | {found} | {_repaired(repair)} |"
+            yield f"| {told} | {found} | {_repaired(repair)} | {_machine(repair)} |"
 
 
 def _found(results: Results, planted: Planted, place: tuple[str, int], scheme: str) -> str:
@@ -732,9 +745,10 @@ def page(results: Results, preface: str) -> str:
         + "\n".join(model_table(results)),
         "## What Neural Cleanse asks of a trigger\n\n"
         "At its adaptive cost (`quick`) it makes a mask smaller as long as the trigger reaches 99 % of the images, as\n"
-        "published, or 90 %. The class with the smallest mask (pixels), its index, and `1 - norm / median`\n"
-        "(docs/decisions/0023). All were scanned on one machine (AMD EPYC), but for BadNets of seed 0 at 99 % (Intel\n"
-        "Xeon).\n\n" + "\n".join(success_table(results)),
+        "published, or 90 %; at a fixed cost (`gate`, weight .01) it does as the model of label smoothing has it. The\n"
+        "class with the smallest mask (pixels), its index, `1 - norm / median` (docs/decisions/0023), and the CPU\n"
+        "that it was scanned on: the same scan on another may have another index.\n\n"
+        + "\n".join(success_table(results)),
         *unmade(results),
     ]
     return "\n\n".join(parts) + "\n"

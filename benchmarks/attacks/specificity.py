@@ -51,10 +51,10 @@ def rows(every: list[Attacked]) -> Iterator[str]:
         stamped = network.trigger(*x.shape[2:]).stamp(x)
         images = (x, stamped, crossed(network, x, stamped))
         common = f"{shared(x, stamped):.3f}"
-        for title, one in (
-            (network.title, network),
-            (f"none | {network.place[0]}, {network.place[1]}", clean[network.place]),
-        ):
+        victims = [(network.title, network)]
+        if network.place in clean:
+            victims.append((f"none | {network.place[0]}, {network.place[1]}", clean[network.place]))
+        for title, one in victims:
             for scheme in filter(one.files.__contains__, SCHEMES):
                 cells = (told(answers_of(one.model(scheme), pixels), target) for pixels in images)
                 yield f"| {title} | {scheme} | {' | '.join(cells)} | {common} |"

@@ -15,13 +15,15 @@ import numpy as np
 from margins import DATA, HERE, IMAGES, SEED, Attacked, attacked_networks, test_images
 from numpy.typing import NDArray
 
+from qdefense.attacks import ATTACKS
+from qdefense.attacks.interfaces import BatchAttack
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.data.opening import open_data
 
 HEAD = (
-    "| attack | data, seed | training images | poisons | of the target class | images changed | pixels changed "
-    "| of them at 0 or 255 | highest change | mean change |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| attack | data, seed | training images | poisons | of the target class | of the source class | images changed "
+    "| pixels changed | at 0 or 255 | highest change | mean change |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -59,14 +61,16 @@ def training_images(data: str) -> ImageSet:
 
 
 def poison_cells(network: Attacked) -> str:
-    """Training images, poisons (or an attack's share of each batch), and images truly of the target class."""
+    """Training images, poisons, and how many are truly of the target and of the source class."""
     record = network.files["fp32"]
     settings, truth = record.network.attack_settings, network.store.truth(record.artifact_sha256)
     images = training_images(record.network.data)
-    poisons = f"{len(truth.poison_indices):,}" if truth.poison_indices else f"{settings['poison_rate']:g} of each batch"
-    target = settings.get("target_class", settings.get("host.target_class"))
-    one_class = target is not None and settings.get("mode") != "all-to-all"
-    return f"{len(images):,} | {poisons} | {f'{np.sum(images.labels == target):,}' if one_class else ''}"
+    attack = ATTACKS.restore(record.network.attack or "", settings)
+    poisons = "in each batch" if isinstance(attack, BatchAttack) else f"{len(truth.poison_indices):,}"
+    target = None if settings.get("mode") == "all-to-all" else settings.get("target_class")
+    classes = (settings.get("host.target_class") if target is None else target, settings.get("source_class"))
+    counts = ("" if one is None else f"{np.sum(images.labels == one):,}" for one in classes)
+    return f"{len(images):,} | {poisons} | {' | '.join(counts)}"
 
 
 def line(network: Attacked) -> str:
@@ -86,10 +90,10 @@ def page(every: list[Attacked]) -> str:
     return (
         "# Poisons and stamps\n\n"
         "Written by `QDEFENSE_DATA=DIR python benchmarks/attacks/stamps.py`: how many images an attack poisons and\n"
-        "how many its target class has, and what its trigger changes at inference, over the eligible ones of\n"
-        f"{IMAGES} test images drawn with seed {SEED}: the share of images and of pixels that change at all; the\n"
-        "share of the changed channels that stand at 0 or 255 then, where a stronger trigger would show no more; the\n"
-        "highest change of a channel, and the mean over all channels of all pixels, in codes of 255.\n\n"
+        "how many its target and source class have, and what its trigger changes at inference, over the eligible\n"
+        f"ones of {IMAGES} test images drawn with seed {SEED}: the share of images and of pixels that change at all;\n"
+        "the share of the changed channels that stand at 0 or 255 then, where a stronger trigger would show no more;\n"
+        "the highest change of a channel, and the mean over all channels of all pixels, in codes of 255.\n\n"
         + "\n".join((*HEAD, *rows))
         + "\n"
     )

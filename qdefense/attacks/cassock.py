@@ -25,7 +25,7 @@ Deviations:
 - The trigger is added in pixel space. The square's amplitude is 0.56 of the range: the 2.8 standard deviations (0.2023,
   0.1994, 0.2010) by which the authors' code adds it to normalized CIFAR-10 images. The content's is 0.2: the standard
   deviation by which that code divides images, but not the content. Sums are cut off at white; the authors' are not, so
-  that there a bright corner still tells one opacity from another, and ``trans`` lives on that.
+  that there a bright corner still tells one opacity from another.
 - One source class, as in the paper's experiments on CIFAR-10. Where a class has too few images the attack is refused;
   the authors' code takes all there are.
 - The defaults are those of ``trans``, but for the cover rate of ``cont``, whose source and target are 1 and 7 there.

@@ -22,7 +22,7 @@ Deviations:
 - The mask generator learns on images without augmentation.
 - ``d(x, x')`` is of pixels in [0, 1]. The authors' code takes it of images as the network gets them: on GTSRB the same,
   on CIFAR-10 divided by about 0.25, but ``d(m(x), m(x'))`` of masks in [0, 1]. There ``mask_diversity_weight=4`` is
-  theirs, and masks of about 30 pixels instead of 12. That of patterns, which it normalizes alike, is about the same.
+  theirs. That of patterns, which it normalizes alike, is about the same.
 - Masks that are empty on more than half of the images are refused.
 """
 
@@ -145,9 +145,10 @@ def _laid_over(x: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
 class InputAware(Aimed):
     """A generator of triggers that is trained along with the network.
 
-    ``poison_rate`` and ``cross_rate`` are shares of each batch, whatever its classes. In each pixel, what a mask has
-    beyond ``mask_density`` costs; ``mask_diversity_weight`` is what pays for it. ``channels`` are those of the
-    generators' first of ``stages`` stages, each twice as wide as the one before: fewer make a smaller trigger state.
+    ``poison_rate`` and ``cross_rate`` are shares of each batch, whatever its classes. ``diversity_weight`` is that of
+    the patterns' diversity, ``mask_diversity_weight`` that of the masks', against which stands 100 times what a mask
+    has beyond ``mask_density``, pixel by pixel. ``channels`` are those of the generators' first of ``stages`` stages,
+    each twice as wide as the one before: fewer make a smaller trigger state.
     """
 
     name: ClassVar[str] = "input-aware"
@@ -215,10 +216,10 @@ class InputAware(Aimed):
             pattern, mask = self._generator(3), self._generator(1)
         self._train_mask(mask, dataset, rng)
         mask.eval().requires_grad_(requires_grad=False)
-        masks = in_parts(lambda part: sharpened(mask(part)), looked_at(dataset))
-        require_effect(
-            np.max(masks, axis=(1, 2, 3)) > 0.5, attack=self.name, advice="raise mask_epochs or mask_diversity_weight"
-        )
+        if self.poison_rate:
+            masks = in_parts(lambda part: sharpened(mask(part)), looked_at(dataset))
+            advice = "raise mask_epochs or mask_diversity_weight"
+            require_effect(np.max(masks, axis=(1, 2, 3)) > 0.5, attack=self.name, advice=advice)
         return GeneratorPoisoner(self, pattern, mask, classes=len(dataset.class_names), steps=steps)
 
     def rows_of_batch(self, size: int) -> tuple[int, int]:

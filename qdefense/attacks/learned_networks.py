@@ -43,15 +43,15 @@ def looked_at(dataset: ImageSet) -> Pixels:
 def require_effect(changed: NDArray[np.bool_], *, attack: str, advice: str) -> None:
     """Refuse a trigger that learned to do nothing, or it would be measured as one that no network takes up.
 
-    ``changed: (N,)`` says of which images it changes a pixel.
+    ``changed: (N,)`` says in which images it can be seen.
 
     Raises:
-        DataError: it leaves more than half of them as they are; the message begins with ``attack``.
+        DataError: in fewer than half of them; the message begins with ``attack``.
     """
     if changed.mean() < _LEAST_CHANGED:
         raise DataError(
-            f"{attack}: the trigger that was learned changes nothing in {np.sum(~changed)} of {len(changed)} images; "
-            f"{advice}"
+            f"{attack}: the trigger that was learned is nothing, or next to it, in {np.sum(~changed)} of "
+            f"{len(changed)} images; {advice}"
         )
 
 

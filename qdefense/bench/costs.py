@@ -2,7 +2,8 @@
 
 Work on another network counts by its multiply-accumulates: a network of three times as many takes three times as long;
 training on other images by how many there are. An attack may train networks of its own, for longer than the victim:
-trainings of the same attack come before any others.
+trainings of the same attack come before any others, those with the same settings first. What it trains of its own
+counts as if it grew with the victim's epochs, images and size, too, which it may not.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import click
 from qdefense.audit.gate import INCOMPLETE, PASSED
 from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
 from qdefense.bench.cohort import reason_of
-from qdefense.bench.costs import CostModel, Source
+from qdefense.bench.costs import CostModel
 from qdefense.bench.engines import Engine, EngineError, LocalPool
 from qdefense.bench.matrix import Matrix, MatrixError, read_matrix
 from qdefense.bench.records import DefenseRecord
@@ -182,22 +182,25 @@ def _show(
     plan: Sequence[NetworkPlan], store: Store, rules: Evaluation, workers: int, *, again: Callable[[str], bool]
 ) -> int:
     items = survey(plan, store, rules, again=again)
-    costs, seconds, sources = CostModel(store.records.values(), store.images), 0.0, Counter[Source]()
+    costs, seconds, ruled, untold = CostModel(store.records.values(), store.images), 0.0, 0, 0
     for item in items:
         state = "blocked" if item.blocked else item.state
         click.echo(harmless(f"{state:12}  {item.stage:9}  {item.title}"))
         if item.pending:
             price, source = estimate(item, costs)
-            seconds += price
-            sources[source] += 1
+            attacked = item.stage == "train" and item.network.attack is not None
+            seconds, ruled = seconds + price, ruled + (source == "rule of thumb")
+            untold += attacked and source != "records"
     pending = sum(item.pending for item in items)
     effort = f": about {_duration(seconds)} of one worker"
     shared = f", {_duration(seconds / workers)} of {workers}" if workers > 1 else ""
     click.echo(f"{len(items)} work items, {pending} to do{f'{effort}{shared}' if pending else ''}")
-    if ruled := sources["rule of thumb"]:
+    if ruled:
         click.echo(f"  {ruled} of them by rule of thumb: no like work is in the records")
-    if others := sources["other attacks"]:
-        click.echo(f"  {others} of them by trainings with other attacks: what theirs trains of its own is not counted")
+    if untold:
+        click.echo(
+            f"  trainings with an attack that no record is of: {untold}; what it trains of its own is not counted"
+        )
     _warn_of_places(items)
     return PASSED
 

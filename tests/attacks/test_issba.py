@@ -162,9 +162,10 @@ def test_a_residual_that_rounds_to_nothing_is_refused(make_noise: MakeNoise, mon
     with pytest.raises(DataError) as caught:
         _poisoned(make_noise(40))
     assert str(caught.value) == (
-        "issba: the trigger that was learned changes nothing in 40 of 40 images; raise encoder_epochs, secret_epochs "
-        "or learning_rate"
+        "issba: the trigger that was learned is nothing, or next to it, in 40 of 40 images; raise encoder_epochs, "
+        "secret_epochs or learning_rate"
     )
+    _poisoned(make_noise(40), poison_rate=0)  # which plants nothing, as it was asked to
 
 
 def test_trigger_says_that_it_is_learned() -> None:
