@@ -127,7 +127,9 @@ def test_interval_of_a_difference_is_newcombe_of_two_rates_and_widens_with_more(
 def behaves(
     asr: float | None, fpr: float | None, variant: str = "trans", key: str = "f", **changes: object
 ) -> SimpleNamespace:
-    network = SimpleNamespace(data="signs", seed=0, attack="cassock", attack_settings={"variant": variant})
+    network = SimpleNamespace(
+        data="signs", seed=0, attack="cassock", attack_settings={"variant": variant, "amplitude": 0.56}
+    )
     rates = {"asr": asr, "eligible": 100, "fpr": fpr, "bystanders": 1000}
     return SimpleNamespace(**{"network": network, "scheme": "fp32", "key": key, **rates, **changes})
 
@@ -172,7 +174,7 @@ def test_the_page_has_a_row_for_each_network_and_a_table_of_every_file(orderings
         behaves(0.03, 0.1, scheme="int8-static", key="h", activity=Activity.DORMANT, **facts),
     ]
     *_, row = orderings.network_table(results)
-    start = "| `cassock:variant=trans` | signs, 0 |"
+    start = "| `cassock:variant=trans,amplitude=0.56` | signs, 0 |"
     assert row == f"{start} 0.970 | **0.950** | *0.030* |  | 0.400 | 0.300 (1 of 3) | 0.100 | 0.010 |"
     whole, *others = results.behaviours
     results.behaviours = others

@@ -47,8 +47,8 @@ PAPER_SUCCESS, LOWER_SUCCESS = 0.99, 0.9
 TINY, TENFOLD = 50, 500
 DFB_VARIANTS = "fixed", "encoder"
 SWEPT, HELD_SHARE = 1000, 0.85
-FULL = 1.0
-"""Of the target's content: as it is."""
+FULL, FAINT = 1.0, 0.3
+"""Of the target's content, as it is; of the square, so that less of it is cut off at white."""
 Told = TypeVar("Told", BehaviourRecord, DefenseRecord)
 
 
@@ -77,8 +77,8 @@ class Planted:
 CLEAN = Planted(name="none")
 
 
-def cassock(variant: str) -> Planted:
-    return Planted(name="cassock", settings={"variant": variant})
+def cassock(variant: str, amplitude: float = 0.56) -> Planted:
+    return Planted(name="cassock", settings={"variant": variant, "amplitude": amplitude})
 
 
 def content(variant: str, amplitude: float = 0.2) -> Planted:
@@ -115,7 +115,7 @@ SHOWN = (
     BADNETS,
     BLENDED,
     *LSP.values(),
-    *map(cassock, ("source-specific", "trans")),
+    *(cassock(variant, amplitude) for amplitude in (0.56, FAINT) for variant in ("source-specific", "trans")),
     *(content(variant, amplitude) for amplitude in (0.2, FULL) for variant in ("cont", "comp")),
     *map(in_the_loop, ("source-specific", "trans")),
     Planted(name="wanet"),
@@ -476,6 +476,7 @@ CLAIMS = (
             (content("comp"), cassock("source-specific")),
             (content("comp", FULL), cassock("source-specific")),
             (cassock("trans"), cassock("source-specific")),
+            (cassock("trans", FAINT), cassock("source-specific", FAINT)),
             (in_the_loop("trans"), in_the_loop("source-specific")),
         )
     ),
