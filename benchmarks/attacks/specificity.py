@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from margins import HERE, SCHEMES, SEED, Attacked, answers_of, networks
+from margins import HERE, SEED, Attacked, answers_of, networks
 from residuals import exchanged, in_a_ring
-from stronger import IMAGES, others_than, table, told
+from stronger import IMAGES, SCHEMES, others_than, table, told
 
 from qdefense.attacks.input_aware import GeneratedTrigger
 from qdefense.data.images import Pixels
