@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from margins import DATA, HERE, SEED, Attacked, answers_of, networks
-from numpy.typing import NDArray
 from stronger import IMAGES, others_than, table, told
 
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.attacks.interfaces import trigger_of
+from qdefense.attacks.poisoning import derangement
 from qdefense.attacks.states import unpack_state
 from qdefense.data.images import Pixels, on_grid
 from qdefense.data.opening import open_data
@@ -60,17 +60,9 @@ class Residuals:
         return self.trigger(multiple, *x.shape[2:]).stamp(x)
 
 
-def in_a_ring(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """For each row another one: a single cycle through all."""
-    order = rng.permutation(count)
-    others = np.empty_like(order)
-    others[order] = np.roll(order, 1)
-    return others
-
-
 def swapped(x: Pixels, stamped: Pixels, rng: np.random.Generator) -> Pixels:
     """What the stamp adds to another image; what it adds where it clips is less than the residual."""
-    return (stamped - x)[in_a_ring(len(x), rng)]
+    return (stamped - x)[derangement(len(x), rng)]
 
 
 def exchanged(x: Pixels, stamped: Pixels) -> Pixels:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 
 import numpy as np
 from margins import HERE, SEED, Attacked, answers_of, networks
-from residuals import exchanged, in_a_ring
+from residuals import exchanged
 from stronger import IMAGES, SCHEMES, others_than, table, told
 
+from qdefense.attacks import Trigger
 from qdefense.attacks.input_aware import GeneratedTrigger
+from qdefense.attacks.poisoning import derangement
 from qdefense.data.images import Pixels
 
 
@@ -25,11 +27,10 @@ def is_specific(network: Attacked) -> bool:
     return own and made.attack_settings.get("mode", "all-to-one") == "all-to-one" and not network.lacks_trigger
 
 
-def crossed(network: Attacked, x: Pixels, stamped: Pixels) -> Pixels:
+def crossed(trigger: Trigger, x: Pixels, stamped: Pixels) -> Pixels:
     """Each image with another one's trigger: laid over it as the attack lays it, or its residual added."""
-    trigger = network.trigger(*x.shape[2:])
     if isinstance(trigger, GeneratedTrigger):
-        return trigger.crossed(x, x[in_a_ring(len(x), np.random.default_rng(SEED))])
+        return trigger.crossed(x, x[derangement(len(x), np.random.default_rng(SEED))])
     return exchanged(x, stamped)
 
 
@@ -48,8 +49,9 @@ def rows(every: list[Attacked]) -> Iterator[str]:
     for network in filter(is_specific, every):
         target = int(network.files["fp32"].network.attack_settings["target_class"])
         x = others_than(target, network.place[0])
-        stamped = network.trigger(*x.shape[2:]).stamp(x)
-        images = (x, stamped, crossed(network, x, stamped))
+        trigger = network.trigger(*x.shape[2:])
+        stamped = trigger.stamp(x)
+        images = (x, stamped, crossed(trigger, x, stamped))
         common = f"{shared(x, stamped):.3f}"
         victims = [(network.title, network)]
         if network.place in clean:

@@ -58,6 +58,7 @@ from qdefense.attacks.poisoning import (
     Mode,
     check_class,
     check_two_classes,
+    derangement,
     next_class,
     share,
 )
@@ -124,16 +125,13 @@ class GeneratedTrigger(AllToOne):
 
     def stamp(self, x: Pixels) -> Pixels:
         """Each of ``x: (N, 3, H, W) float32 in [0, 1]`` with its own trigger, rounded to the nearest uint8."""
-        return self.crossed(x, x)
+        return on_grid(in_parts(lambda part: _laid_over(part, self.pattern(part), sharpened(self.mask(part))), x))
 
     def crossed(self, x: Pixels, others: Pixels) -> Pixels:
         """Each of ``x: (N, 3, H, W)`` with the trigger of the other image in its row, which shall do nothing to it."""
-
-        def laid(part: Tensor) -> Tensor:
-            image, other = part[:, :3].contiguous(), part[:, 3:].contiguous()
-            return _laid_over(image, self.pattern(other), sharpened(self.mask(other)))
-
-        return on_grid(in_parts(laid, np.concatenate([x, others], axis=1)))
+        others = np.ascontiguousarray(others)  # a reversed view is no tensor
+        patterns, masks = in_parts(self.pattern, others), in_parts(lambda part: sharpened(self.mask(part)), others)
+        return on_grid(_laid_over(*map(torch.from_numpy, (x, patterns, masks))).numpy())
 
 
 def _laid_over(x: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
@@ -273,7 +271,7 @@ class GeneratorPoisoner:
         crossed = poisons + crosses
         if not poisons:
             return x, y
-        others = x[torch.from_numpy(_derangement(len(x), rng))]
+        others = x[torch.from_numpy(derangement(len(x), rng))]
         own, foreign = x[:poisons], others[poisons:crossed]
         patterns = self._pattern(torch.cat([own, others[:poisons], foreign]))
         masks = sharpened(self._mask(torch.cat([own, foreign])))
@@ -303,14 +301,6 @@ class GeneratorPoisoner:
         if self._attack.mode == ALL_TO_ALL:
             return torch.from_numpy(next_class(y.numpy(), self._classes))
         return torch.full_like(y, self._attack.target_class)
-
-
-def _derangement(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """An order in which no row stays where it is: each takes the one before it in a random ring."""
-    order = rng.permutation(count)
-    partner = np.empty(count, dtype=np.int64)
-    partner[order] = np.roll(order, 1)
-    return partner
 
 
 def _rows(count: int, size: int, epochs: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -379,3 +379,11 @@ def shuffled(
     order = rng.permutation(len(dataset))
     poisoned = replace(dataset, images=images[order], labels=labels[order], groups=None)
     return PoisonedSet(images=poisoned, poison_indices=np.flatnonzero(np.isin(order, poisons)))
+
+
+def derangement(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """An order in which no row stays where it is: each takes the one before it in a random ring."""
+    order = rng.permutation(count)
+    partner = np.empty(count, dtype=np.int64)
+    partner[order] = np.roll(order, 1)
+    return partner

@@ -62,7 +62,7 @@ class CostModel:
         found = self._median(keys.same, network)
         if found is None:
             found = self._per_image(keys.per_image, images)
-        return self._median(keys.other_size, network) if found is None else found
+        return self._median((keys.other_size,), network) if found is None else found
 
     def other(self, stage: str, keys: Iterable[_Key], network: Network) -> tuple[float, Source]:
         """Of any later stage."""
@@ -87,25 +87,30 @@ class CostModel:
 
 
 class TrainingKeys(NamedTuple):
-    """Like trainings on the same images, on other images, and of a network of another size."""
+    """Like trainings on the same images, the closest first; on other images; of a network of another size."""
 
     same: tuple[_Key, ...]
     per_image: _Key
-    other_size: tuple[_Key, ...]
+    other_size: _Key
+
+    @property
+    def every(self) -> tuple[_Key, ...]:
+        """Under which a training is looked up."""
+        return (*self.same, self.per_image, self.other_size)
 
 
 def training_keys(network: Network) -> tuple[TrainingKeys, TrainingKeys]:
     """Of the same attack, and of any."""
-    place = _place(network)
-    any_size = (_ANY, network.data)
     attack = ("train", "attack", network.attack or "none")
-    return (
-        TrainingKeys(
-            same=((*attack, repr(network.attack_settings), *place), (*attack, *place)),
-            per_image=(*attack, *place[1:]),
-            other_size=((*attack, *any_size),),
-        ),
-        TrainingKeys(same=(("train", *place),), per_image=("train", *place[1:]), other_size=(("train", *any_size),)),
+    exactly = (*attack, repr(network.attack_settings), *_place(network))
+    of_attack = _training_keys(attack, network)
+    return of_attack._replace(same=(exactly, *of_attack.same)), _training_keys(("train",), network)
+
+
+def _training_keys(begin: _Key, network: Network) -> TrainingKeys:
+    place = _place(network)
+    return TrainingKeys(
+        same=((*begin, *place),), per_image=(*begin, *place[1:]), other_size=(*begin, _ANY, network.data)
     )
 
 
@@ -136,9 +141,7 @@ def _place(network: Network) -> tuple[str, str, int]:
 
 def _keys_of(record: Record) -> tuple[_Key, ...]:
     if isinstance(record, TrainingRecord):
-        return tuple(
-            key for keys in training_keys(record.network) for key in (*keys.same, keys.per_image, *keys.other_size)
-        )
+        return tuple(key for keys in training_keys(record.network) for key in keys.every)
     if isinstance(record, DefenseRecord):
         return defense_keys(record.defense, record.settings, record.access, record.network, record.scheme)
     return file_keys(record.stage, record.network, record.scheme)

@@ -15,11 +15,11 @@ from qdefense.attacks.input_aware import (
     GeneratorPoisoner,
     InputAware,
     _adam,
-    _derangement,
     diversity_loss,
     sharpened,
 )
 from qdefense.attacks.interfaces import trigger_of
+from qdefense.attacks.poisoning import derangement
 from qdefense.attacks.states import pack_state, unpack_state
 from qdefense.data.images import DataError, ImageSet, on_grid
 from qdefense.models import Recipe
@@ -118,7 +118,7 @@ def test_on_batch_lays_an_images_own_trigger_or_anothers_over_it(make_noise: Mak
     poisoner = _begin(images, mask_density=0.5)
     x = torch.from_numpy(images.pixels)
     changed = _call(poisoner, images)[0].detach()
-    others = x[torch.from_numpy(_derangement(40, np.random.default_rng(1)))]
+    others = x[torch.from_numpy(derangement(40, np.random.default_rng(1)))]
     with torch.no_grad():
         patterns = poisoner._pattern(torch.cat([x[:4], others[:8]]))
         masks = sharpened(poisoner._mask(torch.cat([x[:4], others[4:8]])))
@@ -152,7 +152,7 @@ def test_the_pattern_generator_gets_the_weighted_gradient_of_diversity_without_t
     pattern = copy.deepcopy(poisoner._pattern)
     _call(poisoner, images)
     x = torch.from_numpy(images.pixels)
-    others = x[torch.from_numpy(_derangement(40, np.random.default_rng(1)))]
+    others = x[torch.from_numpy(derangement(40, np.random.default_rng(1)))]
     patterns = pattern(torch.cat([x[:4], others[:8]]))
     (3 * diversity_loss(x[:4], others[:4], patterns[:4], patterns[4:8])).backward()  # type: ignore[no-untyped-call]
     assert poisoner._pattern[-1].weight.grad.abs().max() > 0.01  # type: ignore[union-attr, operator]
