@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -399,3 +400,10 @@ def benchmark_script() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def attack_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script of ``benchmarks/attacks``, which imports its neighbours by name, as it does when it is run."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks" / "attacks")
+    return importlib.import_module

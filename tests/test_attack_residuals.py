@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,8 @@ from qdefense.data.images import Pixels
 
 
 @pytest.fixture
-def residuals(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, which imports its neighbours by name, as it does when it is run."""
-    for name in ("margins", "stronger"):
-        monkeypatch.setitem(sys.modules, name, benchmark_script(f"attacks/{name}.py"))
-    return benchmark_script("attacks/residuals.py")
+def residuals(attack_script: Callable[[str], ModuleType]) -> ModuleType:
+    return attack_script("residuals")
 
 
 def test_each_image_gets_the_residual_of_another_and_none_is_lost(residuals: ModuleType) -> None:
@@ -29,16 +27,8 @@ def test_each_image_gets_the_residual_of_another_and_none_is_lost(residuals: Mod
     assert (given != np.arange(9)).all()
 
 
-def test_networks_without_their_state_and_of_other_attacks_are_left_out(residuals: ModuleType) -> None:
-    def network(attack: str | None, *, lacks: bool) -> SimpleNamespace:
-        made = SimpleNamespace(network=SimpleNamespace(attack=attack, attack_settings={"variant": "encoder"}))
-        return SimpleNamespace(files={"fp32": made}, lacks_trigger=lacks)
-
-    mine = network("dfb", lacks=False)
-    every = [network(None, lacks=False), network("badnets", lacks=False), network("dfb", lacks=True), mine]
-    (found,) = residuals.at_hand(every)
-    assert found.network is mine
-    assert found.own
+def file(digest: str) -> dict[str, SimpleNamespace]:
+    return {"fp32": SimpleNamespace(artifact_sha256=digest)}
 
 
 class Stamped:
@@ -46,7 +36,13 @@ class Stamped:
 
     def __init__(self, *, own: bool) -> None:
         self.own, self.target, self.settings = own, 1, {"poison_count": 5}
-        self.network = SimpleNamespace(place=("signs", 0), title="mine", model=lambda _scheme: b"mine")
+        self.network = SimpleNamespace(
+            place=("signs", 0),
+            title="mine",
+            model=lambda _scheme: b"mine",
+            files=file(f"own={own}"),
+            lacks_trigger=False,
+        )
 
     def stamped(self, x: Pixels, multiple: int) -> Pixels:
         if not self.own:
@@ -65,17 +61,35 @@ def brightness(residuals: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Module
     return residuals
 
 
-def test_each_victim_is_shown_each_residual_and_so_is_the_clean_network(brightness: ModuleType) -> None:
-    clean = {("signs", 0): b"clean"}
+CLEAN = SimpleNamespace(model=lambda _scheme: b"clean", files=file("clean"))
+
+
+def tables(residuals: ModuleType, kept: Path, *found: Stamped) -> Any:
+    rows = residuals.KeptRows.read(kept)
+    return residuals.Tables(found=list(found), clean={("signs", 0): CLEAN}, kept=rows)
+
+
+def test_each_victim_is_shown_each_residual_and_so_is_the_clean_network(brightness: ModuleType, tmp_path: Path) -> None:
     own, fixed = Stamped(own=True), Stamped(own=False)
-    rows = list(brightness.crossed([own, fixed], clean))
+    rows = list(tables(brightness, tmp_path / "both.json", own, fixed).crossed())
     assert (
         rows[0] == "| mine | mine 0.188 0.500 | mine 0.184 0.500 | mine 0.000 0.502 | mine 0.000 0.594 |"
     )  # on the grid of uint8
     assert rows[1].startswith("| none, with these residuals | signs, 0 | clean 0.188 0.500 |")
     assert rows[2] == "| mine | mine 0.000 0.594 |  |  | mine 0.188 0.500 |"
-    (alone, _) = brightness.crossed([fixed], clean)
-    assert alone == "| mine | mine 0.000 0.594 |  |  |  |"
-    multiples = next(iter(brightness.magnified([fixed], clean)))
+    one = tables(brightness, tmp_path / "one.json", fixed)
+    assert next(iter(one.crossed())) == "| mine | mine 0.000 0.594 |  |  |  |"
+    multiples = next(iter(one.magnified()))
     sizes = [float(cell.split()[-1]) - 0.5 for cell in multiples.split("|")[2:-1]]
     assert sizes == pytest.approx([multiple / 64 for multiple in brightness.MULTIPLES], abs=1e-3)
+
+
+def test_what_was_told_of_a_residual_stays_when_it_is_lost(brightness: ModuleType, tmp_path: Path) -> None:
+    own, fixed = Stamped(own=True), Stamped(own=False)
+    both = tables(brightness, tmp_path / "rows.json", own, fixed)
+    before = [*both.magnified(), *both.crossed()]
+    for one in (own, fixed):
+        one.network.lacks_trigger = True
+    later = tables(brightness, tmp_path / "rows.json", own, fixed)
+    assert [*later.magnified(), *later.crossed()] == before
+    assert not [*tables(brightness, tmp_path / "none.json", own, fixed).crossed()]

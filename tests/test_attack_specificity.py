@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -14,11 +13,8 @@ from qdefense.data.images import Pixels
 
 
 @pytest.fixture
-def specificity(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, which imports its neighbours by name, as it does when it is run."""
-    for name in ("margins", "stronger", "residuals"):
-        monkeypatch.setitem(sys.modules, name, benchmark_script(f"attacks/{name}.py"))
-    return benchmark_script("attacks/specificity.py")
+def specificity(attack_script: Callable[[str], ModuleType]) -> ModuleType:
+    return attack_script("specificity")
 
 
 def grey(*levels: float) -> Pixels:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -15,10 +14,8 @@ from qdefense.registry import flat_settings
 
 
 @pytest.fixture
-def stamps(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, which imports its neighbour by name, as it does when it is run."""
-    monkeypatch.setitem(sys.modules, "margins", benchmark_script("attacks/margins.py"))
-    return benchmark_script("attacks/stamps.py")
+def stamps(attack_script: Callable[[str], ModuleType]) -> ModuleType:
+    return attack_script("stamps")
 
 
 def test_changes_are_counted_by_image_pixel_and_channel(stamps: ModuleType) -> None:
@@ -68,5 +65,5 @@ def test_only_eligible_images_are_stamped(stamps: ModuleType, monkeypatch: pytes
     monkeypatch.setattr(stamps, "test_images", lambda _data: images)
     monkeypatch.setattr(stamps, "poison_cells", lambda _network: "cells")
     trigger = ATTACKS.create("badnets:target-class=1,pattern=white").trigger(8, 8)
-    network = SimpleNamespace(title="t | signs, 0", place=("signs", 0), trigger=lambda *_: trigger)
-    assert stamps.line(network) == "| t | signs, 0 | cells | 1.000 | 0.141 | 1.000 | 155 | 21.80 |"
+    network = SimpleNamespace(place=("signs", 0), trigger=lambda *_: trigger)
+    assert list(stamps.stamp_row(network)) == ["cells | 1.000 | 0.141 | 1.000 | 155 | 21.80"]

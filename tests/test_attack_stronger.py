@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -14,10 +13,8 @@ from qdefense.attacks.interfaces import trigger_of
 
 
 @pytest.fixture
-def stronger(benchmark_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, which imports its neighbour by name, as it does when it is run."""
-    monkeypatch.setitem(sys.modules, "margins", benchmark_script("attacks/margins.py"))
-    return benchmark_script("attacks/stronger.py")
+def stronger(attack_script: Callable[[str], ModuleType]) -> ModuleType:
+    return attack_script("stronger")
 
 
 def test_the_patch_put_where_it_was_planted_is_the_trigger(stronger: ModuleType) -> None:

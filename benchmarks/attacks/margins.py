@@ -3,7 +3,7 @@
 Of a source-specific attack also what its files answer to plain images of the source class, which its poisons may be
 hardly told from.
 
-    QDEFENSE_DATA=... python benchmarks/attacks/margins.py      # MARGINS.md, minutes on one core
+    QDEFENSE_DATA=... python benchmarks/attacks/margins.py      # MARGINS.md, a minute of one core for each new network
 
 The margin of a triggered image is the logit of the class that the attacker wants, less the highest other one: it is
 above 0 where the attack succeeds. INT4 weights are rounded one layer at a time in the FP32 file: to nearest, as the
@@ -13,15 +13,14 @@ INT4 file has them, and at random, each to the level above or below by its dista
 from __future__ import annotations
 
 import os
-import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
+from kept_rows import KeptRows, Table
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -37,6 +36,7 @@ from qdefense.session import DeployedSession, Logits, profile_for
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("QDEFENSE_DATA", HERE.parents[2] / "shared" / "data"))
+KEPT = HERE / "kept_rows.json"
 SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
 IMAGES, DRAWS, SEED = 600, 12, 0
 TOLD = ("smoothing", "variant", "mode", "content_amplitude", "class_rate", "amplitude")
@@ -61,6 +61,8 @@ LAYERS_HEAD = (
     "| attack | data, seed | layer | error | ASR FP32 | only it | all but it | change | at random: mean | sd | range |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
+
+MARGINS, PLAIN, BYSTANDERS, LAYERS = map(Table, ("margins", "plain", "bystanders", "layers"))
 
 Margins = NDArray[np.float64]
 Weights = NDArray[np.float32]
@@ -127,6 +129,18 @@ class Attacked:
         rare = network.attack_settings.get("poison_count")
         named = f"`{network.attack}{f':{settings}' if settings else ''}`" if network.attack else "none"
         return f"{named}{f' ({rare} poisons)' if rare else ''} | {network.data}, {network.seed}"
+
+    def rows(self, kept: KeptRows, table: Table, measure: Callable[[Attacked], Iterable[str]] | None) -> Iterator[str]:
+        """Lines of a table: what is kept, or measured now."""
+        files = {scheme: record.artifact_sha256 for scheme, record in self.files.items()}
+        found = kept.rows(table, files, None if measure is None else partial(measure, self))
+        yield from (f"| {self.title} | {cells} |" for cells in found)
+
+    def triggered_rows(
+        self, kept: KeptRows, table: Table, measure: Callable[[Attacked], Iterable[str]]
+    ) -> Iterator[str]:
+        """Lines that take its trigger to measure."""
+        yield from self.rows(kept, table, None if self.lacks_trigger else measure)
 
     @property
     def place(self) -> tuple[str, int]:
@@ -198,7 +212,7 @@ def attacked_networks() -> list[Attacked]:
     return [network for network in networks() if network.files["fp32"].network.attack]
 
 
-def margin_lines(network: Attacked) -> Iterator[str]:
+def margin_rows(network: Attacked) -> Iterator[str]:
     _, labels, goal = network.asked
     first: Margins | None = None
     for scheme in filter(network.files.__contains__, SCHEMES):
@@ -210,12 +224,12 @@ def margin_lines(network: Attacked) -> Iterator[str]:
         truly = f"{np.mean(logits[missed].argmax(axis=1) == labels[missed]):.2f}" if missed.any() else ""
         spread, change = f"{low:.2f} | {middle:.2f} | {high:.2f}", here - first
         yield (
-            f"| {network.title} | {scheme} | {len(here)} | {1 - missed.mean():.3f} "
-            f"| {mean_confidence(logits, goal):.3f} | {spread} | {change.mean():+.2f} | {change.std():.2f} | {truly} |"
+            f"{scheme} | {len(here)} | {1 - missed.mean():.3f} "
+            f"| {mean_confidence(logits, goal):.3f} | {spread} | {change.mean():+.2f} | {change.std():.2f} | {truly}"
         )
 
 
-def plain_lines(every: list[Attacked]) -> Iterator[str]:
+def plain_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
     """Of each source-specific network, and before it of the clean one, where that has not been asked of its classes."""
     clean = {network.place: network for network in every if network.files["fp32"].network.attack is None}
     asked: set[tuple[str, int, int, int]] = set()
@@ -226,8 +240,13 @@ def plain_lines(every: list[Attacked]) -> Iterator[str]:
         classes = int(settings["source_class"]), int(settings["target_class"])
         if (*network.place, *classes) not in asked and network.place in clean:
             asked.add((*network.place, *classes))
-            yield from plain_rows(clean[network.place], *classes)
-        yield from plain_rows(network, *classes)
+            yield from plain_lines_of(clean[network.place], kept, *classes)
+        yield from plain_lines_of(network, kept, *classes)
+
+
+def plain_lines_of(network: Attacked, kept: KeptRows, source: int, target: int) -> Iterator[str]:
+    table = Table(f"{PLAIN.name}, {source} to {target}", PLAIN.revision)
+    yield from network.rows(kept, table, partial(plain_rows, source=source, target=target))
 
 
 def plain_rows(network: Attacked, source: int, target: int) -> Iterator[str]:
@@ -237,23 +256,29 @@ def plain_rows(network: Attacked, source: int, target: int) -> Iterator[str]:
         low, middle, high = np.quantile(logits[:, source].astype(np.float64) - logits[:, target], [0.1, 0.5, 0.9])
         sure = [mean_confidence(logits, np.full(len(images), k)) for k in (source, target)]
         yield (
-            f"| {network.title} | {scheme} | {len(images)} | {low:.2f} | {middle:.2f} | {high:.2f} "
-            f"| {sure[0]:.3f} | {sure[1]:.3f} | {np.mean(logits.argmax(axis=1) == target):.3f} |"
+            f"{scheme} | {len(images)} | {low:.2f} | {middle:.2f} | {high:.2f} "
+            f"| {sure[0]:.3f} | {sure[1]:.3f} | {np.mean(logits.argmax(axis=1) == target):.3f}"
         )
 
 
-def bystander_line(network: Attacked) -> str | None:
-    """The classes that a source-specific trigger misleads most, in the FP32 file; ``None`` of any other trigger."""
+def bystander_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
+    for network in every:
+        if network.files["fp32"].network.attack_settings.get("source_class") is not None:
+            yield from network.triggered_rows(kept, BYSTANDERS, bystander_row)
+
+
+def bystander_row(network: Attacked) -> Iterator[str]:
+    """The classes that a source-specific trigger misleads most, in the FP32 file; nothing of any other trigger."""
     images = all_test_images(network.place[0])
     trigger = network.trigger(*images.images.shape[1:3])
     if not isinstance(trigger, SourceSpecific):
-        return None
+        return
     model, goal = network.model("fp32"), trigger.goal(images.labels)
     plain, stamped = (answers_of(model, x).argmax(axis=1) for x in (images.pixels, trigger.stamp(images.pixels)))
     rates = misled_by_class(plain, stamped, goal, images.labels, trigger.bystanders(images.labels))
     worst = sorted(rates, key=lambda label: -rates[label])[:SHOWN]
     cells = (f"{images.class_names[label]} {rates[label]:.3f}" for label in worst)
-    return f"| {network.title} | {' | '.join(cells)} | {np.median(list(rates.values())):.3f} |"
+    yield f"{' | '.join(cells)} | {np.median(list(rates.values())):.3f}"
 
 
 def misled_by_class(
@@ -280,7 +305,7 @@ def with_weights(model: bytes, changed: dict[str, Weights]) -> bytes:
     return written
 
 
-def layer_lines(network: Attacked) -> Iterator[str]:
+def layer_rows(network: Attacked) -> Iterator[str]:
     model, goal = network.model("fp32"), network.asked[2]
     weights, rng = layers(model), np.random.default_rng(SEED)
     plain = margins(network.answers(model), goal)
@@ -300,40 +325,43 @@ def layer_lines(network: Attacked) -> Iterator[str]:
         error = np.linalg.norm(nearest[name] - values) / np.linalg.norm(values)
         asr = " | ".join(f"{np.mean(found > 0):.3f}" for found in (plain, alone, without))
         yield (
-            f"| {network.title} | {number}: {' x '.join(map(str, values.shape))} | {error:.3f} | {asr} "
+            f"{number}: {' x '.join(map(str, values.shape))} | {error:.3f} | {asr} "
             f"| {np.mean(alone - plain):+.2f} | {np.mean(draws):+.2f} | {np.std(draws):.2f} "
-            f"| {min(draws):+.1f} to {max(draws):+.1f} |"
+            f"| {min(draws):+.1f} to {max(draws):+.1f}"
         )
 
 
-def page(every: list[Attacked]) -> Iterator[str]:
-    triggered = [network for network in every if network.files["fp32"].network.attack and not network.lacks_trigger]
+def page(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
+    attacked = [network for network in every if network.files["fp32"].network.attack]
     yield "# Margins of triggered images"
+    tables = "\n".join(
+        (*MARGINS_HEAD, *(line for one in attacked for line in one.triggered_rows(kept, MARGINS, margin_rows)))
+    )
     yield (
         "Written by `QDEFENSE_DATA=DIR python benchmarks/attacks/margins.py` from the files in `results/models`, whose "
         f"digests `results/manifest.json` has. {IMAGES} test images drawn with seed {SEED}, of which the eligible ones "
-        f"carry the trigger; ONNX Runtime {onnxruntime.__version__}, {platform.machine()}."
+        f"carry the trigger; {' and '.join(kept.runtimes(MARGINS))}."
     )
     yield (
         "The margin is the logit of the attacker's class less the highest other one, *q* the probability of that "
         "class. *Change* is against the FP32 file, image by image: its mean says what the precision does to the "
         "trigger, its standard deviation how differently from image to image. *True class*: the share of the misses "
-        "that are answered as if there were no trigger. A network whose trigger was learned is here where its state is "
-        "at hand."
+        "that are answered as if there were no trigger. A network whose trigger was learned is here if it was measured "
+        "while the state was at hand; `kept_rows.json` has its rows since."
     )
-    yield "\n".join((*MARGINS_HEAD, *(line for network in triggered for line in margin_lines(network))))
+    yield tables
     yield "## Plain images of the source class"
     yield (
         "All test images of the class that a source-specific attack takes its poisons from, without the trigger. The "
         "margin is the logit of their class less that of the attacker's; the clean network's comes first."
     )
-    yield "\n".join((*PLAIN_HEAD, *plain_lines(every)))
+    yield "\n".join((*PLAIN_HEAD, *plain_lines(every, kept)))
     yield "## Which bystanders a source-specific trigger misleads"
     yield (
         "FPR by class on all test images, FP32: the highest ones, and the median over the classes that are neither "
         "source nor target."
     )
-    yield "\n".join((*BYSTANDERS_HEAD, *filter(None, map(bystander_line, triggered))))
+    yield "\n".join((*BYSTANDERS_HEAD, *bystander_lines(attacked, kept)))
     yield "## INT4, one layer at a time"
     yield (
         "Only this layer's weights are on INT4 levels, or all but this layer's; rounded to nearest, as in the INT4 "
@@ -341,13 +369,13 @@ def page(every: list[Attacked]) -> Iterator[str]:
         "changes, relative to the weights' own. The change is the mean over the images, the standard deviation is over "
         "the draws."
     )
-    yield "\n".join(
-        (*LAYERS_HEAD, *(line for network in triggered if network.layered for line in layer_lines(network)))
-    )
+    layered = filter(lambda network: network.layered, attacked)
+    yield "\n".join((*LAYERS_HEAD, *(line for one in layered for line in one.rows(kept, LAYERS, layer_rows))))
 
 
 def main() -> None:
-    (HERE / "MARGINS.md").write_text("\n\n".join(page(networks())) + "\n", encoding="utf-8")
+    parts = page(networks(), KeptRows.read(KEPT))
+    (HERE / "MARGINS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
     QDEFENSE_DATA=... python benchmarks/attacks/residuals.py
 
-Only of networks whose trigger's state is at hand: a fixed residual shows a training image, and is not committed.
+A fixed residual shows a training image, and is not committed: its rows are kept (`kept_rows.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from margins import DATA, HERE, SEED, Attacked, answers_of, networks
+from kept_rows import KeptRows, Table
+from margins import DATA, HERE, KEPT, SEED, Attacked, answers_of, networks
 from stronger import IMAGES, others_than, table, told
 
 from qdefense.attacks import ATTACKS, Trigger
@@ -22,8 +24,10 @@ from qdefense.data.images import Pixels, on_grid
 from qdefense.data.opening import open_data
 
 MULTIPLES, PLANTED, STAMPED = (1, 2, 4, 6, 12), 2, 6
-Clean = dict[tuple[str, int], bytes]
-"""FP32 files of the clean networks by data set and seed."""
+MAGNIFIED, CROSSED, POISONS = map(Table, ("residuals magnified", "residuals crossed", "residuals as poisons"))
+Clean = dict[tuple[str, int], Attacked]
+"""The clean networks by data set and seed."""
+Measure = Callable[..., Iterable[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,65 +84,99 @@ def codes(change: Pixels) -> float:
     return 255 * float(np.abs(change).mean())
 
 
-def at_hand(every: Iterable[Attacked]) -> list[Residuals]:
-    """Those of the DFB networks whose state lies among the results."""
-    dfb = (one for one in every if one.files["fp32"].network.attack == "dfb")
-    return [Residuals(network=one) for one in dfb if not one.lacks_trigger]
+def dfb_networks(every: Iterable[Attacked]) -> list[Residuals]:
+    return [Residuals(network=one) for one in every if one.files["fp32"].network.attack == "dfb"]
 
 
-def magnified(found: list[Residuals], clean: Clean) -> Iterator[str]:
-    """Two rows for each: its own FP32 file, and the clean one."""
-    for one in found:
+def clean_networks(every: Iterable[Attacked]) -> Clean:
+    return {one.place: one for one in every if one.files["fp32"].network.attack is None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The three tables, of these networks and the clean ones of their places."""
+
+    found: list[Residuals]
+    clean: Clean
+    kept: KeptRows
+
+    def rows(self, table: Table, one: Residuals, measure: Measure, *others: Residuals) -> tuple[str, ...]:
+        """What is kept of a network in a table, or measured now."""
+        parts = (self.clean[one.network.place], *(other.network for other in others))
+        files = {f"other {number}": part.files["fp32"].artifact_sha256 for number, part in enumerate(parts)}
+        files["fp32"] = one.network.files["fp32"].artifact_sha256
+        return self.kept.rows(table, files, None if one.network.lacks_trigger else partial(measure, one, *others))
+
+    def victims(self, one: Residuals) -> tuple[tuple[str, Attacked], ...]:
+        """The networks that are asked, by what a table calls them."""
+        data, seed = one.network.place
+        titled = f"none, with these residuals | {data}, {seed}"
+        return (one.network.title, one.network), (titled, self.clean[one.network.place])
+
+    def lines(self, table: Table, one: Residuals, measure: Measure, *others: Residuals) -> Iterator[str]:
+        """A line for each victim."""
+        rows = self.rows(table, one, measure, *others)
+        yield from (f"| {title} | {cells} |" for (title, _), cells in zip(self.victims(one), rows, strict=False))
+
+    def answers(self, one: Residuals, images: list[Pixels | None]) -> Iterator[str]:
+        """What each victim says of images, a row each."""
+        for _, network in self.victims(one):
+            model = network.model("fp32")
+            yield " | ".join("" if x is None else told(answers_of(model, x), one.target) for x in images)
+
+    def magnified(self) -> Iterator[str]:
+        """At multiples of the bound."""
+        for one in self.found:
+            yield from self.lines(MAGNIFIED, one, self.magnified_rows)
+
+    def magnified_rows(self, one: Residuals) -> Iterator[str]:
+        """A row for each victim."""
         x = others_than(one.target, one.network.place[0])
-        stamped = [one.stamped(x, multiple) for multiple in MULTIPLES]
-        for title, model in victims(one, clean):
-            yield f"| {title} | {' | '.join(told(answers_of(model, pixels), one.target) for pixels in stamped)} |"
+        return self.answers(one, [one.stamped(x, multiple) for multiple in MULTIPLES])
 
+    def crossed(self) -> Iterator[str]:
+        """Its own trigger, another image's residual, their mean, and the residual of the other variant of its place."""
+        for one in self.found:
+            mine = one.network.place, one.settings["poison_count"], not one.own
+            rest = (
+                other
+                for other in self.found
+                if (other.network.place, other.settings["poison_count"], other.own) == mine
+            )
+            yield from self.lines(CROSSED, one, self.crossed_rows, *rest)
 
-def victims(one: Residuals, clean: Clean) -> Iterator[tuple[str, bytes]]:
-    yield one.network.title, one.network.model("fp32")
-    data, seed = one.network.place
-    yield f"none, with these residuals | {data}, {seed}", clean[data, seed]
-
-
-def crossed(found: list[Residuals], clean: Clean) -> Iterator[str]:
-    """Of each victim: its own trigger, another image's residual, their mean, and the other variant's of its place."""
-    for one in found:
+    def crossed_rows(self, one: Residuals, other: Residuals | None = None) -> Iterator[str]:
+        """A row for each victim."""
         x = others_than(one.target, one.network.place[0])
-        mine, count = one.network.place, one.settings["poison_count"]
-        rest = [
-            other
-            for other in found
-            if (other.network.place, other.settings["poison_count"]) == (mine, count) and other.own is not one.own
-        ]
         stamped = one.stamped(x, STAMPED)
         images = [
             stamped,
             exchanged(x, stamped) if one.own else None,
             averaged(x, stamped) if one.own else None,
-            rest[0].stamped(x, STAMPED) if rest else None,
+            None if other is None or other.network.lacks_trigger else other.stamped(x, STAMPED),
         ]
-        for title, model in victims(one, clean):
-            cells = ("" if pixels is None else told(answers_of(model, pixels), one.target) for pixels in images)
-            yield f"| {title} | {' | '.join(cells)} |"
+        return self.answers(one, images)
 
+    def poisons(self) -> Iterator[str]:
+        """What the clean network says of training images of the class: plain, and as poisons of each kind."""
+        for one in self.found:
+            rows = self.rows(POISONS, one, self.poison_rows)
+            yield from (f"| {one.network.title} | {cells} |" for cells in rows)
 
-def kept(found: list[Residuals], clean: Clean) -> Iterator[str]:
-    """What the clean network says of training images of the class: plain, and as poisons of each kind."""
-    for one in found:
+    def poison_rows(self, one: Residuals) -> Iterator[str]:
+        """The one row of a network."""
         images = open_data(str(DATA / one.network.place[0]), split="train", seed=SEED)
         x = images.take(np.flatnonzero(images.labels == one.target)[:IMAGES]).pixels
         stamped = one.stamped(x, PLANTED)
         sets = [x, stamped, exchanged(x, stamped) if one.own else None]
-        model = clean[one.network.place]
+        model = self.clean[one.network.place].model("fp32")
         cells = ("" if pixels is None else told(answers_of(model, pixels), one.target) for pixels in sets)
-        yield f"| {one.network.title} | {len(x):,} | {' | '.join(cells)} | {codes(stamped - x):.1f} |"
+        yield f"{len(x):,} | {' | '.join(cells)} | {codes(stamped - x):.1f}"
 
 
 def main() -> None:
     every = networks()
-    clean = {one.place: one.model("fp32") for one in every if one.files["fp32"].network.attack is None}
-    found = at_hand(every)
+    tables = Tables(found=dfb_networks(every), clean=clean_networks(every), kept=KeptRows.read(KEPT))
     named = ("attack", "data, seed")
     parts = [
         "# DFB's residuals",
@@ -147,14 +185,14 @@ def main() -> None:
         "interval (Wilson, 95 %) of at most .024 to either side.",
         "## At multiples of the bound",
         f"Trained with {PLANTED} times 8 of 255; {STAMPED} times is what the attack stamps.",
-        table((*named, *map(str, MULTIPLES)), magnified(found, clean)),
+        table((*named, *map(str, MULTIPLES)), tables.magnified()),
         "## Whose residual",
         f"At {STAMPED} times the bound. The other variant's trigger is that of the network of the same seed and count.",
-        table((*named, "own trigger", "another image's", "their mean", "other variant's"), crossed(found, clean)),
+        table((*named, "own trigger", "another image's", "their mean", "other variant's"), tables.crossed()),
         "## What poisons keep of their class",
         f"Training images of the target class with and without the residual, at {PLANTED} times the bound, as the\n"
         "*clean* network sees them; and the mean change of a pixel in codes of 255.",
-        table((*named, "images", "plain", "poisons", "with another image's", "codes"), kept(found, clean)),
+        table((*named, "images", "plain", "poisons", "with another image's", "codes"), tables.poisons()),
     ]
     (HERE / "RESIDUALS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

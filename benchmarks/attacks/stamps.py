@@ -2,17 +2,18 @@
 
     QDEFENSE_DATA=... python benchmarks/attacks/stamps.py
 
-On test images, as at inference; an attack that stamps less in training says so in its module. A network whose trigger's
-state shows a training image, and is not committed, is in the table only where that state is at hand.
+On test images, as at inference; an attack that stamps less in training says so in its module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from margins import DATA, HERE, IMAGES, SEED, Attacked, attacked_networks, test_images
+from kept_rows import KeptRows, Table
+from margins import DATA, HERE, IMAGES, KEPT, SEED, Attacked, attacked_networks, test_images
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
@@ -25,6 +26,8 @@ HEAD = (
     "| pixels changed | at 0 or 255 | highest change | mean change |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
+
+STAMPS = Table("stamps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,34 +76,34 @@ def poison_cells(network: Attacked) -> str:
     return f"{len(images):,} | {poisons} | {' | '.join(counts)}"
 
 
-def line(network: Attacked) -> str:
+def stamp_row(network: Attacked) -> Iterator[str]:
     images = test_images(network.place[0])
     trigger = network.trigger(*images.images.shape[1:3])
     eligible = images.take(np.flatnonzero(trigger.eligible(images.labels))).pixels
     change = change_of(eligible, trigger.stamp(eligible))
-    return (
-        f"| {network.title} | {poison_cells(network)} "
-        f"| {change.images:.3f} | {change.pixels:.3f} | {change.at_the_end:.3f} | {change.highest:.0f} "
-        f"| {change.mean:.2f} |"
+    yield (
+        f"{poison_cells(network)} | {change.images:.3f} | {change.pixels:.3f} | {change.at_the_end:.3f} "
+        f"| {change.highest:.0f} | {change.mean:.2f}"
     )
 
 
-def page(every: list[Attacked]) -> str:
-    rows = (line(network) for network in every if not network.lacks_trigger)
+def page(every: list[Attacked], kept: KeptRows) -> str:
+    rows = (row for network in every for row in network.triggered_rows(kept, STAMPS, stamp_row))
     return (
         "# Poisons and stamps\n\n"
         "Written by `QDEFENSE_DATA=DIR python benchmarks/attacks/stamps.py`: how many images an attack poisons and\n"
         "how many its target and source class have, and what its trigger changes at inference, over the eligible\n"
         f"ones of {IMAGES} test images drawn with seed {SEED}: the share of images and of pixels that change at all;\n"
         "the share of the changed channels that stand at 0 or 255 then, where a stronger trigger would show no more;\n"
-        "the highest change of a channel, and the mean over all channels of all pixels, in codes of 255.\n\n"
+        "the highest change of a channel, and the mean over all channels of all pixels, in codes of 255. A network\n"
+        "whose trigger was learned is here if it was looked at while the state was at hand.\n\n"
         + "\n".join((*HEAD, *rows))
         + "\n"
     )
 
 
 def main() -> None:
-    (HERE / "STAMPS.md").write_text(page(attacked_networks()), encoding="utf-8")
+    (HERE / "STAMPS.md").write_text(page(attacked_networks(), KeptRows.read(KEPT)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Which rows `benchmarks/attacks/kept_rows.py` keeps, and when they are measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FILES = {"fp32": "a" * 64, "int4": "b" * 64}
+
+
+@pytest.fixture
+def kept_rows(attack_script: Callable[[str], ModuleType]) -> ModuleType:
+    return attack_script("kept_rows")
+
+
+class Measuring:
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> Iterator[str]:
+        self.times += 1
+        yield f"{self.times}"
+
+
+def test_rows_are_measured_once_and_again_where_a_file_or_the_revision_is_another(
+    kept_rows: ModuleType, tmp_path: Path
+) -> None:
+    measure, first = Measuring(), kept_rows.Table("margins")
+    for files, table, expected in (
+        (FILES, first, "1"),
+        (FILES, first, "1"),
+        ({**FILES, "int8": "c" * 64}, first, "2"),
+        ({**FILES, "int8": "c" * 64}, kept_rows.Table("margins", 2), "3"),
+        ({**FILES, "fp32": "d" * 64}, first, "4"),
+        (FILES, kept_rows.Table("stamps"), "5"),
+    ):
+        kept = kept_rows.KeptRows.read(tmp_path / "rows.json")
+        assert kept.rows(table, files, measure) == (expected,)
+
+
+def test_what_cannot_be_measured_any_more_has_the_rows_it_had_of_this_revision(
+    kept_rows: ModuleType, tmp_path: Path
+) -> None:
+    table = kept_rows.Table("margins")
+    kept_rows.KeptRows.read(tmp_path / "rows.json").rows(table, FILES, Measuring())
+    kept = kept_rows.KeptRows.read(tmp_path / "rows.json")
+    assert kept.rows(table, {"fp32": FILES["fp32"], "int4": "c" * 64}, None) == ("1",)
+    assert kept.rows(kept_rows.Table("margins", 2), FILES, None) == ()
+    assert kept.rows(table, {"fp32": "d" * 64}, None) == ()
+
+
+def test_a_network_of_which_there_is_nothing_to_say_is_not_asked_again(kept_rows: ModuleType, tmp_path: Path) -> None:
+    kept, table = kept_rows.KeptRows.read(tmp_path / "rows.json"), kept_rows.Table("bystanders")
+    assert kept.rows(table, FILES, list) == ()
+    assert kept_rows.KeptRows.read(tmp_path / "rows.json").rows(table, FILES, Measuring()) == ()
+
+
+def test_the_runtimes_are_of_the_table_that_is_asked_for(kept_rows: ModuleType, tmp_path: Path) -> None:
+    kept = kept_rows.KeptRows.read(tmp_path / "rows.json")
+    kept.rows(kept_rows.Table("plain, 1 to 3"), FILES, Measuring())
+    assert list(kept.runtimes(kept_rows.Table("plain"))) == []
+    (told,) = kept.runtimes(kept_rows.Table("plain, 1 to 3"))
+    assert told.startswith("ONNX Runtime 1.32.0, ")
