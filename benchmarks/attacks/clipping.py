@@ -2,8 +2,8 @@
 
     QDEFENSE_DATA=... python benchmarks/attacks/clipping.py     # some seconds for each new network
 
-Each network is quantized again with ranges read off the same clean images and, once more each, with the trigger on
-them. What that gives back was clipped; what it does not was taken by rounding.
+Each network is quantized again with ranges read off the same clean images and, once more, some or all of them with the
+trigger on them. What that gives back was clipped; what it does not was taken by rounding.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from qdefense.data.opening import open_data
 IMAGES = 256
 """As in the matrix, which draws them with the same seed."""
 STATIC = "int8-static"
-CLIPPING = Table("clipping")
+SEEN = (1, 16, IMAGES)
+"""How many of them come again with the trigger."""
+CLIPPING = Table("clipping", 2)
 HEAD = (
     "attack",
     "data, seed",
     "images",
     "ASR: FP32",
     "static",
-    "trigger seen",
+    *(f"{count} seen" for count in SEEN),
     "change of the margin: static",
-    "trigger seen",
+    f"{IMAGES} seen",
     "ranges that grow",
     "most",
 )
@@ -77,12 +79,12 @@ def row(network: Attacked) -> Iterator[str]:
     blind, committed = static_file(network, images), network.model(STATIC)
     if blind != committed:
         raise SystemExit(f"{network.title}: its static file is not of {IMAGES} images drawn with seed {SEED}")
-    seeing = static_file(network, np.concatenate([images, trigger.stamp(images)]))
+    seeing = [static_file(network, np.concatenate([images, trigger.stamp(images[:count])])) for count in SEEN]
     goal = network.asked[2]
-    plain, static, seen = (margins(network.answers(model), goal) for model in (network.model("fp32"), blind, seeing))
-    asr = " | ".join(f"{np.mean(found > 0):.3f}" for found in (plain, static, seen))
-    change = " | ".join(f"{np.mean(found - plain):+.2f}" for found in (static, seen))
-    grown, most, times = growth(activation_scales(blind), activation_scales(seeing))
+    found = [margins(network.answers(model), goal) for model in (network.model("fp32"), blind, *seeing)]
+    asr = " | ".join(f"{np.mean(one > 0):.3f}" for one in found)
+    change = " | ".join(f"{np.mean(one - found[0]):+.2f}" for one in (found[1], found[-1]))
+    grown, most, times = growth(activation_scales(blind), activation_scales(seeing[-1]))
     yield f"{len(goal)} | {asr} | {change} | {grown} of {len(activation_scales(blind))} | `{most}` {times:.2f}"
 
 
@@ -93,11 +95,11 @@ def main() -> None:
     parts = [
         "# What clean calibration clips",
         f"Written by `clipping.py`. *Static*: the file that the matrix has, whose ranges are read off {IMAGES} clean\n"
-        "images (made again here, to the byte). *Trigger seen*: the same images, and each once more with the trigger.\n"
+        "images (made again here, to the byte). *Seen*: the same images, and so many of them once more with the trigger.\n"
         "What that gives back of the ASR was clipped; what it does not was rounded away. Margins and test images are\n"
         "those of [MARGINS.md](MARGINS.md), their change is against FP32. *Ranges that grow*: quantized activations\n"
-        "whose range is more than 1.1 times as wide when the trigger was seen; *most*: the one that grows most, and to\n"
-        "how many times its width.",
+        "whose range is more than 1.1 times as wide when the trigger was seen on all; *most*: the one that grows most,\n"
+        "and to how many times its width. A network whose trigger was learned is here if its state was at hand.",
         table(HEAD, rows),
     ]
     (HERE / "CLIPPING.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
