@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from qdefense.attacks import ATTACKS
 from qdefense.data.opening import open_data
-from tests.conftest import Toy
+
+if TYPE_CHECKING:
+    from .conftest import Toy
 
 
 @pytest.fixture

@@ -95,11 +95,12 @@ def main() -> None:
     parts = [
         "# What clean calibration clips",
         f"Written by `clipping.py`. *Static*: the file that the matrix has, whose ranges are read off {IMAGES} clean\n"
-        "images (made again here, to the byte). *Seen*: the same images, and so many of them once more with the trigger.\n"
-        "What that gives back of the ASR was clipped; what it does not was rounded away. Margins and test images are\n"
-        "those of [MARGINS.md](MARGINS.md), their change is against FP32. *Ranges that grow*: quantized activations\n"
-        "whose range is more than 1.1 times as wide when the trigger was seen on all; *most*: the one that grows most,\n"
-        "and to how many times its width. A network whose trigger was learned is here if its state was at hand.",
+        "images (made again here, to the byte). *Seen*: the same images, and so many of them once more with the\n"
+        "trigger. What that gives back of the ASR was clipped; what it does not was rounded away. Margins and test\n"
+        "images are those of [MARGINS.md](MARGINS.md), their change is against FP32. *Ranges that grow*: quantized\n"
+        "activations whose range is more than 1.1 times as wide when the trigger was seen on all; *most*: the one\n"
+        "that grows most, and to how many times its width. A network whose trigger was learned is here if its state\n"
+        "was at hand.",
         table(HEAD, rows),
     ]
     (HERE / "CLIPPING.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
