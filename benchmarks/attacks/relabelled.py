@@ -1,0 +1,104 @@
+"""Write RELABELLED.md: whether Spectral Signatures see the trigger of poisons, or that their label is wrong.
+
+    QDEFENSE_DATA=... python benchmarks/attacks/relabelled.py
+
+The rows of the target class as the network was trained on them, and once more with the poisons as they were before the
+stamp: images of other classes under this label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from kept_rows import KeptRows, Table
+from margins import HERE, KEPT, Attacked, networks
+from stamps import training_images
+from stronger import table
+
+from qdefense.artifact import Artifact
+from qdefense.attacks import ATTACKS
+from qdefense.attacks.poisoning import AllToOne, poison_to_one
+from qdefense.bench.scoring import dataset_metrics
+from qdefense.data.images import ImageSet, Pixels
+from qdefense.defenses.spectra import spectral_scores
+from qdefense.features import find_penultimate, penultimate_features
+from qdefense.session import DeployedSession, profile_for
+from qdefense.training import poisoned_set
+
+TOLD = ("badnets", "blended")
+RELABELLED = Table("relabelled")
+HEAD = ("attack", "data, seed", "rows", "poisons", "its network: stamped", "plain", "clean: stamped", "plain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unstamped(AllToOne):
+    """A trigger that changes nothing."""
+
+    def stamp(self, x: Pixels) -> Pixels:
+        """The images."""
+        return x
+
+
+def is_told(network: Attacked) -> bool:
+    made = network.files["fp32"].network
+    one_place = (made.data, made.seed) == ("cifar10", 0)
+    return one_place and made.attack in TOLD and made.attack_settings["mode"] == "all-to-one"
+
+
+def auroc_within(model: bytes, rows: ImageSet, poisons: np.ndarray) -> float | None:
+    """Of Spectral Signatures, among rows of one label."""
+    artifact = Artifact.from_bytes(model)
+    session = DeployedSession(artifact, profile_for(artifact))
+    features, _ = penultimate_features(session, rows, find_penultimate(session))
+    return dataset_metrics(spectral_scores(features).scores, (), poisons, rows.labels).within_auroc
+
+
+def relabelled_row(network: Attacked, clean: Attacked) -> Iterator[str]:
+    made = network.files["fp32"].network
+    attack, target = ATTACKS.restore(made.attack or "", made.attack_settings), int(made.attack_settings["target_class"])
+    images = training_images(made.data)
+    stamped = poisoned_set(images, attack, made.seed)
+    count = len(stamped.poison_indices)
+    plain = poison_to_one(
+        images,
+        np.random.default_rng([made.seed, 1]),
+        trigger=Unstamped(target_class=target),
+        count=count,
+        attack="relabelled",
+    )
+    if not np.array_equal(plain.poison_indices, stamped.poison_indices):
+        raise SystemExit(f"{network.title}: other rows are relabelled than its attack poisons")
+    mine = np.flatnonzero(stamped.images.labels == target)
+    poisons = np.flatnonzero(np.isin(mine, stamped.poison_indices))
+    cells = (
+        f"{auroc_within(one.model('fp32'), each.images.take(mine), poisons):.3f}"
+        for one in (network, clean)
+        for each in (stamped, plain)
+    )
+    yield f"{len(mine):,} | {count:,} | {' | '.join(cells)}"
+
+
+def main() -> None:
+    kept, every = KeptRows.read(KEPT), networks()
+    clean = {one.place: one for one in every if one.files["fp32"].network.attack is None}
+    rows = (
+        line
+        for network in filter(is_told, every)
+        for line in network.rows(kept, RELABELLED, partial(relabelled_row, clean=clean[network.place]))
+    )
+    parts = [
+        "# What Spectral Signatures see of poisons",
+        "Written by `relabelled.py`, FP32 files. AUROC of the spectral scores of poisons among the training rows of\n"
+        "their label: *stamped*, as the network was trained on them, and *plain*, the same rows without the trigger,\n"
+        "which are then images of other classes with a wrong label. By the features of the attacked network, and of\n"
+        "the clean one of the same seed, which was trained on none of them.",
+        table(HEAD, rows),
+    ]
+    (HERE / "RELABELLED.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
