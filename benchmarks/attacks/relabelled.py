@@ -45,7 +45,7 @@ class Unstamped(AllToOne):
 def is_told(network: Attacked) -> bool:
     made = network.files["fp32"].network
     one_place = (made.data, made.seed) == ("cifar10", 0)
-    return one_place and made.attack in TOLD and made.attack_settings["mode"] == "all-to-one"
+    return one_place and made.attack in TOLD and made.attack_settings.get("mode", "all-to-one") == "all-to-one"
 
 
 def auroc_within(model: bytes, rows: ImageSet, poisons: np.ndarray) -> float | None:
