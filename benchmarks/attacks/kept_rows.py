@@ -29,10 +29,14 @@ class Entry(TypedDict):
 
 @dataclass(frozen=True)
 class Table:
-    """A table, and how its rows are measured: older revisions' are not shown."""
+    """A table, and of which files its rows are: those that an older revision measured are not shown.
+
+    Raise ``revision`` where rows are measured otherwise; neither the code nor the data are in what a row is kept by.
+    """
 
     name: str
     revision: int = 1
+    schemes: tuple[str, ...] = ("fp32",)
 
 
 @dataclass(kw_only=True)
@@ -44,36 +48,36 @@ class KeptRows:
 
     @classmethod
     def read(cls, path: Path) -> KeptRows:
-        """None where there is no file."""
+        """No rows where there is no file."""
         return cls(path=path, entries=json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
 
     def rows(
         self, table: Table, files: Mapping[str, str], measure: Callable[[], Iterable[str]] | None
     ) -> tuple[str, ...]:
-        """Those of the network whose FP32 digest is ``files["fp32"]``; the others are of whatever else has a part.
+        """Those of the network whose FP32 digest is ``files["fp32"]``.
 
-        Measured where a file is another one, or the revision. ``measure`` is ``None`` where that cannot be done: then
-        those that were measured before with this FP32 file, or none.
+        ``files`` names every file that has a part in them: rows that another one answered are measured again.
+        ``measure`` is ``None`` where that cannot be done; then there are those that these files gave, or none.
         """
         key = f"{table.name} {files['fp32'][:DIGITS]}"
-        asked = {name: sha256[:DIGITS] for name, sha256 in sorted(files.items())}
+        wanted = {name: sha256[:DIGITS] for name, sha256 in sorted(files.items())}
         entry = self.entries.get(key)
-        if entry is not None and entry["revision"] != table.revision:
-            entry = None
-        if measure is not None and (entry is None or entry["files"] != asked):
-            entry = self.keep(
-                key, Entry(revision=table.revision, files=asked, runtime=runtime().facts, rows=[*measure()])
-            )
-        return () if entry is None else tuple(entry["rows"])
+        before = {} if entry is None or entry["revision"] != table.revision else entry["files"]
+        if measure is not None and any(before.get(name) != sha256 for name, sha256 in wanted.items()):
+            made = Entry(revision=table.revision, files=wanted, runtime=runtime().facts, rows=[*measure()])
+            self.keep(key, made)
+            return tuple(made["rows"])
+        same = before and all(before.get(name, sha256) == sha256 for name, sha256 in wanted.items())
+        return tuple(self.entries[key]["rows"]) if same else ()
 
-    def keep(self, key: str, entry: Entry) -> Entry:
-        """Write it down."""
-        self.entries[key] = entry
+    def keep(self, key: str, entry: Entry) -> None:
+        """Write it down, beside what another script has written since."""
+        self.entries = {**self.read(self.path).entries, key: entry}
         text = json.dumps(dict(sorted(self.entries.items())), indent=1, ensure_ascii=False)
         write_atomically(self.path, f"{text}\n".encode())
-        return entry
 
     def runtimes(self, table: Table) -> Iterator[str]:
         """The runtimes and CPUs that measured what is kept of a table."""
-        made = (entry["runtime"] for key, entry in self.entries.items() if key.rpartition(" ")[0] == table.name)
+        ours = (entry for key, entry in self.entries.items() if key.rpartition(" ")[0] == table.name)
+        made = (entry["runtime"] for entry in ours if entry["revision"] == table.revision)
         yield from sorted({f"ONNX Runtime {one['onnxruntime']}, {one['machine']} ({one['isa']})" for one in made})

@@ -12,35 +12,33 @@ INT4 file has them, and at random, each to the level above or below by its dista
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import numpy as np
 import onnx
+from answers import Margins, margins, mean_confidence
+from attacked import (
+    HERE,
+    IMAGES,
+    KEPT,
+    SEED,
+    Attacked,
+    all_test_images,
+    answers_of,
+    clean_networks,
+    networks,
+)
 from kept_rows import KeptRows, Table
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from qdefense.artifact import Artifact
-from qdefense.attacks import ATTACKS, Trigger
-from qdefense.attacks.interfaces import SourceSpecific, trigger_of
-from qdefense.attacks.states import unpack_state
-from qdefense.bench.records import BehaviourRecord
-from qdefense.bench.store import RECORDS, Store, read_records
-from qdefense.data.images import ImageSet, Labels, Pixels
-from qdefense.data.opening import open_data
-from qdefense.session import DeployedSession, Logits, profile_for
+from qdefense.attacks.interfaces import SourceSpecific
+from qdefense.data.images import Labels, Pixels
 
-HERE = Path(__file__).parent
-DATA = Path(os.environ.get("QDEFENSE_DATA", HERE.parents[2] / "shared" / "data"))
-KEPT = HERE / "kept_rows.json"
 SCHEMES = ("fp32", "int8-static", "int8-dynamic", "int4")
-IMAGES, DRAWS, SEED = 600, 12, 0
-TOLD = ("smoothing", "variant", "mode", "content_amplitude", "class_rate", "amplitude")
-"""Settings by which a row is told from others of its attack."""
+DRAWS = 12
 LAYERED = ("badnets", "blended", "lsp", "wanet")
 """Attacks whose INT4 files are taken apart, on both data sets."""
 SHOWN = 3
@@ -62,26 +60,10 @@ LAYERS_HEAD = (
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
-MARGINS, PLAIN, BYSTANDERS, LAYERS = map(Table, ("margins", "plain", "bystanders", "layers"))
+MARGINS, PLAIN = Table("margins", schemes=SCHEMES), Table("plain", schemes=SCHEMES)
+BYSTANDERS, LAYERS = Table("bystanders"), Table("layers", schemes=("fp32", "int4"))
 
-Margins = NDArray[np.float64]
 Weights = NDArray[np.float32]
-
-
-def margins(logits: Logits, goal: Labels) -> Margins:
-    """``logits[n, goal[n]] - max over other k of logits[n, k]``: ``(N,)``."""
-    others = logits.astype(np.float64)
-    rows = np.arange(len(goal))
-    wanted = others[rows, goal]
-    others[rows, goal] = -np.inf
-    found: Margins = wanted - others.max(axis=1)
-    return found
-
-
-def mean_confidence(logits: Logits, goal: Labels) -> float:
-    """Mean softmax probability of ``goal``."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return float((powers[np.arange(len(goal)), goal] / powers.sum(axis=1)).mean())
 
 
 def rounded(weights: Weights, *, rng: np.random.Generator | None = None) -> Weights:
@@ -93,123 +75,10 @@ def rounded(weights: Weights, *, rng: np.random.Generator | None = None) -> Weig
 
 
 @lru_cache(maxsize=2)
-def test_images(data: str) -> ImageSet:
-    return open_data(str(DATA / data), split="test", seed=SEED, limit=IMAGES)
-
-
-@lru_cache(maxsize=2)
-def all_test_images(data: str) -> ImageSet:
-    return open_data(str(DATA / data), split="test", seed=SEED)
-
-
-@lru_cache(maxsize=2)
 def images_of_class(data: str, source: int) -> Pixels:
     """All test images of one class."""
     images = all_test_images(data)
     return images.take(np.flatnonzero(images.labels == source)).pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attacked:
-    """One network, with a backdoor or clean: its files by scheme."""
-
-    files: dict[str, BehaviourRecord]
-    store: Store
-
-    @property
-    def title(self) -> str:
-        """The first two columns of a table."""
-        network = self.files["fp32"].network
-        told = {key: value for key, value in network.attack_settings.items() if key in TOLD}
-        if told.get("variant") in ("cont", "comp"):
-            told.pop("amplitude", None)
-        else:
-            told.pop("content_amplitude", None)
-        settings = ",".join(f"{key.replace('_', '-')}={value}" for key, value in told.items() if value != "all-to-one")
-        rare = network.attack_settings.get("poison_count")
-        named = f"`{network.attack}{f':{settings}' if settings else ''}`" if network.attack else "none"
-        return f"{named}{f' ({rare} poisons)' if rare else ''} | {network.data}, {network.seed}"
-
-    def rows(self, kept: KeptRows, table: Table, measure: Callable[[Attacked], Iterable[str]] | None) -> Iterator[str]:
-        """Lines of a table: what is kept, or measured now."""
-        files = {scheme: record.artifact_sha256 for scheme, record in self.files.items()}
-        found = kept.rows(table, files, None if measure is None else partial(measure, self))
-        yield from (f"| {self.title} | {cells} |" for cells in found)
-
-    def triggered_rows(
-        self, kept: KeptRows, table: Table, measure: Callable[[Attacked], Iterable[str]]
-    ) -> Iterator[str]:
-        """Lines that take its trigger to measure."""
-        yield from self.rows(kept, table, None if self.lacks_trigger else measure)
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """Data set and seed."""
-        network = self.files["fp32"].network
-        return network.data, network.seed
-
-    @property
-    def layered(self) -> bool:
-        """Whether its INT4 file is taken apart."""
-        network = self.files["fp32"].network
-        usual = network.seed == SEED and network.attack_settings.get("mode", "all-to-one") == "all-to-one"
-        rare = network.attack_settings.get("poison_count") is not None
-        return network.attack in LAYERED and usual and not rare and "int4" in self.files
-
-    def model(self, scheme: str) -> bytes:
-        """The bytes of its file at a precision."""
-        path = self.store.model_path(self.files[scheme].artifact_sha256)
-        if path is None:
-            raise SystemExit(f"the {scheme} file of {self.title} is not among the results")
-        return path.read_bytes()
-
-    @cached_property
-    def asked(self) -> tuple[Pixels, Labels, Labels]:
-        """Eligible test images with the trigger, their labels, and what the attacker wants of them."""
-        images = test_images(self.files["fp32"].network.data)
-        trigger = self.trigger(*images.images.shape[1:3])
-        eligible = images.take(np.flatnonzero(trigger.eligible(images.labels)))
-        return trigger.stamp(eligible.pixels), eligible.labels, trigger.goal(eligible.labels)
-
-    def trigger(self, height: int, width: int) -> Trigger:
-        """On images of this size.
-
-        Raises:
-            StoreError: its state is not among the results; one that shows images of the data is not committed.
-        """
-        record = self.files["fp32"]
-        attack = ATTACKS.restore(record.network.attack or "", record.network.attack_settings)
-        packed = self.store.trigger(record.artifact_sha256)
-        made: Trigger = trigger_of(attack, height, width, None if packed is None else unpack_state(packed))
-        return made
-
-    def answers(self, model: bytes) -> Logits:
-        """What a file answers to the triggered images."""
-        return answers_of(model, self.asked[0])
-
-    @property
-    def lacks_trigger(self) -> bool:
-        """Whether its trigger was learned and its state is not at hand."""
-        return self.store.lacks_trigger(self.files["fp32"].artifact_sha256)
-
-
-def answers_of(model: bytes, images: Pixels) -> Logits:
-    artifact = Artifact.from_bytes(model)
-    return DeployedSession(artifact, profile_for(artifact)).logits(images)
-
-
-def networks() -> list[Attacked]:
-    """Every network of the records whose FP32 file was measured; a later record counts."""
-    store, found = Store(HERE / "results"), dict[str, dict[str, BehaviourRecord]]()
-    for record in read_records(HERE / "results" / RECORDS):
-        if isinstance(record, BehaviourRecord) and not record.failed:
-            found.setdefault(record.network.model_dump_json(), {})[record.scheme] = record
-    return [Attacked(files=files, store=store) for files in found.values() if "fp32" in files]
-
-
-def attacked_networks() -> list[Attacked]:
-    """Those with a backdoor."""
-    return [network for network in networks() if network.files["fp32"].network.attack]
 
 
 def margin_rows(network: Attacked) -> Iterator[str]:
@@ -231,7 +100,7 @@ def margin_rows(network: Attacked) -> Iterator[str]:
 
 def plain_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
     """Of each source-specific network, and before it of the clean one, where that has not been asked of its classes."""
-    clean = {network.place: network for network in every if network.files["fp32"].network.attack is None}
+    clean = clean_networks(every)
     asked: set[tuple[str, int, int, int]] = set()
     for network in every:
         settings = network.files["fp32"].network.attack_settings
@@ -245,7 +114,7 @@ def plain_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
 
 
 def plain_lines_of(network: Attacked, kept: KeptRows, source: int, target: int) -> Iterator[str]:
-    table = Table(f"{PLAIN.name}, {source} to {target}", PLAIN.revision)
+    table = replace(PLAIN, name=f"{PLAIN.name}, {source} to {target}")
     yield from network.rows(kept, table, partial(plain_rows, source=source, target=target))
 
 
@@ -263,7 +132,7 @@ def plain_rows(network: Attacked, source: int, target: int) -> Iterator[str]:
 
 def bystander_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
     for network in every:
-        if network.files["fp32"].network.attack_settings.get("source_class") is not None:
+        if network.files["fp32"].network.attack_settings.get("source_class") is not None:  # others have no bystanders
             yield from network.triggered_rows(kept, BYSTANDERS, bystander_row)
 
 
@@ -303,6 +172,14 @@ def with_weights(model: bytes, changed: dict[str, Weights]) -> bytes:
             tensor.CopyFrom(numpy_helper.from_array(changed[tensor.name], tensor.name))
     written: bytes = proto.SerializeToString()
     return written
+
+
+def is_layered(network: Attacked) -> bool:
+    """Whether its INT4 file is taken apart."""
+    made = network.files["fp32"].network
+    usual = made.seed == SEED and made.attack_settings.get("mode", "all-to-one") == "all-to-one"
+    rare = made.attack_settings.get("poison_count") is not None
+    return made.attack in LAYERED and usual and not rare and "int4" in network.files
 
 
 def layer_rows(network: Attacked) -> Iterator[str]:
@@ -369,8 +246,8 @@ def page(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
         "changes, relative to the weights' own. The change is the mean over the images, the standard deviation is over "
         "the draws."
     )
-    layered = filter(lambda network: network.layered, attacked)
-    yield "\n".join((*LAYERS_HEAD, *(line for one in layered for line in one.rows(kept, LAYERS, layer_rows))))
+    layered = filter(is_layered, attacked)
+    yield "\n".join((*LAYERS_HEAD, *(line for one in layered for line in one.triggered_rows(kept, LAYERS, layer_rows))))
 
 
 def main() -> None:

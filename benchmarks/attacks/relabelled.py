@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from answers import table
+from attacked import HERE, KEPT, Attacked, clean_networks, networks, training_images
 from kept_rows import KeptRows, Table
-from margins import HERE, KEPT, Attacked, networks
-from stamps import training_images
-from stronger import table
 
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS
@@ -28,7 +27,7 @@ from qdefense.features import find_penultimate, penultimate_features
 from qdefense.session import DeployedSession, profile_for
 from qdefense.training import poisoned_set
 
-TOLD = ("badnets", "blended")
+SHOWN = ("badnets", "blended")
 RELABELLED = Table("relabelled")
 HEAD = ("attack", "data, seed", "rows", "poisons", "its network: stamped", "plain", "clean: stamped", "plain")
 
@@ -45,7 +44,7 @@ class Unstamped(AllToOne):
 def is_told(network: Attacked) -> bool:
     made = network.files["fp32"].network
     one_place = (made.data, made.seed) == ("cifar10", 0)
-    return one_place and made.attack in TOLD and made.attack_settings.get("mode", "all-to-one") == "all-to-one"
+    return one_place and made.attack in SHOWN and made.attack_settings.get("mode", "all-to-one") == "all-to-one"
 
 
 def auroc_within(model: bytes, rows: ImageSet, poisons: np.ndarray) -> float | None:
@@ -81,20 +80,22 @@ def relabelled_row(network: Attacked, clean: Attacked) -> Iterator[str]:
     yield f"{len(mine):,} | {count:,} | {' | '.join(cells)}"
 
 
+def lines(network: Attacked, clean: dict[tuple[str, int], Attacked], kept: KeptRows) -> Iterator[str]:
+    twin = clean[network.place]
+    beside = {"clean": twin.files["fp32"].artifact_sha256}
+    yield from network.rows(kept, RELABELLED, partial(relabelled_row, clean=twin), beside)
+
+
 def main() -> None:
     kept, every = KeptRows.read(KEPT), networks()
-    clean = {one.place: one for one in every if one.files["fp32"].network.attack is None}
-    rows = (
-        line
-        for network in filter(is_told, every)
-        for line in network.rows(kept, RELABELLED, partial(relabelled_row, clean=clean[network.place]))
-    )
+    rows = (line for network in filter(is_told, every) for line in lines(network, clean_networks(every), kept))
     parts = [
         "# What Spectral Signatures see of poisons",
         "Written by `relabelled.py`, FP32 files. AUROC of the spectral scores of poisons among the training rows of\n"
         "their label: *stamped*, as the network was trained on them, and *plain*, the same rows without the trigger,\n"
         "which are then images of other classes with a wrong label. By the features of the attacked network, and of\n"
-        "the clean one of the same seed, which was trained on none of them.",
+        "the clean one of the same seed, which was trained on all of them unstamped and with their true labels. The\n"
+        "AUROC of 50 poisons has a standard error of about .04.",
         table(HEAD, rows),
     ]
     (HERE / "RELABELLED.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -12,22 +12,33 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from answers import table, told
+from attacked import (
+    HERE,
+    KEPT,
+    OTHERS,
+    SEED,
+    Attacked,
+    answers_of,
+    clean_networks,
+    networks,
+    others_than,
+    training_images,
+)
 from kept_rows import KeptRows, Table
-from margins import DATA, HERE, KEPT, SEED, Attacked, answers_of, networks
-from stronger import IMAGES, others_than, table, told
 
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.poisoning import derangement
 from qdefense.attacks.states import unpack_state
 from qdefense.data.images import Pixels, on_grid
-from qdefense.data.opening import open_data
 
 MULTIPLES, PLANTED, STAMPED = (1, 2, 4, 6, 12), 2, 6
 MAGNIFIED, CROSSED, POISONS = map(Table, ("residuals magnified", "residuals crossed", "residuals as poisons"))
 Clean = dict[tuple[str, int], Attacked]
 """The clean networks by data set and seed."""
 Measure = Callable[..., Iterable[str]]
+"""Gives the cells of a network's rows, from it and from other networks that have a part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +99,6 @@ def dfb_networks(every: Iterable[Attacked]) -> list[Residuals]:
     return [Residuals(network=one) for one in every if one.files["fp32"].network.attack == "dfb"]
 
 
-def clean_networks(every: Iterable[Attacked]) -> Clean:
-    return {one.place: one for one in every if one.files["fp32"].network.attack is None}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tables:
     """The three tables, of these networks and the clean ones of their places."""
@@ -102,7 +109,9 @@ class Tables:
 
     def rows(self, table: Table, one: Residuals, measure: Measure, *others: Residuals) -> tuple[str, ...]:
         """What is kept of a network in a table, or measured now."""
-        parts = (self.clean[one.network.place], *(other.network for other in others))
+        # A residual that is lost is no part: its cell, of which there may be an earlier one, is not measured again.
+        there = (other.network for other in others if not other.network.lacks_trigger)
+        parts = (self.clean[one.network.place], *there)
         files = {f"other {number}": part.files["fp32"].artifact_sha256 for number, part in enumerate(parts)}
         files["fp32"] = one.network.files["fp32"].artifact_sha256
         return self.kept.rows(table, files, None if one.network.lacks_trigger else partial(measure, one, *others))
@@ -116,7 +125,8 @@ class Tables:
     def lines(self, table: Table, one: Residuals, measure: Measure, *others: Residuals) -> Iterator[str]:
         """A line for each victim."""
         rows = self.rows(table, one, measure, *others)
-        yield from (f"| {title} | {cells} |" for (title, _), cells in zip(self.victims(one), rows, strict=False))
+        titles = [title for title, _ in self.victims(one)] if rows else []
+        yield from (f"| {title} | {cells} |" for title, cells in zip(titles, rows, strict=True))
 
     def answers(self, one: Residuals, images: list[Pixels | None]) -> Iterator[str]:
         """What each victim says of images, a row each."""
@@ -138,12 +148,12 @@ class Tables:
         """Its own trigger, another image's residual, their mean, and the residual of the other variant of its place."""
         for one in self.found:
             mine = one.network.place, one.settings["poison_count"], not one.own
-            rest = (
+            rest = [
                 other
                 for other in self.found
                 if (other.network.place, other.settings["poison_count"], other.own) == mine
-            )
-            yield from self.lines(CROSSED, one, self.crossed_rows, *rest)
+            ]
+            yield from self.lines(CROSSED, one, self.crossed_rows, *rest[:1])
 
     def crossed_rows(self, one: Residuals, other: Residuals | None = None) -> Iterator[str]:
         """A row for each victim."""
@@ -165,8 +175,8 @@ class Tables:
 
     def poison_rows(self, one: Residuals) -> Iterator[str]:
         """The one row of a network."""
-        images = open_data(str(DATA / one.network.place[0]), split="train", seed=SEED)
-        x = images.take(np.flatnonzero(images.labels == one.target)[:IMAGES]).pixels
+        images = training_images(one.network.place[0])
+        x = images.take(np.flatnonzero(images.labels == one.target)[:OTHERS]).pixels
         stamped = one.stamped(x, PLANTED)
         sets = [x, stamped, exchanged(x, stamped) if one.own else None]
         model = self.clean[one.network.place].model("fp32")
@@ -180,7 +190,7 @@ def main() -> None:
     named = ("attack", "data, seed")
     parts = [
         "# DFB's residuals",
-        f"Written by `residuals.py`, FP32 files. Of {IMAGES:,} test images (seed {SEED}) those of other classes: the\n"
+        f"Written by `residuals.py`, FP32 files. Of {OTHERS:,} test images (seed {SEED}) those of other classes: the\n"
         "share that goes to the target, and in brackets the mean confidence in it. A share of that many images has an\n"
         "interval (Wilson, 95 %) of at most .024 to either side.",
         "## At multiples of the bound",

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from margins import HERE, SEED, Attacked, answers_of, networks
+from answers import table, told
+from attacked import HERE, OTHERS, SEED, Attacked, answers_of, clean_networks, networks, others_than
 from residuals import exchanged
-from stronger import IMAGES, SCHEMES, others_than, table, told
+from stronger import SCHEMES
 
 from qdefense.attacks import Trigger
 from qdefense.attacks.input_aware import GeneratedTrigger
@@ -45,7 +46,7 @@ def shared(x: Pixels, stamped: Pixels) -> float:
 
 
 def rows(every: list[Attacked]) -> Iterator[str]:
-    clean = {one.place: one for one in every if one.files["fp32"].network.attack is None}
+    clean = clean_networks(every)
     for network in filter(is_specific, every):
         target = int(network.files["fp32"].network.attack_settings["target_class"])
         x = others_than(target, network.place[0])
@@ -65,7 +66,7 @@ def rows(every: list[Attacked]) -> Iterator[str]:
 def main() -> None:
     parts = [
         "# Whose trigger",
-        f"Written by `specificity.py`. Of {IMAGES:,} test images (seed {SEED}) those of other classes: the share that\n"
+        f"Written by `specificity.py`. Of {OTHERS:,} test images (seed {SEED}) those of other classes: the share that\n"
         "goes to the target, and in brackets the mean confidence in it, of the attacked files and, below them, of the\n"
         "clean network's with the same images. *In common*: the share of what the triggers change, in energy, that is\n"
         "the same in all images.",

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+from attacked import HERE, IMAGES, KEPT, SEED, Attacked, attacked_networks, test_images, training_images
 from kept_rows import KeptRows, Table
-from margins import DATA, HERE, IMAGES, KEPT, SEED, Attacked, attacked_networks, test_images
 from numpy.typing import NDArray
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.interfaces import BatchAttack
-from qdefense.data.images import ImageSet, Pixels
-from qdefense.data.opening import open_data
+from qdefense.data.images import Pixels
 
 HEAD = (
     "| attack | data, seed | training images | poisons | of the target class | of the source class | images changed "
@@ -56,11 +54,6 @@ def change_of(plain: Pixels, stamped: Pixels) -> Change:
         highest=float(codes.max()),
         mean=float(codes.mean()),
     )
-
-
-@lru_cache(maxsize=2)
-def training_images(data: str) -> ImageSet:
-    return open_data(str(DATA / data), split="train", seed=SEED)
 
 
 def poison_cells(network: Attacked) -> str:

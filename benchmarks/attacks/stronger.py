@@ -8,11 +8,12 @@ planted patch gets, and no more. SIG's wave at other amplitudes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from margins import DATA, HERE, SEED, Attacked, attacked_networks, mean_confidence
+from answers import table, told
+from attacked import DATA, HERE, OTHERS, SEED, Attacked, attacked_networks, others_than
 
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS
@@ -24,7 +25,7 @@ from qdefense.data.opening import open_data
 from qdefense.session import DeployedSession, profile_for
 
 HOSTED, SCHEMES = ("badnets", "lsp"), ("fp32", "int8-static")
-IMAGES, DELTAS = 2000, (10, 20, 40, 80)
+DELTAS = (10, 20, 40, 80)
 Place = tuple[int, int]
 
 
@@ -59,23 +60,6 @@ def put(pixels: Pixels, patch: Pixels, where: tuple[Place, ...]) -> Pixels:
     return stamped
 
 
-def success(logits: Pixels, target: int) -> tuple[float, float]:
-    """ASR, and the mean confidence (softmax) in the target."""
-    goal = np.full(len(logits), target)
-    return float(np.mean(logits.argmax(axis=1) == goal)), mean_confidence(logits, goal)
-
-
-def told(logits: Pixels, target: int) -> str:
-    """A cell of a table: ASR, and the mean confidence in brackets."""
-    return "{:.3f} ({:.3f})".format(*success(logits, target))
-
-
-def others_than(target: int, data: str) -> Pixels:
-    """Test images of the other classes of a data set."""
-    images = open_data(str(DATA / data), split="test", seed=SEED, limit=IMAGES)
-    return images.take(np.flatnonzero(images.labels != target)).pixels
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stamps:
     """The eligible test images of a network, stamped in each way, and what the attacker wants of them."""
@@ -94,7 +78,7 @@ class Stamps:
 
 def stamps_of(network: Attacked) -> Stamps:
     data = DATA / network.files["fp32"].network.data
-    images = open_data(str(data), split="test", seed=SEED, limit=IMAGES)
+    images = open_data(str(data), split="test", seed=SEED, limit=OTHERS)
     size = images.images.shape[1:3]
     trigger = network.trigger(*size)
     eligible = images.take(np.flatnonzero(trigger.eligible(images.labels)))
@@ -162,15 +146,10 @@ def waves() -> Iterator[str]:
             yield stamps.line(network.title, scheme, network.model(scheme))
 
 
-def table(names: Iterable[str], rows: Iterable[str]) -> str:
-    head = f"| {' | '.join(names)} |"
-    return "\n".join((head, "|" + "---|" * (head.count("|") - 1), *rows))
-
-
 def main() -> None:
     parts = [
         "# More at inference than was planted",
-        f"Written by `stronger.py`. Of {IMAGES:,} test images (seed {SEED}) those that are eligible: ASR, and in\n"
+        f"Written by `stronger.py`. Of {OTHERS:,} test images (seed {SEED}) those that are eligible: ASR, and in\n"
         "brackets the mean confidence in the target. An ASR of that many images has an interval (Wilson, 95 %) of at\n"
         "most .024 to either side.",
         "## The patch in other places, and several times",
