@@ -20,18 +20,6 @@ def network(attack: str | None, place: tuple[str, int] = ("signs", 0), **setting
     return SimpleNamespace(files={"fp32": made}, place=place, title=attack or "none", model=lambda _: attack)
 
 
-def test_a_margin_is_to_the_highest_other_class_and_leaves_the_logits(margins: ModuleType) -> None:
-    logits = np.array([[3.0, 1.0, -2.0], [0.5, 2.0, 2.5]], dtype=np.float32)
-    kept = logits.copy()
-    assert margins.margins(logits, np.array([0, 1])).tolist() == [2.0, -0.5]
-    assert (logits == kept).all()
-
-
-def test_confidence_is_the_mean_softmax(margins: ModuleType) -> None:
-    logits = np.log(np.array([[0.8, 0.2], [0.4, 0.6]], dtype=np.float32))
-    assert margins.mean_confidence(logits, np.array([0, 0])) == pytest.approx(0.6, abs=1e-6)
-
-
 def test_levels_are_of_each_channel_and_random_ones_right_on_average(margins: ModuleType) -> None:
     weights = np.array([[7.0, 2.4, -2.6], [0.7, 0.24, 0.0]], dtype=np.float32)
     assert margins.rounded(weights) == pytest.approx(np.array([[7, 2, -3], [0.7, 0.2, 0]]), abs=1e-6)

@@ -93,3 +93,12 @@ def test_what_was_told_of_a_residual_stays_when_it_is_lost(brightness: ModuleTyp
     later = tables(brightness, tmp_path / "rows.json", own, fixed)
     assert [*later.magnified(), *later.crossed()] == before
     assert not [*tables(brightness, tmp_path / "none.json", own, fixed).crossed()]
+
+
+def test_a_cell_about_a_residual_that_is_lost_since_is_not_emptied(brightness: ModuleType, tmp_path: Path) -> None:
+    own, fixed = Stamped(own=True), Stamped(own=False)
+    before = next(iter(tables(brightness, tmp_path / "rows.json", own, fixed).crossed()))
+    fixed.network.lacks_trigger = True
+    assert next(iter(tables(brightness, tmp_path / "rows.json", own, fixed).crossed())) == before
+    (row, _) = list(tables(brightness, tmp_path / "new.json", own, fixed).crossed())
+    assert row.endswith("|  |"), "and never was told where it was lost before"

@@ -93,10 +93,10 @@ def held_in(model: bytes, ranges: Ranges) -> bytes:
         ValueError: the file has no such tensor.
     """
     proto = onnx.load_from_string(model)
-    made = {name for node in proto.graph.node for name in node.output}
+    there = {one.name for one in proto.graph.input} | {name for node in proto.graph.node for name in node.output}
     for tensor, ends in ranges.items():
         name = tensor.removesuffix("_QuantizeLinear_Input")
-        if name not in made:
+        if name not in there:
             raise ValueError(f"no tensor {name} in the FP32 file")
         hold(proto.graph, name, ends)
     return proto.SerializeToString()
@@ -107,9 +107,14 @@ def hold(graph: onnx.GraphProto, name: str, ends: tuple[float, float]) -> None:
     bounds = [f"{name}_{end}" for end in ("lowest", "highest")]
     for bound, value in zip(bounds, ends, strict=True):
         graph.initializer.append(numpy_helper.from_array(np.float32(value), bound))
-    place, maker = next((place, node) for place, node in enumerate(graph.node) if name in node.output)
-    maker.output[list(maker.output).index(name)] = f"{name}_free"
-    graph.node.insert(place + 1, helper.make_node("Clip", [f"{name}_free", *bounds], [name]))
+    place, maker = next(((place, node) for place, node in enumerate(graph.node) if name in node.output), (-1, None))
+    free, held = (name, f"{name}_held") if maker is None else (f"{name}_free", name)
+    if maker is None:  # an input of the graph, whose name is the caller's
+        for node in graph.node:
+            node.input[:] = [held if one == name else one for one in node.input]
+    else:
+        maker.output[:] = [free if one == name else one for one in maker.output]
+    graph.node.insert(place + 1, helper.make_node("Clip", [free, *bounds], [held]))
 
 
 def growth(before: Ranges, after: Ranges) -> tuple[int, str, float]:
@@ -193,10 +198,10 @@ def main() -> None:
         "state was at hand. Weights have 7 bits, so that no sum saturates without VNNI.",
         f"*Static*: the matrix's own file, with ranges read off {IMAGES} clean images. *Held in the ranges*: the FP32\n"
         "file with each activation clipped to the static file's range, and nothing rounded. Then static files of\n"
-        f"those images and {IMAGES} further clean ones, or some of the same once more with the trigger, whatever their\n"
-        "class. *Clean network*: that of the same seed, with the last calibration. *Margin*: its mean change against\n"
-        f"FP32. *Ranges that grow*: to more than {GROWN} times their width when all were stamped; *most*: the one that\n"
-        "grows most. *Accuracy*: on all those test images without the trigger.",
+        f"those images and {IMAGES} further clean ones, or some of the same again with the trigger, whatever their\n"
+        "class. *Clean network*: that of the same seed, with the last calibration. *Margin*: its mean change to\n"
+        f"FP32. *Ranges that grow*: to more than {GROWN} times their width when all were stamped; *most*: the one\n"
+        "that grows most. *Accuracy*: on all those test images without the trigger.",
         tables[0],
         "## One stamped image",
         f"Of networks that lose more than {LOSS}: each of the first {SINGLES} calibration images alone, stamped,\n"
