@@ -72,3 +72,28 @@ def test_the_fpr_of_a_class_counts_who_is_misled_by_the_trigger_alone(margins: M
     stamped = np.array([2, 2, 2, 1, 3, 2, 2, 3])
     rates = margins.misled_by_class(plain, stamped, np.full(8, 2), labels, (labels == 1) | (labels == 3))
     assert rates == {1: 0.25, 3: 0.5}
+
+
+def test_classes_of_few_images_are_told_apart(margins: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three classes of 1, 2 and 3 training images; the trigger takes half of the second, and all of the third."""
+
+    def images(*labels: int) -> SimpleNamespace:
+        known = np.array(labels)
+        return SimpleNamespace(labels=known, images=np.zeros((len(known), 4, 4, 3)), pixels=known, class_names="abc")
+
+    test = images(0, 0, 1, 1, 2, 2)
+    answers = {"plain": np.array([0, 1, 1, 1, 2, 2]), "stamped": np.array([0, 0, 2, 1, 0, 0])}
+    monkeypatch.setattr(margins, "all_test_images", lambda _data: test)
+    monkeypatch.setattr(margins, "training_images", lambda _data: images(0, 1, 1, 2, 2, 2))
+    monkeypatch.setattr(
+        margins, "answers_of", lambda _model, x: np.eye(3)[answers["plain" if x is test.pixels else "stamped"]]
+    )
+    trigger = SimpleNamespace(stamp=lambda _x: "stamped", goal=lambda y: (y + 1) % 3)
+    one = SimpleNamespace(place=("signs", 0), trigger=lambda *_: trigger, model=lambda _: b"")
+    assert list(margins.size_rows(one)) == [
+        "1 | 1 to 1 | 2 | 0.000 | 0.500",
+        "1 | 2 to 2 | 2 | 0.500 | 1.000",
+        "1 | 3 to 3 | 2 | 1.000 | 1.000",
+    ]
+    monkeypatch.setattr(margins, "training_images", lambda _data: images(0, 1, 2))
+    assert not list(margins.size_rows(one)), "as many of each"

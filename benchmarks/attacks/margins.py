@@ -29,6 +29,7 @@ from attacked import (
     answers_of,
     clean_networks,
     networks,
+    training_images,
 )
 from kept_rows import KeptRows, Table
 from numpy.typing import NDArray
@@ -55,13 +56,17 @@ PLAIN_HEAD = (
     "|---|---|---|---|---|---|---|---|---|---|",
 )
 BYSTANDERS_HEAD = ("| attack | data, seed | highest | second | third | median |", "|---|---|---|---|---|---|")
+SIZES_HEAD = (
+    "| attack | data, seed | classes | training images of each | test images | ASR | clean accuracy |",
+    "|---|---|---|---|---|---|---|",
+)
 LAYERS_HEAD = (
     "| attack | data, seed | layer | error | ASR FP32 | only it | all but it | change | at random: mean | sd | range |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 MARGINS, PLAIN = Table("margins", schemes=SCHEMES), Table("plain", schemes=SCHEMES)
-BYSTANDERS, LAYERS = Table("bystanders"), Table("layers", schemes=("fp32", "int4"))
+BYSTANDERS, SIZES, LAYERS = Table("bystanders"), Table("class sizes"), Table("layers", schemes=("fp32", "int4"))
 
 Weights = NDArray[np.float32]
 
@@ -158,6 +163,27 @@ def misled_by_class(
     return {int(label): float(misled[labels == label].mean()) for label in np.unique(labels[bystanders])}
 
 
+def size_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
+    for network in every:
+        if network.files["fp32"].network.attack_settings.get("mode") == "all-to-all":
+            yield from network.triggered_rows(kept, SIZES, size_rows)
+
+
+def size_rows(network: Attacked) -> Iterator[str]:
+    """All-to-all on thirds of the classes by their number of training images; nothing where they have equally many."""
+    images = all_test_images(network.place[0])
+    trigger, model = network.trigger(*images.images.shape[1:3]), network.model("fp32")
+    counts = np.bincount(training_images(network.place[0]).labels, minlength=len(images.class_names))
+    if np.ptp(counts) == 0:
+        return
+    plain, stamped = (answers_of(model, x).argmax(axis=1) for x in (images.pixels, trigger.stamp(images.pixels)))
+    right, led = plain == images.labels, stamped == trigger.goal(images.labels)
+    for third in np.array_split(np.argsort(counts, kind="stable"), 3):
+        mine = np.isin(images.labels, third)
+        sizes = f"{counts[third].min():,} to {counts[third].max():,}"
+        yield f"{len(third)} | {sizes} | {mine.sum():,} | {led[mine].mean():.3f} | {right[mine].mean():.3f}"
+
+
 def layers(model: bytes) -> dict[str, Weights]:
     """Weights by the name of their initializer: of every layer that INT4 quantizes."""
     graph = onnx.load_from_string(model).graph
@@ -239,6 +265,12 @@ def page(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
         "source nor target."
     )
     yield "\n".join((*BYSTANDERS_HEAD, *bystander_lines(attacked, kept)))
+    yield "## All-to-all, and how many images a class has"
+    yield (
+        "Poisons are drawn from all images alike, so that a class of few images has few. Thirds of the classes by "
+        "their training images; all test images, FP32."
+    )
+    yield "\n".join((*SIZES_HEAD, *size_lines(attacked, kept)))
     yield "## INT4, one layer at a time"
     yield (
         "Only this layer's weights are on INT4 levels, or all but this layer's; rounded to nearest, as in the INT4 "
