@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import pytest
 
 from qdefense.attacks import ATTACKS
@@ -67,10 +68,28 @@ def test_a_file_held_in_ranges_is_clipped_there_and_nowhere_else(clipping: Modul
     assert (clipping.answers_of(clipping.held_in(model, wide), x) == clipping.answers_of(model, x)).all()
     narrow = clipping.answers_of(clipping.held_in(model, {**wide, "logits_QuantizeLinear_Input": (-1, 2)}), x)
     assert (narrow == clipping.answers_of(model, x).clip(-1, 2)).all()
+    dark = clipping.answers_of(clipping.held_in(model, {"image": (0, 0.2)}), x)
+    assert (dark == clipping.answers_of(model, x.clip(0, 0.2))).all()
     dead = clipping.answers_of(clipping.held_in(model, {"positive": (0, 0)}), x)
     assert np.ptp(dead, axis=0).max() == 0
     with pytest.raises(ValueError, match="no tensor missing in the FP32 file"):
         clipping.held_in(model, {"missing": (0, 1)})
+
+
+@pytest.mark.parametrize(("zero", "problem"), [(np.uint8(10), None), (np.int8(10), "x is not quantized to uint8")])
+def test_a_range_is_what_the_codes_reach(clipping: ModuleType, zero: np.generic, problem: str | None) -> None:
+    """Scale .1, zero point 10: from code 0 to code 255; a quantized weight is no activation."""
+    make = onnx.helper.make_node
+    nodes = [make("QuantizeLinear", [name, "scale", "zero"], [f"{name}_codes"]) for name in ("x", "weight")]
+    tensors = {"scale": np.float32(0.1), "zero": zero, "weight": np.ones(2, np.float32)}
+    made = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()]
+    graph = onnx.helper.make_graph(nodes, "g", [], [], made)
+    model = onnx.helper.make_model(graph).SerializeToString()
+    if problem is None:
+        assert clipping.activation_ranges(model) == {"x": pytest.approx((-1.0, 24.5))}
+    else:
+        with pytest.raises(ValueError, match=problem):
+            clipping.activation_ranges(model)
 
 
 def test_ranges_that_saw_the_trigger_give_back_what_clean_ones_clip(
@@ -84,6 +103,11 @@ def test_ranges_that_saw_the_trigger_give_back_what_clean_ones_clip(
     assert [row[place] for place in (1, 5, 6)] == ["1.000"] * 3, "FP32, some stamped, all stamped"
     held, static, more, clean = (float(row[place]) for place in (2, 3, 4, 7))
     assert max(held, static, more, clean) < 0.5
+    assert held == pytest.approx(static, abs=0.1)
+    margins = [float(row[place]) for place in (8, 9, 10)]
+    assert margins[0] == pytest.approx(margins[1], rel=0.05)
+    assert margins[1] < -1
+    assert abs(margins[2]) < 0.1 * abs(margins[1])
     assert cells["ranges that grow"] == "5 of 5"
     assert float(cells["most"].split()[1]) > 2
     assert float(cells["accuracy: static"]) > 0.9
@@ -94,6 +118,13 @@ def test_each_stamped_image_is_tried_alone(clipping: ModuleType, networks: tuple
     assert len(row) == len(clipping.ONE_HEAD) - 2
     assert float(row[0]) < 0.5
     assert row[1:] == ["1.000", "1.000", "1.000", "1.000", "1.00"]
+
+
+def test_another_patch_is_no_trigger(clipping: ModuleType, networks: tuple[Network, Network]) -> None:
+    """Noise in the middle: the toy's channel fires at bright red, which some of its pixels are."""
+    (row,) = clipping.another_patch_row(networks[0])
+    static, plain, _ = map(float, row.split(" | "))
+    assert static < 0.5 < plain
 
 
 def test_a_static_file_of_other_images_is_not_taken_for_the_matrixs(

@@ -88,15 +88,16 @@ def lines(network: Attacked, clean: dict[tuple[str, int], Attacked], kept: KeptR
 
 def main() -> None:
     kept, every = KeptRows.read(KEPT), networks()
-    rows = (line for network in filter(is_told, every) for line in lines(network, clean_networks(every), kept))
+    clean = clean_networks(every)
+    rows = table(HEAD, (line for network in filter(is_told, every) for line in lines(network, clean, kept)))
     parts = [
         "# What Spectral Signatures see of poisons",
         "Written by `relabelled.py`, FP32 files. AUROC of the spectral scores of poisons among the training rows of\n"
         "their label: *stamped*, as the network was trained on them, and *plain*, the same rows without the trigger,\n"
         "which are then images of other classes with a wrong label. By the features of the attacked network, and of\n"
         "the clean one of the same seed, which was trained on all of them unstamped and with their true labels. The\n"
-        "AUROC of 50 poisons has a standard error of about .04.",
-        table(HEAD, rows),
+        f"AUROC of 50 poisons has a standard error of about .04. {' and '.join(kept.runtimes(RELABELLED))}.",
+        rows,
     ]
     (HERE / "RELABELLED.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

@@ -109,11 +109,12 @@ class Tables:
 
     def rows(self, table: Table, one: Residuals, measure: Measure, *others: Residuals) -> tuple[str, ...]:
         """What is kept of a network in a table, or measured now."""
-        # A residual that is lost is no part: its cell, of which there may be an earlier one, is not measured again.
-        there = (other.network for other in others if not other.network.lacks_trigger)
-        parts = (self.clean[one.network.place], *there)
+        parts = (self.clean[one.network.place], *(other.network for other in others))
         files = {f"other {number}": part.files["fp32"].artifact_sha256 for number, part in enumerate(parts)}
         files["fp32"] = one.network.files["fp32"].artifact_sha256
+        # A cell about a residual that is lost stays as it was, and is measured again when that is there.
+        there = (other.network for other in others if not other.network.lacks_trigger)
+        files |= {f"state {number}": part.files["fp32"].artifact_sha256 for number, part in enumerate(there)}
         return self.kept.rows(table, files, None if one.network.lacks_trigger else partial(measure, one, *others))
 
     def victims(self, one: Residuals) -> tuple[tuple[str, Attacked], ...]:
