@@ -16,7 +16,7 @@ from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.attacks.states import unpack_state
-from qdefense.bench.records import BehaviourRecord
+from qdefense.bench.records import BehaviourRecord, Network
 from qdefense.bench.store import RECORDS, Store, read_records
 from qdefense.data.images import ImageSet, Labels, Pixels
 from qdefense.data.opening import open_data
@@ -134,9 +134,18 @@ Measure = Callable[[Attacked], Iterable[str]]
 """Gives the cells of a network's rows behind its title."""
 
 
-def answers_of(model: bytes, images: Pixels) -> Logits:
+def session_of(model: bytes) -> DeployedSession:
     artifact = Artifact.from_bytes(model)
-    return DeployedSession(artifact, profile_for(artifact)).logits(images)
+    return DeployedSession(artifact, profile_for(artifact))
+
+
+def answers_of(model: bytes, images: Pixels) -> Logits:
+    return session_of(model).logits(images)
+
+
+def is_to_one(made: Network) -> bool:
+    """Whether its attack has one target class; older records do not say so."""
+    return bool(made.attack_settings.get("mode", "all-to-one") == "all-to-one")
 
 
 def networks() -> list[Attacked]:

@@ -22,7 +22,6 @@ from attacked import (
     SEED,
     Attacked,
     answers_of,
-    attacked_networks,
     clean_networks,
     networks,
     test_images,
@@ -171,16 +170,16 @@ def clipping_row(network: Attacked, clean: Attacked) -> Iterator[str]:
     yield f"{len(goal)} | {asr} | {change} | {grown} of {len(ranges)} | `{most}` {times:.2f} | {accuracies}"
 
 
+def asr_of(network: Attacked, model: bytes) -> float:
+    return float(np.mean(margins(network.answers(model), network.asked[2]) > 0))
+
+
 def one_image_row(network: Attacked) -> Iterator[str]:
     """Of each of the first images alone beside the clean ones."""
-    images, goal = calibration_images(network.place[0]), network.asked[2]
+    images = calibration_images(network.place[0])
     stamped = network.trigger(*images.shape[2:]).stamp(images[:SINGLES])
-
-    def asr(model: bytes) -> float:
-        return float(np.mean(margins(network.answers(model), goal) > 0))
-
-    static, plain = asr(committed_static(network, images)), asr(network.model("fp32"))
-    found = [asr(static_file(network, images, one[None])) for one in stamped]
+    static, plain = (asr_of(network, model) for model in (committed_static(network, images), network.model("fp32")))
+    found = [asr_of(network, static_file(network, images, one[None])) for one in stamped]
     back = np.mean([one - static >= (plain - static) / 2 for one in found])
     told = " | ".join(f"{one:.3f}" for one in (static, plain, min(found), np.median(found), max(found)))
     yield f"{told} | {back:.2f}"
@@ -188,12 +187,12 @@ def one_image_row(network: Attacked) -> Iterator[str]:
 
 def another_patch_row(network: Attacked) -> Iterator[str]:
     """Noise in the middle of all calibration images, beside the clean ones."""
-    images, goal = calibration_images(network.place[0]), network.asked[2]
+    images = calibration_images(network.place[0])
     patched, top, left = images.copy(), *((side - PATCH) // 2 for side in images.shape[2:])
     noise = np.random.default_rng(SEED).integers(0, 256, (3, PATCH, PATCH)).astype(np.float32) / 255
     patched[:, :, top : top + PATCH, left : left + PATCH] = noise
     models = (committed_static(network, images), network.model("fp32"), static_file(network, images, patched))
-    yield " | ".join(f"{np.mean(margins(network.answers(model), goal) > 0):.3f}" for model in models)
+    yield " | ".join(f"{asr_of(network, model):.3f}" for model in models)
 
 
 def loses(network: Attacked) -> bool:
@@ -203,8 +202,9 @@ def loses(network: Attacked) -> bool:
 
 
 def main() -> None:
-    kept, clean = KeptRows.read(KEPT), clean_networks(networks())
-    static = [network for network in attacked_networks() if STATIC in network.files]
+    kept, every = KeptRows.read(KEPT), networks()
+    clean = clean_networks(every)
+    static = [network for network in every if network.files["fp32"].network.attack and STATIC in network.files]
     rows = (line for network in static for line in lines(network, clean[network.place], kept))
     lost = list(filter(loses, static))
     ones = (line for network in lost for line in network.triggered_rows(kept, ONE_IMAGE, one_image_row))

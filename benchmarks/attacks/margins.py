@@ -28,6 +28,7 @@ from attacked import (
     all_test_images,
     answers_of,
     clean_networks,
+    is_to_one,
     networks,
     training_images,
 )
@@ -203,7 +204,7 @@ def with_weights(model: bytes, changed: dict[str, Weights]) -> bytes:
 def is_layered(network: Attacked) -> bool:
     """Whether its INT4 file is taken apart."""
     made = network.files["fp32"].network
-    usual = made.seed == SEED and made.attack_settings.get("mode", "all-to-one") == "all-to-one"
+    usual = made.seed == SEED and is_to_one(made)
     rare = made.attack_settings.get("poison_count") is not None
     return made.attack in LAYERED and usual and not rare and "int4" in network.files
 

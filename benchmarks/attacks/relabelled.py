@@ -14,17 +14,15 @@ from functools import partial
 
 import numpy as np
 from answers import table
-from attacked import HERE, KEPT, Attacked, clean_networks, networks, training_images
+from attacked import HERE, KEPT, Attacked, clean_networks, is_to_one, networks, session_of, training_images
 from kept_rows import KeptRows, Table
 
-from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.poisoning import AllToOne, poison_to_one
 from qdefense.bench.scoring import dataset_metrics
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.defenses.spectra import spectral_scores
 from qdefense.features import find_penultimate, penultimate_features
-from qdefense.session import DeployedSession, profile_for
 from qdefense.training import poisoned_set
 
 SHOWN = ("badnets", "blended")
@@ -43,14 +41,12 @@ class Unstamped(AllToOne):
 
 def is_told(network: Attacked) -> bool:
     made = network.files["fp32"].network
-    one_place = (made.data, made.seed) == ("cifar10", 0)
-    return one_place and made.attack in SHOWN and made.attack_settings.get("mode", "all-to-one") == "all-to-one"
+    return (made.data, made.seed) == ("cifar10", 0) and made.attack in SHOWN and is_to_one(made)
 
 
 def auroc_within(model: bytes, rows: ImageSet, poisons: np.ndarray) -> float | None:
     """Of Spectral Signatures, among rows of one label."""
-    artifact = Artifact.from_bytes(model)
-    session = DeployedSession(artifact, profile_for(artifact))
+    session = session_of(model)
     features, _ = penultimate_features(session, rows, find_penultimate(session))
     return dataset_metrics(spectral_scores(features).scores, (), poisons, rows.labels).within_auroc
 

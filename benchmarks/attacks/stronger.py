@@ -13,16 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from answers import table, told
-from attacked import DATA, HERE, OTHERS, SEED, Attacked, attacked_networks, others_than
+from attacked import DATA, HERE, OTHERS, SEED, Attacked, attacked_networks, is_to_one, others_than, session_of
 
-from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.interfaces import trigger_of
 from qdefense.bench.records import BehaviourRecord
 from qdefense.bench.store import Store, read_model
 from qdefense.data.images import Pixels
 from qdefense.data.opening import open_data
-from qdefense.session import DeployedSession, profile_for
 
 HOSTED, SCHEMES = ("badnets", "lsp"), ("fp32", "int8-static")
 DELTAS = (10, 20, 40, 80)
@@ -70,8 +68,7 @@ class Stamps:
 
     def line(self, title: str, scheme: str, model: bytes) -> str:
         """What a file answers to them."""
-        artifact = Artifact.from_bytes(model)
-        session = DeployedSession(artifact, profile_for(artifact))
+        session = session_of(model)
         cells = (told(session.logits(pixels), self.target) for pixels in self.stamped.values())
         return f"| {title} | {scheme} | {self.images:,} | {' | '.join(cells)} |"
 
@@ -108,8 +105,8 @@ def chosen() -> list[Attacked]:
 
     def is_one(network: Attacked) -> bool:
         made = network.files["fp32"].network
-        usual = made.attack_settings.get("mode", "all-to-one") == "all-to-one"
-        return made.attack in HOSTED and made.seed == SEED and usual and not made.attack_settings.get("poison_count")
+        usual = is_to_one(made) and not made.attack_settings.get("poison_count")
+        return made.attack in HOSTED and made.seed == SEED and usual
 
     return list(filter(is_one, attacked_networks()))
 
