@@ -16,8 +16,8 @@ def margins(attack_script: Callable[[str], ModuleType]) -> ModuleType:
 
 def network(attack: str | None, place: tuple[str, int] = ("signs", 0), **settings: object) -> SimpleNamespace:
     """What the tables ask of a network, with one file."""
-    made = SimpleNamespace(network=SimpleNamespace(attack=attack, attack_settings=settings))
-    return SimpleNamespace(files={"fp32": made}, place=place, title=attack or "none", model=lambda _: attack)
+    made = SimpleNamespace(attack=attack, attack_settings=settings)
+    return SimpleNamespace(made=made, files={"fp32": None}, place=place, title=attack or "none", model=lambda _: attack)
 
 
 def test_levels_are_of_each_channel_and_random_ones_right_on_average(margins: ModuleType) -> None:

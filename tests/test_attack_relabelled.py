@@ -18,8 +18,8 @@ def relabelled(attack_script: Callable[[str], ModuleType]) -> ModuleType:
 
 def network(attack: str | None, data: str = "cifar10", seed: int = 0, **settings: object) -> SimpleNamespace:
     settings = {"target_class": 1, **settings}
-    made = SimpleNamespace(network=SimpleNamespace(attack=attack, data=data, seed=seed, attack_settings=settings))
-    return SimpleNamespace(files={"fp32": made}, title=attack, model=lambda _scheme: attack or "none")
+    made = SimpleNamespace(attack=attack, data=data, seed=seed, attack_settings=settings)
+    return SimpleNamespace(made=made, title=attack, model=lambda _scheme: attack or "none")
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def test_a_generated_trigger_is_laid_over_another_image(specificity: ModuleType)
 def test_only_triggers_of_an_images_own_are_asked(
     specificity: ModuleType, attack: str | None, settings: dict[str, str], lacks: bool, expected: bool
 ) -> None:
-    made = SimpleNamespace(network=SimpleNamespace(attack=attack, attack_settings=settings))
-    assert specificity.is_specific(SimpleNamespace(files={"fp32": made}, lacks_trigger=lacks)) is expected
+    made = SimpleNamespace(attack=attack, attack_settings=settings)
+    assert specificity.is_specific(SimpleNamespace(made=made, lacks_trigger=lacks)) is expected
 
 
 def test_the_clean_network_of_the_place_is_asked_of_the_same_images(
@@ -80,10 +80,11 @@ def test_the_clean_network_of_the_place_is_asked_of_the_same_images(
             return x + grey(0.4, 0.2)
 
     def network(attack: str | None, limit: float, seed: int = 0) -> SimpleNamespace:
-        made = SimpleNamespace(network=SimpleNamespace(attack=attack, attack_settings={"target_class": 1}))
+        made = SimpleNamespace(attack=attack, attack_settings={"target_class": 1})
         place = ("signs", seed)
         facts = {"place": place, "title": f"{attack} | signs, {seed}", "lacks_trigger": False}
-        return SimpleNamespace(files={"fp32": made}, trigger=lambda *_: Stamp(), model=lambda _: limit, **facts)
+        files = {"fp32": None}
+        return SimpleNamespace(made=made, files=files, trigger=lambda *_: Stamp(), model=lambda _: limit, **facts)
 
     every = [network("issba", 0.5), network(None, 0.3), network(None, 0.9, seed=1), network("issba", 0.5, seed=2)]
     found = [line.split(" | ") for line in specificity.rows(every)]
@@ -91,3 +92,12 @@ def test_the_clean_network_of_the_place_is_asked_of_the_same_images(
     shares = [[cell.split(" (")[0] for cell in line[3:6]] for line in found]
     assert shares == [["0.000", "0.500", "0.500"], ["0.000", "1.000", "1.000"], ["0.000", "0.500", "0.500"]]
     assert found[0][-1].startswith("0.900"), "0.3 on average, squared, of 0.16 and 0.04"
+
+
+def test_only_a_trigger_with_a_secret_has_bits_to_read(specificity: ModuleType) -> None:
+    def network(attack: str, state: dict[str, np.ndarray] | None) -> SimpleNamespace:
+        made = SimpleNamespace(attack=attack, attack_settings={})
+        return SimpleNamespace(made=made, trigger_state=state, title=f"{attack} | signs, 0", lacks_trigger=False)
+
+    every = [network("issba", {"bit_accuracy": np.float32(0.75)}), network("input-aware", {"mask.": np.zeros(1)})]
+    assert [*specificity.secrets(every)] == ["| issba | signs, 0 | 0.7500 |"]

@@ -38,3 +38,22 @@ def test_a_mirrored_patch_is_where_training_on_mirrored_images_saw_it(stronger: 
     corners = stronger.put(canvas, patch, found["four corners"])
     assert (corners == corners[..., ::-1]).all()
     assert (corners == corners[:, :, ::-1]).all()
+
+
+def test_a_row_stands_for_each_file_that_there_is(stronger: ModuleType) -> None:
+    class Stamps:
+        def line(self, title: str, scheme: str, model: bytes) -> str:
+            return f"{title} | {scheme} | {model.decode()}"
+
+    def network(attack: str | None, *schemes: str) -> SimpleNamespace:
+        made = SimpleNamespace(attack=attack, data="signs")
+        files = dict.fromkeys(schemes)
+        return SimpleNamespace(
+            made=made, files=files, title=f"{attack} | signs, 0", model=lambda scheme: scheme.encode()
+        )
+
+    attacked = network("sig", "int4", "int8-static", "fp32")
+    assert [*stronger.lines(Stamps(), attacked)] == [
+        f"sig | signs, 0 | {one} | {one}" for one in ("fp32", "int8-static")
+    ]
+    assert [*stronger.lines(Stamps(), network(None, "fp32"))] == ["none (the control) | signs, 0 | fp32 | fp32"]

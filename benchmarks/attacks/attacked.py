@@ -14,10 +14,10 @@ from kept_rows import KeptRows, Table
 
 from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
-from qdefense.attacks.interfaces import trigger_of
+from qdefense.attacks.interfaces import TriggerState, trigger_of
 from qdefense.attacks.states import unpack_state
 from qdefense.bench.records import BehaviourRecord, Network
-from qdefense.bench.store import RECORDS, Store, read_records
+from qdefense.bench.store import RECORDS, Store, read_model, read_records
 from qdefense.data.images import ImageSet, Labels, Pixels
 from qdefense.data.opening import open_data
 from qdefense.session import DeployedSession, Logits, profile_for
@@ -60,18 +60,23 @@ class Attacked:
     store: Store
 
     @property
+    def made(self) -> Network:
+        """What it was made of."""
+        return self.files["fp32"].network
+
+    @property
     def title(self) -> str:
         """The first two columns of a table."""
-        network = self.files["fp32"].network
-        told = {key: value for key, value in network.attack_settings.items() if key in TOLD}
+        made = self.made
+        told = {key: value for key, value in made.attack_settings.items() if key in TOLD}
         if told.get("variant") in ("cont", "comp"):
             told.pop("amplitude", None)
         else:
             told.pop("content_amplitude", None)
         settings = ",".join(f"{key.replace('_', '-')}={value}" for key, value in told.items() if value != "all-to-one")
-        rare = network.attack_settings.get("poison_count")
-        named = f"`{network.attack}{f':{settings}' if settings else ''}`" if network.attack else "none"
-        return f"{named}{f' ({rare} poisons)' if rare else ''} | {network.data}, {network.seed}"
+        rare = made.attack_settings.get("poison_count")
+        named = f"`{made.attack}{f':{settings}' if settings else ''}`" if made.attack else "none"
+        return f"{named}{f' ({rare} poisons)' if rare else ''} | {made.data}, {made.seed}"
 
     def rows(
         self, kept: KeptRows, table: Table, measure: Measure | None, beside: Mapping[str, str] = NOTHING
@@ -90,20 +95,20 @@ class Attacked:
     @property
     def place(self) -> tuple[str, int]:
         """Data set and seed."""
-        network = self.files["fp32"].network
-        return network.data, network.seed
+        return self.made.data, self.made.seed
 
     def model(self, scheme: str) -> bytes:
         """The bytes of its file at a precision."""
-        path = self.store.model_path(self.files[scheme].artifact_sha256)
+        sha256 = self.files[scheme].artifact_sha256
+        path = self.store.model_path(sha256)
         if path is None:
             raise SystemExit(f"the {scheme} file of {self.title} is not among the results")
-        return path.read_bytes()
+        return read_model(path, sha256)
 
     @cached_property
     def asked(self) -> tuple[Pixels, Labels, Labels]:
         """Eligible test images with the trigger, their labels, and what the attacker wants of them."""
-        images = test_images(self.files["fp32"].network.data)
+        images = test_images(self.made.data)
         trigger = self.trigger(*images.images.shape[1:3])
         eligible = images.take(np.flatnonzero(trigger.eligible(images.labels)))
         return trigger.stamp(eligible.pixels), eligible.labels, trigger.goal(eligible.labels)
@@ -114,11 +119,19 @@ class Attacked:
         Raises:
             StoreError: its state is not among the results; one that shows images of the data is not committed.
         """
-        record = self.files["fp32"]
-        attack = ATTACKS.restore(record.network.attack or "", record.network.attack_settings)
-        packed = self.store.trigger(record.artifact_sha256)
-        made: Trigger = trigger_of(attack, height, width, None if packed is None else unpack_state(packed))
-        return made
+        attack = ATTACKS.restore(self.made.attack or "", self.made.attack_settings)
+        found: Trigger = trigger_of(attack, height, width, self.trigger_state)
+        return found
+
+    @property
+    def trigger_state(self) -> TriggerState | None:
+        """What was learned of its trigger.
+
+        Raises:
+            StoreError: it is not among the results.
+        """
+        packed = self.store.trigger(self.files["fp32"].artifact_sha256)
+        return None if packed is None else unpack_state(packed)
 
     def answers(self, model: bytes) -> Logits:
         """What a file answers to the triggered images."""
@@ -159,9 +172,9 @@ def networks() -> list[Attacked]:
 
 def attacked_networks() -> list[Attacked]:
     """Those with a backdoor."""
-    return [network for network in networks() if network.files["fp32"].network.attack]
+    return [network for network in networks() if network.made.attack]
 
 
 def clean_networks(every: Iterable[Attacked]) -> dict[tuple[str, int], Attacked]:
     """Those without, by data set and seed."""
-    return {one.place: one for one in every if one.files["fp32"].network.attack is None}
+    return {one.place: one for one in every if one.made.attack is None}

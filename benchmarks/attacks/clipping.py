@@ -204,7 +204,7 @@ def loses(network: Attacked) -> bool:
 def main() -> None:
     kept, every = KeptRows.read(KEPT), networks()
     clean = clean_networks(every)
-    static = [network for network in every if network.files["fp32"].network.attack and STATIC in network.files]
+    static = [network for network in every if network.made.attack and STATIC in network.files]
     rows = (line for network in static for line in lines(network, clean[network.place], kept))
     lost = list(filter(loses, static))
     ones = (line for network in lost for line in network.triggered_rows(kept, ONE_IMAGE, one_image_row))

@@ -109,7 +109,7 @@ def plain_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
     clean = clean_networks(every)
     asked: set[tuple[str, int, int, int]] = set()
     for network in every:
-        settings = network.files["fp32"].network.attack_settings
+        settings = network.made.attack_settings
         if settings.get("source_class") is None:
             continue
         classes = int(settings["source_class"]), int(settings["target_class"])
@@ -138,7 +138,7 @@ def plain_rows(network: Attacked, source: int, target: int) -> Iterator[str]:
 
 def bystander_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
     for network in every:
-        if network.files["fp32"].network.attack_settings.get("source_class") is not None:  # others have no bystanders
+        if network.made.attack_settings.get("source_class") is not None:  # others have no bystanders
             yield from network.triggered_rows(kept, BYSTANDERS, bystander_row)
 
 
@@ -166,7 +166,7 @@ def misled_by_class(
 
 def size_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
     for network in every:
-        if network.files["fp32"].network.attack_settings.get("mode") == "all-to-all":
+        if network.made.attack_settings.get("mode") == "all-to-all":
             yield from network.triggered_rows(kept, SIZES, size_rows)
 
 
@@ -203,7 +203,7 @@ def with_weights(model: bytes, changed: dict[str, Weights]) -> bytes:
 
 def is_layered(network: Attacked) -> bool:
     """Whether its INT4 file is taken apart."""
-    made = network.files["fp32"].network
+    made = network.made
     usual = made.seed == SEED and is_to_one(made)
     rare = made.attack_settings.get("poison_count") is not None
     return made.attack in LAYERED and usual and not rare and "int4" in network.files
@@ -236,7 +236,7 @@ def layer_rows(network: Attacked) -> Iterator[str]:
 
 
 def page(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
-    attacked = [network for network in every if network.files["fp32"].network.attack]
+    attacked = [network for network in every if network.made.attack]
     yield "# Margins of triggered images"
     tables = "\n".join(
         (*MARGINS_HEAD, *(line for one in attacked for line in one.triggered_rows(kept, MARGINS, margin_rows)))

@@ -40,7 +40,7 @@ class Unstamped(AllToOne):
 
 
 def is_told(network: Attacked) -> bool:
-    made = network.files["fp32"].network
+    made = network.made
     return (made.data, made.seed) == ("cifar10", 0) and made.attack in SHOWN and is_to_one(made)
 
 
@@ -52,7 +52,7 @@ def auroc_within(model: bytes, rows: ImageSet, poisons: np.ndarray) -> float | N
 
 
 def relabelled_row(network: Attacked, clean: Attacked) -> Iterator[str]:
-    made = network.files["fp32"].network
+    made = network.made
     attack, target = ATTACKS.restore(made.attack or "", made.attack_settings), int(made.attack_settings["target_class"])
     images = training_images(made.data)
     stamped = poisoned_set(images, attack, made.seed)

@@ -50,7 +50,7 @@ class Residuals:
     @property
     def settings(self) -> dict[str, object]:
         """The attack's."""
-        return self.network.files["fp32"].network.attack_settings
+        return self.network.made.attack_settings
 
     @property
     def target(self) -> int:
@@ -96,7 +96,7 @@ def codes(change: Pixels) -> float:
 
 
 def dfb_networks(every: Iterable[Attacked]) -> list[Residuals]:
-    return [Residuals(network=one) for one in every if one.files["fp32"].network.attack == "dfb"]
+    return [Residuals(network=one) for one in every if one.made.attack == "dfb"]
 
 
 @dataclass(frozen=True, kw_only=True)

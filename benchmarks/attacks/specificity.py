@@ -23,7 +23,7 @@ from qdefense.data.images import Pixels
 
 def is_specific(network: Attacked) -> bool:
     """Whether each image has a trigger of its own, which is at hand."""
-    made = network.files["fp32"].network
+    made = network.made
     own = made.attack in ("input-aware", "issba") or made.attack_settings.get("variant") == "encoder"
     return own and is_to_one(made) and not network.lacks_trigger
 
@@ -48,7 +48,7 @@ def shared(x: Pixels, stamped: Pixels) -> float:
 def rows(every: list[Attacked]) -> Iterator[str]:
     clean = clean_networks(every)
     for network in filter(is_specific, every):
-        target = int(network.files["fp32"].network.attack_settings["target_class"])
+        target = int(network.made.attack_settings["target_class"])
         x = others_than(target, network.place[0])
         trigger = network.trigger(*x.shape[2:])
         stamped = trigger.stamp(x)
@@ -63,7 +63,16 @@ def rows(every: list[Attacked]) -> Iterator[str]:
                 yield f"| {title} | {scheme} | {' | '.join(cells)} | {common} |"
 
 
+def secrets(every: list[Attacked]) -> Iterator[str]:
+    """What ISSBA's decoder reads of the secret in training images, which its trigger's state has."""
+    for network in filter(is_specific, every):
+        state = network.trigger_state or {}
+        if "bit_accuracy" in state:
+            yield f"| {network.title} | {float(state['bit_accuracy']):.4f} |"
+
+
 def main() -> None:
+    every = networks()
     parts = [
         "# Whose trigger",
         f"Written by `specificity.py`. Of {OTHERS:,} test images (seed {SEED}) those of other classes: the share that\n"
@@ -72,8 +81,11 @@ def main() -> None:
         "the same in all images.",
         table(
             ("attack", "data, seed", "precision", "plain", "own trigger", "another image's", "in common"),
-            rows(networks()),
+            rows(every),
         ),
+        "## What the decoder reads",
+        "The share of the secret's bits that ISSBA's decoder reads in rounded training images.",
+        table(("attack", "data, seed", "bits"), secrets(every)),
     ]
     (HERE / "SPECIFICITY.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

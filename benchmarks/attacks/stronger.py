@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from answers import table, told
-from attacked import DATA, HERE, OTHERS, SEED, Attacked, attacked_networks, is_to_one, others_than, session_of
+from attacked import DATA, HERE, OTHERS, SEED, Attacked, clean_networks, is_to_one, networks, others_than, session_of
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.interfaces import trigger_of
-from qdefense.bench.records import BehaviourRecord
-from qdefense.bench.store import Store, read_model
 from qdefense.data.images import Pixels
 from qdefense.data.opening import open_data
 
@@ -74,7 +72,7 @@ class Stamps:
 
 
 def stamps_of(network: Attacked) -> Stamps:
-    data = DATA / network.files["fp32"].network.data
+    data = DATA / network.made.data
     images = open_data(str(data), split="test", seed=SEED, limit=OTHERS)
     size = images.images.shape[1:3]
     trigger = network.trigger(*size)
@@ -88,47 +86,41 @@ def stamps_of(network: Attacked) -> Stamps:
     )
 
 
-def clean_models(store: Store) -> dict[tuple[str, str], bytes]:
-    """The clean networks' files by data set and precision."""
-    found: dict[tuple[str, str], bytes] = {}
-    for record in store.records.values():
-        made = isinstance(record, BehaviourRecord) and not record.failed and record.network.attack is None
-        if made and record.network.seed == SEED and record.scheme in SCHEMES:
-            path = store.model_path(record.artifact_sha256)
-            if path is not None:
-                found[record.network.data, record.scheme] = read_model(path, record.artifact_sha256)
-    return found
-
-
-def chosen() -> list[Attacked]:
+def chosen(every: list[Attacked]) -> list[Attacked]:
     """BadNets as it is, and with smoothed labels."""
 
     def is_one(network: Attacked) -> bool:
-        made = network.files["fp32"].network
+        made = network.made
         usual = is_to_one(made) and not made.attack_settings.get("poison_count")
         return made.attack in HOSTED and made.seed == SEED and usual
 
-    return list(filter(is_one, attacked_networks()))
+    return list(filter(is_one, every))
 
 
-def copies() -> Iterator[str]:
-    """A row for each file of BadNets and LSP, and for the clean network's."""
-    clean = clean_models(Store(HERE / "results"))
+def lines(stamps: Stamps, network: Attacked) -> Iterator[str]:
+    """A row for each of its files."""
+    title = network.title if network.made.attack else f"none (the control) | {network.made.data}, {SEED}"
+    for scheme in filter(network.files.__contains__, SCHEMES):
+        yield stamps.line(title, scheme, network.model(scheme))
+
+
+def copies(every: list[Attacked]) -> Iterator[str]:
+    """Rows of BadNets and LSP, and of the clean networks."""
+    clean = clean_networks(every)
     controlled: set[str] = set()
-    for network in chosen():
-        data, stamps = network.files["fp32"].network.data, stamps_of(network)
-        for scheme in SCHEMES if data not in controlled else ():
-            yield stamps.line(f"none (the control) | {data}, {SEED}", scheme, clean[data, scheme])
+    for network in chosen(every):
+        data, stamps = network.made.data, stamps_of(network)
+        if data not in controlled:
+            yield from lines(stamps, clean[network.place])
         controlled.add(data)
-        for scheme in filter(network.files.__contains__, SCHEMES):
-            yield stamps.line(network.title, scheme, network.model(scheme))
+        yield from lines(stamps, network)
 
 
-def waves() -> Iterator[str]:
+def waves(every: list[Attacked]) -> Iterator[str]:
     """Rows for each SIG network: the wave at other amplitudes on its files, and on the clean network's."""
-    clean = clean_models(Store(HERE / "results"))
-    for network in attacked_networks():
-        made = network.files["fp32"].network
+    clean = clean_networks(every)
+    for network in every:
+        made = network.made
         if made.attack != "sig" or made.seed != SEED:
             continue
         target = int(made.attack_settings["target_class"])
@@ -138,12 +130,12 @@ def waves() -> Iterator[str]:
             attack = ATTACKS.restore("sig", {**made.attack_settings, "inference_delta": delta})
             stamped[f"{delta}"] = trigger_of(attack, *others.shape[2:], None).stamp(others)
         stamps = Stamps(stamped=stamped, images=len(others), target=target)
-        for scheme in SCHEMES:
-            yield stamps.line(f"none (the control) | {made.data}, {SEED}", scheme, clean[made.data, scheme])
-            yield stamps.line(network.title, scheme, network.model(scheme))
+        yield from lines(stamps, clean[network.place])
+        yield from lines(stamps, network)
 
 
 def main() -> None:
+    every = networks()
     parts = [
         "# More at inference than was planted",
         f"Written by `stronger.py`. Of {OTHERS:,} test images (seed {SEED}) those that are eligible: ASR, and in\n"
@@ -153,11 +145,11 @@ def main() -> None:
         "CIFAR-10's training mirrors half of the images, GTSRB's none.",
         table(
             ("attack", "data, seed", "precision", "images", *places((28, 28), (32, 32), (3, 3))),
-            copies(),
+            copies(every),
         ),
         "## SIG's wave at other amplitudes",
         "Trained with 20 of 255.",
-        table(("attack", "data, seed", "precision", "images", *map(str, DELTAS)), waves()),
+        table(("attack", "data, seed", "precision", "images", *map(str, DELTAS)), waves(every)),
     ]
     (HERE / "STRONGER.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
