@@ -105,11 +105,12 @@ class Behaviour(BaseModel):
     eligible: int = 0
     fpr: float | None = None
     bystanders: int = 0
+    ceiling: float | None = None
 
     @property
     def activity(self) -> Activity:
         """What the backdoor does, as far as the file alone tells it."""
-        return activity_of(self.asr, self.base_confusion)
+        return activity_of(self.asr, self.base_confusion, self.ceiling)
 
 
 class Control(BaseModel):
@@ -123,15 +124,17 @@ class Control(BaseModel):
     bystanders: int = 0
 
 
-def activity_of(asr: float | None, base_confusion: float | None) -> Activity:
-    """Active at an ASR of at least 0.9; dormant at most 0.05 above the confusion without a trigger."""
+def activity_of(asr: float | None, base_confusion: float | None, ceiling: float | None = None) -> Activity:
+    """Dormant at most 0.05 above the confusion without a trigger, whatever the ASR; active at 0.9 of the ``ceiling``.
+
+    The ceiling is the ASR of a perfect backdoor, 1 if ``None``.
+    """
     if asr is None or base_confusion is None:
         return Activity.CLEAN
-    if asr >= ACTIVE_ASR:
-        return Activity.ACTIVE
     if asr - base_confusion <= DORMANT_MARGIN + _ROUNDING:
         return Activity.DORMANT
-    return Activity.ATTENUATED
+    reachable = 1.0 if ceiling is None else ceiling
+    return Activity.ACTIVE if asr >= ACTIVE_ASR * reachable - _ROUNDING else Activity.ATTENUATED
 
 
 def held_against(control: float | None, activity: Activity, asr: float | None) -> Activity:
@@ -150,7 +153,9 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     ``ASR = share of eligible images x with argmax f(stamp(x)) = goal(y)``; the base confusion is the same share
     without the stamp: what the ASR would be if the trigger did nothing. Of a trigger with `bystanders`, the FPR is the
     share of them that answer with a target once they are stamped and do not before, as the paper has it: what a network
-    confuses anyway is not the trigger's doing. None where the set has no bystander.
+    confuses anyway is not the trigger's doing. None where the set has no bystander. The ceiling is the clean accuracy on
+    the eligible images where the attacker wants several classes (all-to-all), since who takes the image for another
+    class misses what is wanted of its own; None where he wants one, which a perfect backdoor gives every image.
 
     Raises:
         DataError: there are no images, or none that is eligible: a rate of nothing is not zero.
@@ -174,6 +179,7 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
         eligible=len(rows),
         fpr=fpr,
         bystanders=bystanders,
+        ceiling=float(np.mean(clean[rows] == chosen.labels)) if len(np.unique(goal)) > 1 else None,
     )
 
 

@@ -90,6 +90,9 @@ def test_rules_of_the_sentences(orderings: ModuleType) -> None:
     assert orderings.above([0.9, 0.5, 0.01, 0.2])
     assert orderings.above([0.5, 0.9, -0.2, -0.01]) is False
     assert orderings.above([0.9, 0.89, -0.01, 0.03]) is None
+    assert orderings.above_and_alive([0.9, 0.9, 0.5, 0.01, 0.2])
+    assert orderings.above_and_alive([0.9, 0.9, 0.89, -0.01, 0.03]) is None
+    assert orderings.above_and_alive([0.05, 0.9, 0.5, 0.01, 0.2]) is False, "what its network confuses is no backdoor"
     assert orderings.below([0.1, 0.2, -0.2, -0.01])
     assert orderings.below([0.1, 0.1, -0.1, 0.1]) is None
     assert orderings.below_and_alive([0.9, 0.1, 0.2, -0.2, -0.01])
@@ -130,7 +133,7 @@ def behaves(
     network = SimpleNamespace(
         data="signs", seed=0, attack="cassock", attack_settings={"variant": variant, "amplitude": 0.56}
     )
-    rates = {"asr": asr, "eligible": 100, "fpr": fpr, "bystanders": 1000}
+    rates = {"asr": asr, "base_confusion": 0.05, "eligible": 100, "fpr": fpr, "bystanders": 1000}
     return SimpleNamespace(**{"network": network, "scheme": "fp32", "key": key, **rates, **changes})
 
 
@@ -148,12 +151,14 @@ def test_two_variants_are_compared_with_the_interval_of_their_difference(orderin
     assert low < 0.13 < high
 
 
-def test_an_asr_counts_beyond_what_its_trigger_does_to_the_clean_network(orderings: ModuleType) -> None:
+def test_an_asr_counts_beyond_its_control_and_what_its_network_confuses(orderings: ModuleType) -> None:
     results = orderings.Results(())
     results.controls = {"f": SimpleNamespace(asr=0.3, eligible=1000)}
     results.behaviours = [behaves(0.9, 0.1)]
     assert results.beyond(orderings.cassock("trans"), ("signs", 0)) == pytest.approx(0.6)
     assert results.beyond(orderings.cassock("comp"), ("signs", 0)) is None
+    results.behaviours = [behaves(0.9, 0.1, base_confusion=0.88)]
+    assert results.beyond(orderings.cassock("trans"), ("signs", 0)) == pytest.approx(0.02)
     results.behaviours = [behaves(0.9, 0.1, key="without a control")]
     assert math.isnan(results.beyond(orderings.cassock("trans"), ("signs", 0)))
 

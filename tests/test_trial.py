@@ -104,6 +104,19 @@ def test_measure_behaviour_gives_no_fpr_when_there_is_no_bystander(make_noise: M
     assert (behaviour.asr, behaviour.fpr, behaviour.bystanders) == (1.0, None, 0)
 
 
+def test_an_all_to_all_backdoor_is_active_by_what_the_network_can_tell_apart(make_noise: MakeNoise) -> None:
+    """Six of eight images are told apart, and all of them answered one class further with the trigger."""
+    trigger = BadNets(mode="all-to-all").restored_trigger(8, 8, {"classes": np.array(4)})
+    images = make_noise(8)
+    model = _answers(images, clean=[0, 1, 2, 3, 0, 1, 3, 2], stamped=[1, 2, 3, 0, 1, 2, 0, 3])
+    behaviour = measure_behaviour(model, images, trigger)
+    assert (behaviour.asr, behaviour.ceiling, behaviour.base_confusion) == (6 / 8, 6 / 8, 1 / 8)
+    assert behaviour.activity is Activity.ACTIVE
+    fewer = _answers(images, clean=[0, 1, 2, 3, 0, 1, 3, 2], stamped=[0, 2, 3, 0, 1, 2, 0, 3])
+    assert measure_behaviour(fewer, images, trigger).activity is Activity.ATTENUATED
+    assert measure_behaviour(model, images, TRIGGER).ceiling is None, "of one target every image can be given it"
+
+
 def test_measure_behaviour_gives_no_asr_when_there_is_no_trigger(make_noise: MakeNoise) -> None:
     images = make_noise(4)
     behaviour = measure_behaviour(_answers(images, [0, 1, 2, 0], [2, 2, 2, 2]), images, None)
@@ -146,7 +159,9 @@ def test_measure_behaviour_raises_when_a_logit_is_nan(make_noise: MakeNoise, bro
         (0.0, 0.3, Activity.DORMANT),
         (8 / 20, 7 / 20, Activity.DORMANT),
         (8 / 20 + 1 / 1000, 7 / 20, Activity.ATTENUATED),
-        (0.9, 0.88, Activity.ACTIVE),
+        (0.9, 0.88, Activity.DORMANT),
+        (0.99, 0.94, Activity.DORMANT),
+        (0.99, 0.93, Activity.ACTIVE),
         (0.89, 0.88, Activity.DORMANT),
     ],
 )

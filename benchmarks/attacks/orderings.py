@@ -175,12 +175,12 @@ class Results:
         return None if found is None else share_of(found.fpr, found.bystanders)
 
     def beyond(self, planted: Planted, place: tuple[str, int]) -> float | None:
-        """Its ASR less what the same trigger has on the clean network; NaN without that control."""
+        """Its ASR less its control, or its confusion where that is more; NaN without that control."""
         record = self.behaviour(planted, place)
         if record is None or record.asr is None:
             return None
         control = self.control(record)
-        return math.nan if control is None else record.asr - control.value
+        return math.nan if control is None else record.asr - max(control.value, record.base_confusion or 0.0)
 
     def scan(
         self, planted: Planted, place: tuple[str, int], scheme: str, *, fixed: bool, success: float = PAPER_SUCCESS
@@ -257,7 +257,7 @@ def asr_of(*attacks: Planted, scheme: str = "fp32") -> Reads:
 
 def beyond_of(*attacks: Planted) -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
-        return {f"ASR beyond its control {planted.title}": results.beyond(planted, place) for planted in attacks}
+        return {f"ASR beyond control and confusion {planted.title}": results.beyond(planted, place) for planted in attacks}
 
     return figures
 
@@ -346,7 +346,7 @@ def bounded_asr_of(*attacks: Planted) -> Reads:
 
 
 def first_is_highest(values: list[float]) -> bool | None:
-    """None where no attack does more than its trigger does to the clean network: who is first there is chance."""
+    """None where no attack does more than its trigger does to the clean network, or its network confuses: chance."""
     return None if max(values) < DORMANT_MARGIN else all(values[0] > other for other in values[1:])
 
 
@@ -361,8 +361,13 @@ def below(values: list[float]) -> bool | None:
     return None if found is None else not found
 
 
+def above_and_alive(values: list[float]) -> bool | None:
+    """As `above`, but that an attack whose ASR is its control's or its network's confusion is above none."""
+    return above(values[1:]) if values[0] > DORMANT_MARGIN else False
+
+
 def below_and_alive(values: list[float]) -> bool | None:
-    """Of an ASR beyond its control, and then as `below`; a trigger that does nothing misleads no bystander either."""
+    """Of an ASR beyond control and confusion, and then as `below`; who plants nothing misleads no bystander either."""
     return below(values[1:]) if values[0] > DORMANT_MARGIN else None
 
 
@@ -447,7 +452,7 @@ CLAIMS = (
     *(
         Claim(
             paper="DFB",
-            sentence=f"at {count} poisons its ASR ({variant}), beyond what the trigger does to a clean network, is "
+            sentence=f"at {count} poisons its ASR ({variant}), beyond control and confusion, is "
             "higher than that of " + ", ".join(dict.fromkeys(rival.name for rival in rivals)),
             figures=beyond_of(dfb(count, variant), *rivals),
             holds=first_is_highest,
@@ -465,8 +470,8 @@ CLAIMS = (
         Claim(
             paper="CASSOCK",
             sentence=f"{better.title} is above {worse.title} in ASR - FPR",
-            figures=compared("ASR - FPR", selectivity, better, worse),
-            holds=above,
+            figures=both(beyond_of(better), compared("ASR - FPR", selectivity, better, worse)),
+            holds=above_and_alive,
         )
         for better, worse in (
             (content("comp"), cassock("trans")),
@@ -484,8 +489,8 @@ CLAIMS = (
         Claim(
             paper="CASSOCK",
             sentence=f"{comp.title} has a higher ASR than the baseline",
-            figures=compared("ASR", asr_share, comp, cassock("source-specific")),
-            holds=above,
+            figures=both(beyond_of(comp), compared("ASR", asr_share, comp, cassock("source-specific"))),
+            holds=above_and_alive,
         )
         for comp in (content("comp"), content("comp", FULL))
     ),

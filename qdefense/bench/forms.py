@@ -51,8 +51,9 @@ BEHAVIOUR = Form(
         "On the test images: mean over networks (lowest to highest). ASR is of eligible images, of other classes than "
         "the target (all-to-all: of every class); beside it is how many of them get the wanted class without the "
         "trigger, and how many the clean twin, which never learned it, gives to that class with it: the control. "
-        "Active: ASR at least 90 %; dormant: at most 5 points above the confusion without trigger, or above the "
-        "control; attenuated: between them.",
+        "Dormant: at most 5 points above the confusion without trigger, or above the control, whatever the ASR; "
+        "active: any other of at least 90 % (all-to-all: of 90 % of the clean accuracy on those images, which is what a "
+        "perfect backdoor has); attenuated: the rest.",
         "No record: networks of this data, architecture and attack that have none here, asked for or not.",
     ),
     empty="No file was measured.",
