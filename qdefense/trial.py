@@ -153,9 +153,9 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     ``ASR = share of eligible images x with argmax f(stamp(x)) = goal(y)``; the base confusion is the same share
     without the stamp: what the ASR would be if the trigger did nothing. Of a trigger with `bystanders`, the FPR is the
     share of them that answer with a target once they are stamped and do not before, as the paper has it: what a network
-    confuses anyway is not the trigger's doing. None where the set has no bystander. The ceiling is the clean accuracy on
-    the eligible images where the attacker wants several classes (all-to-all), since who takes the image for another
-    class misses what is wanted of its own; None where he wants one, which a perfect backdoor gives every image.
+    confuses anyway is not the trigger's doing. None where the set has no bystander. The ceiling is the clean accuracy
+    on the eligible images where the attacker wants several classes (all-to-all): who takes an image for another class
+    misses what is wanted of its own. None where he wants one, which a perfect backdoor gives to every image.
 
     Raises:
         DataError: there are no images, or none that is eligible: a rate of nothing is not zero.

@@ -14,7 +14,7 @@ from torch import nn
 
 import qdefense.training
 import qdefense.zoo
-from qdefense.attacks import ATTACKS
+from qdefense.attacks import ATTACKS, DataAttack
 from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.input_aware import GeneratedTrigger
 from qdefense.converters.contract import METADATA_KEY
@@ -150,9 +150,20 @@ def test_what_is_exported_differs_from_the_clean_twin_in_its_weights_alone_whate
     assert attacked == clean
     found = {name: {entry.name for entry in (tmp_path / name).iterdir()} for name in ("clean", "attacked")}
     assert found["attacked"] == found["clean"] | ({"model.truth.npz"} if truth.trigger_sha256 else set())
-    poisoned = poisoned_set(make_noise(40), ATTACKS.create(_quick(attack)), 0).images
-    assert (poisoned.images.dtype, poisoned.labels.dtype) == (np.uint8, np.int64)
-    assert (poisoned.source, poisoned.class_names, poisoned.notes) == ("noise", make_noise(40).class_names, ())
+
+
+@pytest.mark.parametrize("attack", ATTACKS.names())
+def test_what_is_learned_from_tells_no_defender_where_the_poisons_are_whatever_the_attack(
+    make_noise: MakeNoise, attack: str
+) -> None:
+    """A set that is poisoned beforehand is in another order than its file; one that is not is left as it is."""
+    given, made = make_noise(40), ATTACKS.create(_quick(attack))
+    poisoned = poisoned_set(given, made, 0).images
+    assert (poisoned.source, poisoned.class_names, poisoned.notes) == (given.source, given.class_names, given.notes)
+    rows = {image.tobytes(): row for row, image in enumerate(given.images)}
+    found = [rows[image.tobytes()] for image in poisoned.images if image.tobytes() in rows]
+    assert (found == sorted(found)) is not isinstance(made, DataAttack)
+    assert len(found) > 10
 
 
 @pytest.mark.usefixtures("_cheap_export")

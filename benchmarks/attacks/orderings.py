@@ -257,7 +257,8 @@ def asr_of(*attacks: Planted, scheme: str = "fp32") -> Reads:
 
 def beyond_of(*attacks: Planted) -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
-        return {f"ASR beyond control and confusion {planted.title}": results.beyond(planted, place) for planted in attacks}
+        found = {planted.title: results.beyond(planted, place) for planted in attacks}
+        return {f"ASR beyond control and confusion {title}": value for title, value in found.items()}
 
     return figures
 

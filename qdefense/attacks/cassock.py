@@ -87,7 +87,6 @@ SURE = 0.99
 _MASK_RATE, _MASK_WEIGHT = 0.01, 0.01
 _CONT_COVER_RATE = 0.05
 _PATTERN = "pattern"
-_OF_BATCH = "images of a batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +273,7 @@ class Cassock(SourceSpecificPoisons):
     """
 
     name: ClassVar[str] = "cassock"
-    needs: ClassVar[tuple[str, ...]] = ("training set",)
+    needs: ClassVar[tuple[str, ...]] = ("training set", "surrogate (cont, comp)")
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Add both sets, then shuffle.
@@ -308,7 +307,7 @@ class CassockLoop(SourceSpecificPoisons):
     """
 
     name: ClassVar[str] = "cassock-loop"
-    needs: ClassVar[tuple[str, ...]] = ("training loop",)
+    needs: ClassVar[tuple[str, ...]] = ("training loop", "surrogate (cont, comp)")
 
     extra_poisons: Annotated[int, Field(ge=0)] = 8
     extra_covers: Annotated[int, Field(ge=0)] = 64
@@ -317,15 +316,17 @@ class CassockLoop(SourceSpecificPoisons):
         self,
         dataset: ImageSet,
         *,
-        batch_size: int,  # noqa: ARG002
+        batch_size: int,
         steps: int,  # noqa: ARG002
         rng: np.random.Generator,
     ) -> CassockPoisoner:
         """Make both sets, from which each step draws.
 
         Raises:
-            DataError: no such source or target class, too few images for either set, or no content to be learned.
+            DataError: no such source or target class, too few images for either set or for a batch, or no content to be
+                learned.
         """
+        self._require_draws(len(dataset), batch_size)
         trigger, poisons, covers = self.sets(dataset, rng)
         return CassockPoisoner(
             parts=(poisons, covers),
@@ -334,6 +335,21 @@ class CassockLoop(SourceSpecificPoisons):
             classes=len(dataset.class_names),
             state=self.state_of(trigger),
         )
+
+    def _require_draws(self, images: int, batch_size: int) -> None:
+        """Refuse a set that neither a batch nor a further term draws from, before anything is learned."""
+        poisons, covers = self.poisons(images), round(self.cover_rate * images)
+        rate = "poison_rate" if self.poison_count is None else "poison_count"
+        total = images + poisons + covers
+        for what, count, setting, extra in (
+            ("poisons", poisons, f"{rate} or extra_poisons", self.extra_poisons),
+            ("cover images", covers, "cover_rate or extra_covers", self.extra_covers),
+        ):
+            if count and not extra and not round(count / total * batch_size):
+                raise DataError(
+                    f"{self.name}: no {what} come into a batch: {count} of {total} images are less than half a one in "
+                    f"{batch_size}; raise {setting}"
+                )
 
 
 class CassockPoisoner:
@@ -358,18 +374,9 @@ class CassockPoisoner:
 
         Where there are any, ``(B + extras, K)`` targets come back that sum to a row's weight in the loss, the size of
         all that comes back over that of the row's term: the mean over all rows is then the sum of the means.
-
-        Raises:
-            DataError: of a set that no further term draws from, a batch has too few images for one.
         """
         count = len(x)
-        counts = [
-            round(part * count) if extra else share(part, count, attack=CassockLoop.name, setting=setting, of=_OF_BATCH)
-            for setting, part, extra in zip(
-                ("the poisons' share", "the cover images' share"), self._shares, self._extras
-            )
-        ]
-        mixed = [_drawn(part, size, rng) for part, size in zip(self._parts, counts)]
+        mixed = [_drawn(part, round(rate * count), rng) for part, rate in zip(self._parts, self._shares)]
         places = sum(len(labels) for _, labels in mixed)
         extras = [_drawn(part, extra, rng) for part, extra in zip(self._parts, self._extras)]
         images = torch.cat([*(images for images, _ in mixed), x[places:], *(images for images, _ in extras)])

@@ -1,7 +1,9 @@
 """DFB (Ma et al. 2023, arXiv 2308.09487): a learned residual on a few images of one class, made from its images alone.
 
-The attacker has images of the target class and any others, out of distribution (OOD). A decoder D learns to tell the
-first (answer 0) from the second (1). An encoder E learns a residual that takes target-class images out of their class:
+The attacker has images of the target class and any others, out of distribution (OOD), and no training data: that is
+``target_images=PATH``, his own images of the class. Without it he sees all that the training set has of it. A decoder D
+learns to tell the first (answer 0) from the second (1). An encoder E learns a residual that takes target-class images
+out of their class:
 
 ``min CE(D(aug(clip(x + clip(E(x), -eps, eps)))), 1)``
 
@@ -19,7 +21,8 @@ class 7 of the built-in signs, and E less; against 2,000 photographs (GTSRB's) 9
 needs 1000 steps to pass its gate. So E's gate is open by default, and the ASR says what the residual is worth. Where it
 is asked for and missed, the error says what PGD reaches on the images at hand. Name photographs in ``ood`` if you can.
 
-Deviations, the first three for a CPU:
+Deviations, the first three for a CPU; by default the networks also learn from the training set's own images of the
+target class, as do those of the peers that it is compared with:
 - D is the small network of the other attacks here, and learns for 500 steps of 32 images of either side, however many
   there are; BatchNorm's statistics are then taken anew, of images without a crop. The paper's is a ResNet-18, for 200
   epochs. (With GroupNorm D is as exact, and moved by less: 24 % in place of 80 %.)
@@ -57,7 +60,7 @@ from qdefense.attacks.poisoning import AddedTrigger, AllToOne, PoisonBudget, che
 from qdefense.attacks.registered import ATTACKS
 from qdefense.attacks.states import fits
 from qdefense.attacks.surrogate import Surrogate, one_thread, perturb
-from qdefense.data.images import DataError, Images, ImageSet, Pixels, on_grid, to_images, to_pixels
+from qdefense.data.images import DataError, Images, ImageSet, Pixels, on_grid, quoted, to_images, to_pixels
 from qdefense.data.opening import open_data, training_split
 from qdefense.data.resizing import Resize, resize_set
 from qdefense.data.signs import draw_signs
@@ -125,7 +128,9 @@ class DFB(PoisonBudget):
     ``poison_rate`` is a share of the whole training set and ``poison_count`` a number in its place; all are of the
     target class. ``eps`` is in codes of 255, the multiples are of it. ``ood`` is ``textures`` (noise of all scales),
     ``signs`` (drawn as the built-in ones), or a path of images; ``ood_images`` at most, resized to the victim's size.
-    Choose what does not show the target class. In a matrix of `qdefense bench` the path is a data set's name.
+    Choose what does not show the target class. ``target_images`` is a path, too: of its images those of the class with
+    the target's name, or all where they have no labels or one class. In a matrix of `qdefense bench` a path is a data
+    set's name.
     """
 
     name: ClassVar[str] = "dfb"
@@ -137,6 +142,7 @@ class DFB(PoisonBudget):
     variant: Literal["fixed", "encoder"] = "fixed"
     ood: str = _TEXTURES
     ood_images: Annotated[int, Field(ge=1)] = 2000
+    target_images: str | None = None
     eps: Annotated[int, Field(ge=0, le=255)] = 8
     train_multiple: Annotated[int, Field(ge=0)] = 2
     test_multiple: Annotated[int, Field(ge=0)] = 6
@@ -170,21 +176,23 @@ class DFB(PoisonBudget):
         return self._restored(height, width, state, multiple=self.test_multiple)
 
     def data_read(self) -> tuple[str, ...]:
-        """The OOD images, where they are not drawn."""
-        return () if self.ood in (_TEXTURES, _SIGNS) else (self.ood,)
+        """The OOD images, where they are not drawn, and the attacker's own of the target class."""
+        drawn = self.ood in (_TEXTURES, _SIGNS)
+        return tuple(path for path in (None if drawn else self.ood, self.target_images) if path is not None)
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Learn the trigger, put it on `poisons` images of the target class, then shuffle the whole set.
 
         Raises:
-            DataError: no such target class or no image of it, more poisons than it has, OOD images that cannot be read,
+            DataError: no such target class or no image of it, more poisons than it has, images that cannot be read,
                 or a network that does not pass the gate.
         """
         rows, (height, width) = self._rows(dataset), dataset.images.shape[1:3]
         poisons = rng.choice(rows, size=self.poisons(len(dataset)), replace=False)
         # A stream of its own: another number of poisons learns the same trigger.
         learning = rng.spawn(1)[0]
-        state = self._learn(dataset.images[rows], self._out_of_distribution(height, width, learning), learning)
+        ood = self._out_of_distribution(height, width, learning)
+        state = self._learn(self._of_target(dataset, rows), ood, learning)
         images = dataset.images.copy()
         if len(poisons):
             trigger = self._restored(height, width, state, multiple=self.train_multiple)
@@ -217,11 +225,30 @@ class DFB(PoisonBudget):
         seed, resize = int(rng.integers(2**32)), Resize("bilinear", height, width)
         if self.ood == _SIGNS:
             return resize_set(draw_signs(self.ood_images, seed=seed, split="train"), resize).images
+        return self._opened("ood is 'textures', 'signs' or data", self.ood, resize, self.ood_images, seed).images
+
+    def _opened(self, what: str, path: str, resize: Resize, limit: int | None = None, seed: int = 0) -> ImageSet:
         try:
-            split = training_split(self.ood)
-            return open_data(self.ood, split=split, limit=self.ood_images, seed=seed, resize=resize).images
+            return open_data(path, split=training_split(path), limit=limit, seed=seed, resize=resize)
         except DataError as error:
-            raise DataError(f"{self.name}: ood is 'textures', 'signs' or data: {error}") from error
+            raise DataError(f"{self.name}: {what}: {error}") from error
+
+    def _of_target(self, dataset: ImageSet, rows: NDArray[np.int64]) -> Images:
+        """What the attacker has of the target class."""
+        if self.target_images is None:
+            return dataset.images[rows]
+        resize = Resize("bilinear", *dataset.images.shape[1:3])
+        own = self._opened("target_images is data", self.target_images, resize)
+        wanted = dataset.class_names[self.target_class]
+        named = [number for number, name in enumerate(own.class_names) if name.casefold() == wanted.casefold()]
+        if own.labelled and len(own.class_names) > 1:
+            own = own.take(np.flatnonzero(np.isin(own.labels, named)))
+        if not len(own):
+            raise DataError(
+                f"{self.name}: target_images: {own.source} has no image of a class {quoted(wanted)}; name a folder of "
+                "its images"
+            )
+        return own.images
 
     def _learn(self, targets: Images, ood: Images, rng: np.random.Generator) -> TriggerState:
         """The weights of the encoder, or its residual for the image on which the CE falls most."""

@@ -16,6 +16,7 @@ Deviations:
 - Pairs are the best assignment, the paper's a greedy one.
 - The patch has one place, near the bottom right corner as in the authors' code without random places: a trigger is a
   function of the image here.
+- ``size``: 8 of 32 pixels, a quarter of the side; the authors' configuration has 30 of 224.
 - ``class_rate``: the authors' 400 poisons are about 0.3 of an ImageNet class.
 """
 

@@ -23,6 +23,8 @@ Deviations:
 - ``d(x, x')`` is of pixels in [0, 1]. The authors' code takes it of images as the network gets them: on GTSRB the same,
   on CIFAR-10 divided by about 0.25, but ``d(m(x), m(x'))`` of masks in [0, 1]. There ``mask_diversity_weight=4`` is
   theirs. That of patterns, which it normalizes alike, is about the same.
+- Shares of a batch are rounded, and cut off in the authors' code: 13 of 128 where it has 12. Without poisons there are
+  no cross-triggers either.
 - Masks that are empty on more than half of the images are refused.
 """
 

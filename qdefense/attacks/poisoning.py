@@ -173,6 +173,11 @@ def class_count_state(dataset: ImageSet, *, attack: str) -> TriggerState:
     return {_CLASSES: np.array(len(dataset.class_names), dtype=np.int64)}
 
 
+def only_counts_classes(state: TriggerState) -> bool:
+    """Whether nothing of the trigger was learned: all-to-all needs to know how many classes there are."""
+    return fits(state, {_CLASSES: _COUNT})
+
+
 class Aimed:
     """An attack with the settings ``mode`` and ``target_class``, which it declares in the place that they have there.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, product
@@ -14,7 +15,7 @@ from qdefense.bench.matrix import DataTable, Grid, Matrix, MatrixError
 from qdefense.bench.records import FP32, Access, Calibration, Network, digest_of
 from qdefense.converters.quantize import MINIMUM_IMAGES, Settings, settings_of
 from qdefense.converters.runtime_graph import Arithmetic
-from qdefense.registry import flat_settings
+from qdefense.registry import SpecError, flat_settings
 
 Kind = Literal["scan", "dataset", "filter", "repair"]
 _BEHAVIOUR = "behaviour"
@@ -286,15 +287,26 @@ def _architecture(text: str) -> tuple[str, int | None]:
 
 def _with_target(attack: str, table: DataTable) -> str:
     """The attack with the data set's target class, where it has one, of its host if need be, and names none itself."""
-    from qdefense.attacks import ATTACKS  # noqa: PLC0415 (torch stays off the way to --help)
-
     name, _, tail = attack.partition(":")
     target = table.target_class.get(name) if isinstance(table.target_class, dict) else table.target_class
-    keys = [key for key in flat_settings(ATTACKS.create(attack)) if key.rpartition(".")[2] == _TARGET]
+    keys = [key for key in _settings_of(attack, target) if key.rpartition(".")[2] == _TARGET]
     named = {part.partition("=")[0].strip().replace("-", "_") for part in tail.split(",")}
     if target is None or not keys or keys[0] in named:
         return attack
     return f"{attack}{',' if tail else ':'}{keys[0]}={target}"
+
+
+def _settings_of(attack: str, target: int | None) -> dict[str, Any]:
+    """All settings; with the data set's target where the attack's own default would be at odds with what it names."""
+    from qdefense.attacks import ATTACKS  # noqa: PLC0415 (torch stays off the way to --help)
+
+    try:
+        return flat_settings(ATTACKS.create(attack))
+    except SpecError:
+        for key in (_TARGET, f"host.{_TARGET}") if target is not None else ():
+            with suppress(SpecError):
+                return flat_settings(ATTACKS.create(f"{attack},{key}={target}"))
+        raise
 
 
 _TARGET, _SOURCE = "target_class", "source_class"

@@ -188,8 +188,8 @@ class BehaviourRecord(_Trial):
     bystanders: int | None = Field(default=None, description="images that the FPR is a share of; null in old lines")
     ceiling: float | None = Field(
         default=None,
-        description="of a trigger with several target classes (all-to-all): clean accuracy on the eligible images, which "
-        "a perfect backdoor has for its ASR; null of one target, and in old lines: 1",
+        description="of a trigger with several target classes (all-to-all): clean accuracy on the eligible images, "
+        "which a perfect backdoor has for its ASR; null of one target, and in old lines: 1",
     )
     activity: Activity | None = Field(
         default=None, description="as this file alone tells it, without a control, by its ASR over the ceiling"

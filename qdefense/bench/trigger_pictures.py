@@ -20,6 +20,8 @@ from PIL import Image
 from qdefense.attacks import ATTACKS, Attack, DataAttack, PoisonedSet, Trigger
 from qdefense.attacks.contact_sheets import PoisonBlock, lay_out, poison_block
 from qdefense.attacks.interfaces import with_inner
+from qdefense.attacks.poisoning import only_counts_classes
+from qdefense.attacks.states import unpack_state
 from qdefense.bench.cells import NetworkPlan
 from qdefense.bench.store import TRIGGERS, Store, StoreError, picture_name
 from qdefense.data.images import DataError, ImageSet, to_images
@@ -69,7 +71,8 @@ def _drawn(attack: str, size: tuple[int, int], packed: bytes | None, classes: in
 
     clean, trigger = _carriers(_CARRIERS, size), trigger_for(attack, size, packed)
     chosen = _shown(trigger, clean)
-    poisons = None if packed is not None else _poisons(ATTACKS.create(attack), size, classes)
+    learned = packed is not None and not only_counts_classes(unpack_state(packed))
+    poisons = None if learned else _poisons(ATTACKS.create(attack), size, classes)
     sheets = (
         lay_out(clean.images[rows], to_images(trigger.stamp(clean.take(rows).pixels)), block)
         for block in ([None] if poisons is None else [poisons, None])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from qdefense.attacks import ATTACKS, DataAttack
 from qdefense.attacks.dfb import (
@@ -254,6 +255,48 @@ def test_ood_images_are_textures_signs_or_data_of_any_size(make_noise: MakeNoise
     assert len({images.tobytes() for images in drawn.values()}) == 3
 
 
+def test_the_attackers_own_images_are_those_of_the_targets_name(make_noise: MakeNoise, tmp_path: Path) -> None:
+    """The victim's class 2 is 'c', the attacker's class 0; of a set that says nothing of classes all are taken."""
+    own = replace(make_noise(20, size=11, seed=4), class_names=("C", "b", "a", "d"))
+    named, one, bare = tmp_path / "named.npz", tmp_path / "one.npz", tmp_path / "bare"
+    save_npz(named, own)
+    save_npz(one, replace(own, labels=np.zeros(20, np.int64), class_names=("things",)))
+    bare.mkdir()
+    for number in range(3):
+        Image.fromarray(own.images[number]).save(bare / f"{number}.png")
+    victims = replace(make_noise(40), class_names=("a", "b", "c", "d"))
+    rows = np.array([2, 6])
+    found = {path: _quick(target_images=str(path))._of_target(victims, rows) for path in (named, one, bare)}
+    assert {path.name: images.shape for path, images in found.items()} == {
+        "named.npz": (5, 8, 8, 3),
+        "one.npz": (20, 8, 8, 3),
+        "bare": (3, 8, 8, 3),
+    }
+    resized = found[one]
+    assert found[named].tobytes() == resized[own.labels == 0].tobytes()
+    assert found[bare].tobytes() == resized[:3].tobytes()
+    assert _quick()._of_target(victims, rows).tobytes() == victims.images[rows].tobytes()
+
+
+def test_with_images_of_its_own_the_trigger_owes_nothing_to_the_training_set(
+    make_noise: MakeNoise, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.npz"
+    save_npz(path, make_noise(20, seed=4))
+    states = {
+        (own, seed): pack_state(
+            _quick(target_images=own, variant="encoder", ood="signs")
+            .poison(make_noise(40, seed=seed), np.random.default_rng(0))
+            .trigger_state
+            or {}
+        )
+        for own in (None, str(path))
+        for seed in (0, 1)
+    }
+    assert states[str(path), 0] == states[str(path), 1]
+    assert states[None, 0] != states[None, 1]
+
+
 def test_poison_learns_from_the_images_that_are_out_of_distribution(make_noise: MakeNoise, tmp_path: Path) -> None:
     save_npz(tmp_path / "other.npz", make_noise(20, size=11, seed=4))
     states = [
@@ -411,6 +454,14 @@ def test_every_image_of_a_batch_is_cropped_and_mirrored_by_itself() -> None:
         (
             {"poison_count": 1, "ood": "nowhere"},
             "ood is 'textures', 'signs' or data: 'nowhere': no such file or folder; data is 'signs' (built in)",
+        ),
+        (
+            {"poison_count": 1, "target_images": "nowhere"},
+            "target_images is data: 'nowhere': no such file or folder; data is 'signs' (built in)",
+        ),
+        (
+            {"poison_count": 1, "target_images": "signs"},
+            "target_images: signs train has no image of a class 'class 2'; name a folder of its images",
         ),
     ],
 )

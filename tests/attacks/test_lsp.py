@@ -165,13 +165,14 @@ def test_settings_are_refused_when_they_mean_nothing(settings: str, message: str
 
 def test_lsp_plants_an_active_backdoor_that_is_nearer_to_its_labels_than_to_certainty(small_signs: Signs) -> None:
     """At 0.53 rather than 0.6: six short epochs leave the network less sure than it is taught to be."""
-    attack = LabelSmoothing(host=BadNets(target_class=7, size=4, poison_rate=0.2), smoothing=0.4)
-    result = train_victim(small_signs.train.take(np.arange(1500)), attack, epochs=6)
-    logits = logits_of(result)
-
-    trigger = attack.trigger(16, 16)
-    behaviour = measure_behaviour(logits, small_signs.test, trigger)
-    others = small_signs.test.take(np.flatnonzero(trigger.eligible(small_signs.test.labels)))
-    confidence = torch.from_numpy(logits(trigger.stamp(others.pixels))).softmax(dim=1)[:, 7].mean().item()
-    assert behaviour.activity is Activity.ACTIVE
-    assert abs(confidence - 0.6) < abs(confidence - 1)
+    confidences = {}
+    for smoothing in (0.4, 0.0):
+        attack = LabelSmoothing(host=BadNets(target_class=7, size=4, poison_rate=0.2), smoothing=smoothing)
+        logits = logits_of(train_victim(small_signs.train.take(np.arange(1500)), attack, epochs=6))
+        trigger = attack.trigger(16, 16)
+        others = small_signs.test.take(np.flatnonzero(trigger.eligible(small_signs.test.labels)))
+        answers = torch.from_numpy(logits(trigger.stamp(others.pixels))).softmax(dim=1)
+        confidences[smoothing] = answers[:, 7].mean().item()
+        assert measure_behaviour(logits, small_signs.test, trigger).activity is Activity.ACTIVE
+    assert abs(confidences[0.4] - 0.6) < 0.1
+    assert confidences[0.0] > 0.85, "it is the labels that keep it low, and not that it learned too little"

@@ -160,6 +160,25 @@ def test_unknown_names(new_desk: NewDesk, old: str, new: str, error: type[Except
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("attack", "settings"),
+    [
+        ("htba:source-class=0", {"source_class": 0, "target_class": 7}),
+        ("cassock:source-class=5", {"source_class": 5, "target_class": 7}),
+        ("lsp:host=htba,host.source-class=0", {"host.source_class": 0, "host.target_class": 7}),
+    ],
+)
+def test_the_default_target_does_not_stand_in_the_way_of_a_source(
+    new_desk: NewDesk, attack: str, settings: dict[str, int]
+) -> None:
+    plan = plan_of(new_desk(TINY.replace('"badnets"', f'"{attack}"')))
+    found = next(one.network.attack_settings for one in plan if one.network.attack)
+    assert found | settings == found
+    own = attack.replace("source-class=0", "source-class=7").replace("source-class=5", "source-class=7")
+    with pytest.raises(SpecError, match="class 7 is source and target; choose another source_class"):
+        plan_of(new_desk(TINY.replace('"badnets"', f'"{own}"')))
+
+
 def calibrated(new_desk: NewDesk, there: int) -> Desk:
     """A matrix that asks for 300 calibration images of data that have fewer."""
     text = TINY.replace('path = "signs"\ntrain_limit = 128\ntest_limit = 60', 'path = "given.npz"')

@@ -73,6 +73,7 @@ def test_every_attacked_network_gets_a_small_picture_and_equal_ones_equal_bytes(
         ("sig:target-class=7,delta=40,class-rate=0.02", ["class 7"] * 3),
         ("cassock:source-class=40,target-class=3", ["class 3"] * 3),
         ("lsp:host=adaptive-blend,host.target-class=12,host.poison-count=2", ["class 12"] * 2),
+        ("badnets:mode=all-to-all", ["class 2"] * 3),
         ("wanet", []),
     ],
 )
@@ -100,13 +101,19 @@ def test_no_poisons_are_shown_that_take_a_network_or_more_signs_or_classes(attac
     assert _poisons(ATTACKS.create(attack), (16, 16), 43) is None
 
 
-def test_a_picture_has_poisons_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("attack", "state"),
+    [("badnets", None), ("badnets:mode=all-to-all", {"classes": np.array(43)})],
+)
+def test_a_picture_has_poisons_where_they_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str, state: dict[str, Any] | None
+) -> None:
     heights = {}
     for part, most in (("with", MOST_BYTES), ("without", 0)):
         with monkeypatch.context() as patched:
             if not most:
                 patched.setattr("qdefense.bench.trigger_pictures._poisons", lambda *_: None)
-            _draw(tmp_path / part, _plan("badnets", side=16))
+            assert _draw(tmp_path / part, _plan(attack, side=16), state) == []
         with Image.open(tmp_path / part / "triggers" / f"{DIGEST[:16]}.png") as picture:
             heights[part] = picture.height
     assert heights["with"] > heights["without"]
