@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,9 @@ def session_figures(name: str, files: Mapping[str, bytes], rounds: int) -> list[
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         bare = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         fed, output = {artifact.contract.input_name: images}, [artifact.contract.output_name]
-        variants = {
-            "bare": lambda bare=bare, fed=fed, output=output: bare.run(output, fed),
-            "ours": lambda session=session: session.logits(images),
+        variants: dict[str, Callable[[], object]] = {
+            "bare": partial(bare.run, output, fed),
+            "ours": partial(session.logits, images),
         }
         seconds = medians(variants, rounds * SESSIONS_PER_ROUND)
         claim = f"{name}: session.logits over InferenceSession.run, {form}"
@@ -131,7 +132,7 @@ def session_figures(name: str, files: Mapping[str, bytes], rounds: int) -> list[
 def measure(name: str, rounds: int) -> tuple[list[Figure], dict[str, str]]:
     torch.manual_seed(SEED)
     module = build_model(name, classes=CLASSES).eval().requires_grad_(False)
-    plain = export_model(module, height=SIZE, width=SIZE, class_names=[str(index) for index in range(CLASSES)])
+    plain = export_model(module, height=SIZE, width=SIZE, class_names=tuple(map(str, range(CLASSES))))
     images = np.random.default_rng(SEED).random((CALIBRATION_IMAGES, 3, SIZE, SIZE), dtype=np.float32)
     files = {"fp32": plain, "int8-static": quantize(plain, "int8-static", calibration=images)}
     figures = [

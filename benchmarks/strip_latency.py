@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,10 +27,10 @@ from qdefense.artifact import Artifact
 from qdefense.attacks.badnets import BadNets
 from qdefense.bench.latency import deployed_variants, measure_latency, peak_memory
 from qdefense.bench.timing_records import LatencyRecord, PeakMemory, Rounds
-from qdefense.converters.quantize import quantize
+from qdefense.converters.quantize import Scheme, quantize
 from qdefense.data.images import ImageSet, Pixels
 from qdefense.data.opening import open_data
-from qdefense.defenses.filters.strip import FittedStrip, Strip
+from qdefense.defenses.filters.strip import FittedStrip, Strip, Superimposition
 from qdefense.evidence import Evidence
 from qdefense.fidelity import uncertified
 from qdefense.rates import auroc
@@ -39,8 +39,8 @@ from qdefense.session import DeployedSession, profile_for
 HERE = Path(__file__).parent
 MODEL = HERE / "first_verdict" / "results" / "gtsrb-a0.onnx"
 TRUTH = MODEL.with_suffix(".truth.json")
-FORMS = ("fp32", "int8-static", "int8-dynamic")
-SUPERIMPOSITIONS = ("add", "blend")
+FORMS: tuple[Literal["fp32"] | Scheme, ...] = ("fp32", "int8-static", "int8-dynamic")
+SUPERIMPOSITIONS: tuple[Superimposition, ...] = ("add", "blend")
 THREADS, SEED = 2, 0
 CLEAN_IMAGES, CALIBRATION_IMAGES, SCORED = 300, 256, 200
 LIMIT_SECONDS = 60.0
@@ -48,7 +48,7 @@ OFFLINE_ROWS = 64
 ROUNDS = Rounds(single_stream=60, offline=5, warm_up=2)
 
 
-def form_of(name: str, train: ImageSet) -> bytes:
+def form_of(name: Literal["fp32"] | Scheme, train: ImageSet) -> bytes:
     plain = MODEL.read_bytes()
     if name == "fp32":
         return plain
@@ -56,7 +56,9 @@ def form_of(name: str, train: ImageSet) -> bytes:
     return quantize(plain, name, calibration=calibration)
 
 
-def fit(data: bytes, clean: ImageSet, *, superimposition: str = "add") -> tuple[DeployedSession, FittedStrip]:
+def fit(
+    data: bytes, clean: ImageSet, *, superimposition: Superimposition = "add"
+) -> tuple[DeployedSession, FittedStrip]:
     artifact = Artifact.from_bytes(data)
     session = DeployedSession(artifact, profile_for(artifact))
     evidence = Evidence(
@@ -84,7 +86,7 @@ def efficacy(data: bytes, clean: ImageSet, inputs: ImageSet) -> dict[str, dict[s
     truth = json.loads(TRUTH.read_text(encoding="utf-8"))
     trigger = BadNets(**truth["attack_settings"]).trigger(*inputs.images.shape[1:3])
     victims = inputs.take(np.flatnonzero(trigger.eligible(inputs.labels))[:SCORED])
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for superimposition in SUPERIMPOSITIONS:
         session, fitted = fit(data, clean, superimposition=superimposition)
         stamped = trigger.stamp(victims.pixels)
@@ -116,7 +118,7 @@ def memories(data: bytes, clean: ImageSet, x: Pixels) -> tuple[PeakMemory, ...]:
     return tuple(entry for entry in found if entry is not None)
 
 
-def measure(name: str, clean: ImageSet, inputs: ImageSet, train: ImageSet) -> dict[str, Any]:
+def measure(name: Literal["fp32"] | Scheme, clean: ImageSet, inputs: ImageSet, train: ImageSet) -> dict[str, Any]:
     data = form_of(name, train)
     session, fitted = fit(data, clean)
     x = inputs.pixels
@@ -243,17 +245,15 @@ def main() -> int:
     test = open_data(folder, split="test", limit=CLEAN_IMAGES + options.inputs, seed=SEED)
     train = open_data(folder, split="train", limit=CALIBRATION_IMAGES, seed=SEED)
     clean, inputs = (test.take(rows) for rows in np.split(np.arange(len(test)), [CLEAN_IMAGES]))
-    results = {
-        "command": f"python benchmarks/strip_latency.py --inputs {options.inputs}",
-        "forms": [measure(name, clean, inputs, train) for name in FORMS],
-    }
-    for form in results["forms"]:
+    forms = [measure(name, clean, inputs, train) for name in FORMS]
+    results = {"command": f"python benchmarks/strip_latency.py --inputs {options.inputs}", "forms": forms}
+    for form in forms:
         LatencyRecord.model_validate(form["latency"])
     (HERE / "strip_latency.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     text = page(results)
     (HERE / "strip_latency.md").write_text(text, encoding="utf-8")
     print(text)
-    return 0 if holds(results["forms"]) else 1
+    return 0 if holds(forms) else 1
 
 
 if __name__ == "__main__":

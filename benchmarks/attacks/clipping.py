@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from typing import Final
 
 import numpy as np
 import onnx
@@ -36,7 +37,7 @@ from qdefense.data.opening import open_data
 
 IMAGES, SOME, SINGLES = 256, 16, 20
 """Calibration images, as in the matrix, which draws them with the same seed; how many of them are stamped, too."""
-STATIC = "int8-static"
+STATIC: Final = "int8-static"
 LOSS = 0.1
 GROWN = 1.1
 """Times its width: a range that is less far from it is called the same."""
@@ -108,14 +109,15 @@ def held_in(model: bytes, ranges: Ranges) -> bytes:
         if name not in there:
             raise ValueError(f"no tensor {name} in the FP32 file")
         hold(proto.graph, name, ends)
-    return proto.SerializeToString()
+    held: bytes = proto.SerializeToString()
+    return held
 
 
 def hold(graph: onnx.GraphProto, name: str, ends: tuple[float, float]) -> None:
     """Who reads the tensor gets it clipped."""
     bounds = [f"{name}_{end}" for end in ("lowest", "highest")]
     for bound, value in zip(bounds, ends, strict=True):
-        graph.initializer.append(numpy_helper.from_array(np.float32(value), bound))
+        graph.initializer.append(numpy_helper.from_array(np.array(value, dtype=np.float32), bound))
     place, maker = next(((place, node) for place, node in enumerate(graph.node) if name in node.output), (-1, None))
     free, held = (name, f"{name}_held") if maker is None else (f"{name}_free", name)
     if maker is None:  # an input of the graph, whose name is the caller's

@@ -77,7 +77,8 @@ def rounded(weights: Weights, *, rng: np.random.Generator | None = None) -> Weig
     scale = np.abs(weights).max(axis=tuple(range(1, weights.ndim)), keepdims=True) / LEVELS
     codes = weights / scale
     whole = np.round(codes) if rng is None else np.floor(codes + rng.random(codes.shape))
-    return (np.clip(whole, -LEVELS, LEVELS) * scale).astype(np.float32)
+    found: Weights = (np.clip(whole, -LEVELS, LEVELS) * scale).astype(np.float32)
+    return found
 
 
 @lru_cache(maxsize=2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
@@ -555,8 +556,9 @@ def model_table(results: Results) -> Iterator[str]:
                 continue
             targets, weight = record.metrics.targets, float(record.settings["initial_cost"])
             benign = [one for one in found.classes if one.norm is not None and one.target_class not in targets]
-            norms, costs = [one.norm for one in benign], [one.cross_entropy for one in benign]
-            if benign and None not in costs:
+            norms = [one.norm for one in benign if one.norm is not None]
+            costs = [one.cross_entropy for one in benign if one.cross_entropy is not None]
+            if benign and len(costs) == len(benign):
                 rise = minimum_rise(weight=weight, benign_norms=norms, benign_costs=costs, trigger_norm=PATCH_PIXELS)
                 smoothings = feasible_smoothings(rise, classes=len(found.classes))
                 feasible = "none" if smoothings is None else f"{smoothings.low:.2f} to {smoothings.high:.2f}"
@@ -570,15 +572,15 @@ def model_table(results: Results) -> Iterator[str]:
 def success_table(results: Results) -> Iterator[str]:
     """Neural Cleanse at its adaptive cost (`quick`), asked for 99 % and 90 %, and at a fixed one; blank: not asked."""
     asked = {
-        "at 99 %": {"fixed": False, "success": PAPER_SUCCESS},
-        "at 90 %": {"fixed": False, "success": LOWER_SUCCESS},
-        "fixed cost": {"fixed": True, "success": PAPER_SUCCESS},
+        "at 99 %": partial(results.scan, fixed=False, success=PAPER_SUCCESS),
+        "at 90 %": partial(results.scan, fixed=False, success=LOWER_SUCCESS),
+        "fixed cost": partial(results.scan, fixed=True, success=PAPER_SUCCESS),
     }
     head = " | ".join(f"{what}: answer | lowest norm | its index | ratio | CPU" for what in asked)
     yield f"| attack | data, seed | precision | {head} |"
     yield "|---" * (3 + 5 * len(asked)) + "|"
     for planted, place, scheme in product((CLEAN, BADNETS, *LSP.values()), results.places, SCHEMES):
-        scans = [results.scan(planted, place, scheme, **how) for how in asked.values()]
+        scans = [scan(planted, place, scheme) for scan in asked.values()]
         if any(scan is not None for scan in scans):
             told = " | ".join(map(_told, scans))
             yield f"| {planted.title} | {place[0]}, {place[1]} | {scheme} | {told} |"

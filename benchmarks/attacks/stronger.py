@@ -128,7 +128,8 @@ def waves(every: list[Attacked]) -> Iterator[str]:
         stamped = {}
         for delta in DELTAS:
             attack = ATTACKS.restore("sig", {**made.attack_settings, "inference_delta": delta})
-            stamped[f"{delta}"] = trigger_of(attack, *others.shape[2:], None).stamp(others)
+            height, width = others.shape[2:]
+            stamped[f"{delta}"] = trigger_of(attack, height, width, None).stamp(others)
         stamps = Stamps(stamped=stamped, images=len(others), target=target)
         yield from lines(stamps, clean[network.place])
         yield from lines(stamps, network)

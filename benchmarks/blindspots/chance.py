@@ -96,7 +96,8 @@ def fisher(active: tuple[int, int], clean: tuple[int, int]) -> tuple[str, str, s
     """Both counts as they are told, and the p-value that the shares are one."""
     table = [[hits, n - hits] for hits, n in (active, clean)]
     chance = stats.fisher_exact(table, alternative="two-sided").pvalue
-    return (*(f"{hits} of {n}" for hits, n in (active, clean)), f"{chance:.3f}")
+    first, second = (f"{hits} of {n}" for hits, n in (active, clean))
+    return first, second, f"{chance:.3f}"
 
 
 def trials(rows: Iterable[ScanRow]) -> int:

@@ -34,7 +34,7 @@ FILES = (
     ("cifar10, PreActResNet-18, static INT8", "cifar10", 3, "large/8d095ace4bcae4b7.onnx"),
 )
 IMAGES, OVERLAYS = 100, 20
-Sum = Callable[[Pixels, Pixels], Pixels]
+Sum = Callable[[Pixels, Pixels], NDArray[np.floating]]
 SUMS: dict[str, Sum] = {
     "x + o": lambda x, o: x + o,
     "x + o, cut at 1": lambda x, o: np.minimum(x + o, 1),
@@ -45,7 +45,8 @@ SUMS: dict[str, Sum] = {
 def entropies(logits: Logits) -> NDArray[np.float64]:
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     p = powers / powers.sum(axis=1, keepdims=True)
-    return -np.sum(p * np.log2(np.maximum(p, 1e-30)), axis=1)
+    found: NDArray[np.float64] = -np.sum(p * np.log2(np.maximum(p, 1e-30)), axis=1)
+    return found
 
 
 def laid_over(x: Pixels, overlays: Pixels, add: Sum) -> Pixels:

@@ -43,8 +43,11 @@ def repaired(name: str) -> DefenseRecord:
 
 def halves(record: DefenseRecord) -> tuple[ImageSet, ImageSet]:
     """What the bench gave to tune by, and to judge on."""
+    rules = record.evaluation
+    if rules is None:
+        raise SystemExit(f"{record.key}: a record older than the rules that it was measured by; measure it again")
     test = open_data(str(DATA / record.network.data), split="test", seed=SEED, limit=None)
-    seen = test.take(choose_rows(len(test), limit=record.evaluation.clean_images, seed=SEED))
+    seen = test.take(choose_rows(len(test), limit=rules.clean_images, seed=SEED))
     tuned, held_out = disjoint_parts(len(seen), (len(seen) // 2, len(seen) // 2), seed=SEED, groups=seen.groups)
     return seen.take(tuned), seen.take(held_out)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from qdefense.artifact import Artifact
 from qdefense.audit.events import Job
 from qdefense.audit.supervisor import default_memory_limit, run_audit
-from qdefense.converters.quantize import quantize
+from qdefense.converters.quantize import Scheme, quantize
 from qdefense.data.opening import open_data
 from qdefense.files import write_atomically
 from qdefense.models import recipe_for
@@ -32,7 +32,7 @@ WORK = HERE / "work"
 REPORTS = HERE / "results" / "reports"
 RESULTS = HERE / "results"
 BEHAVIOUR = RESULTS / "behaviour.jsonl"
-SCHEMES = (None, "int8-static", "int8-dynamic")
+SCHEMES: tuple[Scheme | None, ...] = (None, "int8-static", "int8-dynamic")
 EPOCHS = 8
 CLASSES = 12
 CLEAN_IMAGES = 1000

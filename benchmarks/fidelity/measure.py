@@ -134,7 +134,8 @@ def shadow_answers(shadow: Shadow, x: Pixels, *, saturate: bool, batch: int) -> 
     """The shadow's logits in its exact mode, its dynamic scales shared as a session of this batch shares them."""
     step = batch * max(1, ROWS_AT_ONCE // batch)
     with torch.no_grad():
-        parts = [shadow(part, exact=True, saturate=saturate, group=batch) for part in torch.from_numpy(x).split(step)]
+        steps = torch.split(torch.from_numpy(x), step)
+        parts = [shadow(part, exact=True, saturate=saturate, group=batch) for part in steps]
     return torch.cat(parts).numpy()
 
 

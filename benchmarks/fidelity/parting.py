@@ -114,7 +114,7 @@ def _tapped(session: DeployedSession, x: Pixels, names: list[str]) -> dict[str, 
     try:
         return session.tap(x, names)
     except SessionError:
-        found = {}
+        found: dict[str, NDArray[np.generic]] = {}
         for name in names:
             with suppress(SessionError):
                 found |= session.tap(x, [name])

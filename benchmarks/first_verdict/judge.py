@@ -19,9 +19,10 @@ from train import DATA, RESULTS, SEEDS, TARGETS, cells, name_of
 from qdefense.artifact import Artifact
 from qdefense.audit.events import Job
 from qdefense.audit.supervisor import default_memory_limit, run_audit
-from qdefense.converters.quantize import quantize
+from qdefense.converters.quantize import Scheme, quantize
 from qdefense.data.opening import open_data
 from qdefense.files import write_atomically
+from qdefense.findings import ScanResult
 from qdefense.report.model import Report
 from qdefense.session import DeployedSession, profile_for
 from qdefense.trial import Behaviour, Truth, measure_behaviour, truth_path
@@ -29,11 +30,11 @@ from qdefense.zoo import trigger_of
 
 CALIBRATION_IMAGES = 256
 CLEAN_IMAGES = 1000
-SCHEMES = (None, "int8-static", "int8-dynamic")
+SCHEMES: tuple[Scheme | None, ...] = (None, "int8-static", "int8-dynamic")
 RECORDS = RESULTS / "verdicts.jsonl"
 
 
-def make_file(model: Path, data: str, scheme: str | None) -> Path:
+def make_file(model: Path, data: str, scheme: Scheme | None) -> Path:
     if scheme is None:
         return model
     target = RESULTS.parent / "work" / f"{model.stem}.{scheme}.onnx"
@@ -56,7 +57,8 @@ def record(
     model: str, data: str, scheme: str | None, attack: str | None, seen: Behaviour, report: Report
 ) -> dict[str, Any]:
     finding = report.findings[0] if report.findings else None
-    result = finding.result if finding is not None else None
+    found = finding.result if finding is not None else None
+    result = found if isinstance(found, ScanResult) else None
     target = next((c for c in result.classes if c.target_class == TARGETS[data]), None) if result else None
     return {
         "model": model,

@@ -14,11 +14,11 @@ import json
 import os
 import resource
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qdefense.audit.events import Job
 from qdefense.audit.supervisor import default_memory_limit, run_audit
-from qdefense.converters.quantize import quantize
+from qdefense.converters.quantize import Scheme, quantize
 from qdefense.data.opening import open_data
 from qdefense.files import write_atomically
 from qdefense.report.model import Report
@@ -32,14 +32,14 @@ CALIBRATION_IMAGES = 256
 CLEAN_IMAGES = 1000
 
 # Fixed before the first scan: every CIFAR-10 network of first_verdict (a: attacked, b: its clean twin), two precisions.
-FILES = tuple(
-    (f"cifar10-{kind}{seed}", scheme) for seed in (0, 1, 2) for kind in "ab" for scheme in ("fp32", "int8-static")
-)
+Precision = Literal["fp32"] | Scheme
+SCHEMES: tuple[Precision, ...] = ("fp32", "int8-static")
+FILES = tuple((f"cifar10-{kind}{seed}", scheme) for seed in (0, 1, 2) for kind in "ab" for scheme in SCHEMES)
 EXHAUSTIVE = "neural-cleanse:budget=quick,restarts=4"
 SPECS = {"exhaustive": EXHAUSTIVE, "screened": f"{EXHAUSTIVE},scheduler=screened"}
 
 
-def make_file(name: str, scheme: str, data: str = "cifar10") -> Path:
+def make_file(name: str, scheme: Precision, data: str = "cifar10") -> Path:
     model = MODELS / f"{name}.onnx"
     if scheme == "fp32":
         return model
@@ -65,7 +65,7 @@ def record(name: str, scheme: str, mode: str, report: Report) -> dict[str, Any]:
     }
 
 
-def scan(name: str, scheme: str, mode: str) -> dict[str, Any]:
+def scan(name: str, scheme: Precision, mode: str) -> dict[str, Any]:
     job = Job(
         model=str(make_file(name, scheme)),
         data=str(DATA / "cifar10"),

@@ -42,6 +42,13 @@ Operator = tuple[str, str]
 Verdict = Literal["agrees", "differs", "refused", "unregistered"]
 VARIANTS = ("live", "weights", "folded")
 NEEDS_CONSTANT = "is not a constant"
+REFUSALS: tuple[type[Exception], ...] = (
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+    *RUNTIME_ERRORS,
+    ValueError,
+    TypeError,
+)
 SMALLEST = 1e-6
 """Absolute difference that float outputs may have beside the case's own relative one."""
 
@@ -242,7 +249,7 @@ def _runtime_answers(model: onnx.ModelProto, case: NodeCase) -> list[Array] | No
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         feeds = {value.name: np.asarray(given) for value, given in zip(model.graph.input, case.inputs, strict=True)}
         answers: list[Array] = session.run(None, feeds)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *RUNTIME_ERRORS, ValueError, TypeError):
+    except REFUSALS:
         return None
     return answers
 
