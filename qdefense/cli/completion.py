@@ -22,8 +22,10 @@ _NAMED_BY = {
     ("calibrate", "--defense"): ("defenses/scans",),
     ("repair", "--method"): ("defenses/repairs",),
     ("train", "--attack"): ("attacks",),
+    ("attacks", "attacks"): ("attacks",),
+    ("defenses", "defenses"): ("defenses/scans", "defenses/dataset", "defenses/filters", "defenses/repairs"),
 }
-"""Folders of the classes that an option names, by command and option."""
+"""Folders of the classes that an option names, or the word behind a command: by command and the word before."""
 
 
 def registered_in(*folders: str) -> list[str]:
@@ -42,7 +44,7 @@ class _Names(ShellComplete):
         if incomplete.startswith("--") and "=" in incomplete:
             option, _, begun = incomplete.partition("=")
         folders = _NAMED_BY.get((args[0] if args else "", option))
-        if folders is None:
+        if folders is None or begun.startswith("-"):
             return super().get_completions(args, incomplete)
         return [CompletionItem(name) for name in registered_in(*folders) if name.startswith(begun)]
 

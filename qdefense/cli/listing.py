@@ -1,14 +1,21 @@
-"""What `qdefense attacks` and `qdefense defenses` show: name, kind, paper, needs, settings with their defaults."""
+"""What `qdefense attacks` and `qdefense defenses` show: name, kind, paper, needs, settings with their defaults.
+
+Of one that is named also what its module says of it: how it works, and where it is not as published.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import click
 from pydantic import TypeAdapter
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,15 +23,81 @@ from qdefense.cli.options import UNLIMITED, output_console, output_width, write_
 from qdefense.registry import Registry, flat_settings
 
 About = Callable[[Any], dict[str, Any]]
+_ITEM = re.compile(r"\n(?=- )")
+_BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+
+name_argument = click.argument("spec", metavar="[NAME[:key=value,...]]", required=False)
+"""One to be explained, with these settings."""
 
 
-def show_registered(registry: Registry[Any], about: About, format_: str) -> None:
-    """Print everything in a registry; ``about`` says of one entry its ``needs``, and further facts for the JSON."""
+def show_registered(registry: Registry[Any], about: About, format_: str, spec: str | None) -> None:
+    """Print everything in a registry, or explain one entry; ``about`` says its ``needs``, and further facts.
+
+    Raises:
+        SpecError: there is no such entry, or no such setting.
+    """
+    if spec is not None:
+        _explain(registry.create(spec), about, format_)
+        return
     entries = [_entry(registry.create(name), about) for name in registry.names()]
     if format_ == "json":
         write_json(json.dumps(entries, indent=2))
     else:
         output_console().print(_table(registry.kind, entries, narrow=output_width() < UNLIMITED))
+
+
+def _explain(example: Any, about: About, format_: str) -> None:
+    cls = type(example)
+    entry = _entry(example, about)
+    blocks = [*_blocks(sys.modules[cls.__module__]), *_blocks(cls)]
+    if format_ == "json":
+        explanation = "\n\n".join("\n".join(lines) for lines in blocks)
+        write_json(json.dumps(entry | {"explanation": explanation}, indent=2))
+        return
+    console = output_console()
+    kind = entry.get("kind") or entry["label_policy"]
+    console.print(Text(f"{entry['name']} ({kind}): {entry['paper']}", style="bold"))
+    console.print(Text(f"Needs: {', '.join(entry['needs'])}."))
+    if entry.get("evades"):
+        console.print(Text(f"Reported to evade: {', '.join(entry['evades'])}."))
+    for lines in blocks:
+        console.print(Text())
+        _print_block(console, lines)
+    console.print(Text())
+    console.print(_settings_table(entry["settings"]))
+
+
+def _blocks(documented: object) -> Iterator[list[str]]:
+    """Paragraphs of a docstring, each a line, and the items of its lists; without the marks of code."""
+    for block in (inspect.getdoc(documented) or "").split("\n\n"):
+        yield [" ".join(item.replace("``", "").split()) for item in _ITEM.split(block)]
+
+
+def _print_block(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(*(("-", Text(line[2:])) if line.startswith("- ") else (Text(line),)))
+        console.print(grid)
+
+
+def _settings_table(settings: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("may be", overflow="fold")
+    for key, schema in settings.items():
+        value = "(unset)" if schema["default"] is None else f"{schema['default']}"
+        table.add_row(key.replace("_", "-"), Text(value), Text(_allowed(schema)))
+    return table
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """``whole, from 1`` or ``from 0 to 1``; choices by name; nothing of a text."""
+    known = next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
+    if "enum" in known:
+        return ", ".join(map(str, known["enum"]))
+    bounds = " ".join(f"{word} {known[key]:.6g}" for key, word in _BOUNDS.items() if key in known)
+    return f"whole, {bounds}".rstrip(", ") if known.get("type") == "integer" else bounds
 
 
 def _entry(example: Any, about: About) -> dict[str, Any]:

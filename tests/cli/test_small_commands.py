@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -116,6 +117,42 @@ def test_defenses_shows_the_kind_below_the_name(capfd: Capture) -> None:
         assert lines[place + 1].startswith(DEFENSES.create(name).kind)
 
 
+@pytest.mark.parametrize("command", LISTINGS)
+def test_a_name_is_explained_in_the_words_of_its_module(
+    capfd: Capture, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in LISTINGS[command].names():
+        cls = type(LISTINGS[command].create(name))
+        text = ran(capfd, command, name)
+        assert max(map(len, text.splitlines())) <= 80
+        assert "``" not in text
+        assert text.startswith(f"{name} (")
+        words = " ".join(text.split())
+        for documented in (sys.modules[cls.__module__], cls):
+            for word in (inspect.getdoc(documented) or "").replace("``", "").split():
+                assert word in words
+        for field in dataclasses.fields(cls):
+            assert f"\n{field.name.replace('_', '-')} " in text
+
+
+def test_an_explanation_shows_the_settings_that_were_given_and_what_they_may_be(capfd: Capture) -> None:
+    lines = [line.split(maxsplit=2) for line in ran(capfd, "attacks", "cassock:variant=cont,size=7").splitlines()]
+    assert ["size", "7", "whole, from 1"] in lines
+    assert ["variant", "cont", "source-specific, trans, cont, comp"] in lines
+    assert ["cover-rate", "0.05", "from 0 to 1"] in lines
+    assert ["poison-count", "(unset)", "whole, from 0"] in lines
+    assert ["amplitude", "0.56", "above 0 to 1"] in lines
+    found = json.loads(ran(capfd, "defenses", "strip", "--format", "json"))
+    assert found["name"] == "strip"
+    assert "\n- Superimposing is x + overlay, as the code does it" in found["explanation"]
+
+
+def test_a_name_that_is_not_known_is_exit_2(capfd: Capture) -> None:
+    assert run(["attacks", "dfa"]) == 2
+    assert "there is no attack 'dfa'; did you mean 'dfb'?" in capfd.readouterr().err
+
+
 def test_defenses_gives_needs_and_settings_as_json(capfd: Capture) -> None:
     found = {entry["name"]: entry for entry in json.loads(ran(capfd, "defenses", "--format", "json"))}
     scan = found["neural-cleanse"]
@@ -194,6 +231,8 @@ NAMES = {
     "audit model.onnx --defense fine": [],
     "calibrate a.onnx --defense ": ["neural-cleanse"],
     "repair a.onnx --method ": ["fine-pruning"],
+    "attacks ht": ["htba"],
+    "defenses s": ["spectral-signatures", "strip"],
     "completion ba": ["bash"],
 }
 
