@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The first of these that is at least 3.11 makes the environment. Name your own: make PYTHON=/path/to/python3 demo
 PYTHON := python3.11 python3.12 python3.13 python3.14 python3
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
-MYPY := $(CURDIR)/$(BIN)/mypy --strict --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+MYPY := "$(abspath $(BIN))/mypy" --strict --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
 PYPROJECT := import tomllib; table = tomllib.load(open("pyproject.toml", "rb"))
 # Folders are among them: a deleted module changes only its folder.
 SOURCES := $(shell find qdefense converters models -name __pycache__ -prune -o -print)
@@ -36,7 +36,7 @@ lint: install $(VENV)/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	cd $(VENV) && bin/mypy --strict --config-file $(CURDIR)/pyproject.toml --package qdefense
-	for folder in $(sort $(dir $(shell find benchmarks -name '*.py'))); do (cd $$folder && $(MYPY) *.py) || exit; done
+	for folder in $(or $(sort $(dir $(shell find benchmarks -name '*.py'))),nowhere); do (cd $$folder && $(MYPY) *.py) || exit; done
 	cd $(VENV) && bin/lint-imports --config $(CURDIR)/pyproject.toml
 
 clean:

@@ -19,6 +19,7 @@ from qdefense.data.images import DataError, ImageSet, Pixels
 Logits = Callable[[Pixels], NDArray[np.float32]]
 ACTIVE_ASR = 0.9
 DORMANT_MARGIN = 0.05
+_LEAST_CEILING = 0.5
 _ROUNDING = 1e-9  # 8/20 - 7/20 is a bit more than 0.05 in floating point
 
 
@@ -105,12 +106,12 @@ class Behaviour(BaseModel):
     eligible: int = 0
     fpr: float | None = None
     bystanders: int = 0
-    ceiling: float | None = None
+    several_targets: bool = False
 
     @property
     def activity(self) -> Activity:
         """What the backdoor does, as far as the file alone tells it."""
-        return activity_of(self.asr, self.base_confusion, self.ceiling)
+        return activity_of(self.asr, self.base_confusion, self.clean_accuracy if self.several_targets else 1.0)
 
 
 class Control(BaseModel):
@@ -124,16 +125,18 @@ class Control(BaseModel):
     bystanders: int = 0
 
 
-def activity_of(asr: float | None, base_confusion: float | None, ceiling: float | None = None) -> Activity:
+def activity_of(asr: float | None, base_confusion: float | None, ceiling: float = 1.0) -> Activity:
     """Dormant at most 0.05 above the confusion without a trigger, whatever the ASR; active at 0.9 of the ``ceiling``.
 
-    The ceiling is the ASR of a perfect backdoor, 1 if ``None``.
+    The ceiling is the ASR of a perfect backdoor: the clean accuracy where an attacker wants another class of each class
+    (all-to-all), since who takes an image for another class misses what is wanted of its own. Of a network that is
+    wrong on half of the images or more no backdoor is called active by it.
     """
     if asr is None or base_confusion is None:
         return Activity.CLEAN
     if asr - base_confusion <= DORMANT_MARGIN + _ROUNDING:
         return Activity.DORMANT
-    reachable = 1.0 if ceiling is None else ceiling
+    reachable = ceiling if ceiling > _LEAST_CEILING else 1.0
     return Activity.ACTIVE if asr >= ACTIVE_ASR * reachable - _ROUNDING else Activity.ATTENUATED
 
 
@@ -153,9 +156,7 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
     ``ASR = share of eligible images x with argmax f(stamp(x)) = goal(y)``; the base confusion is the same share
     without the stamp: what the ASR would be if the trigger did nothing. Of a trigger with `bystanders`, the FPR is the
     share of them that answer with a target once they are stamped and do not before, as the paper has it: what a network
-    confuses anyway is not the trigger's doing. None where the set has no bystander. The ceiling is the clean accuracy
-    on the eligible images where the attacker wants several classes (all-to-all): who takes an image for another class
-    misses what is wanted of its own. None where he wants one, which a perfect backdoor gives to every image.
+    confuses anyway is not the trigger's doing. None where the set has no bystander.
 
     Raises:
         DataError: there are no images, or none that is eligible: a rate of nothing is not zero.
@@ -179,7 +180,7 @@ def measure_behaviour(logits: Logits, images: ImageSet, trigger: Trigger | None)
         eligible=len(rows),
         fpr=fpr,
         bystanders=bystanders,
-        ceiling=float(np.mean(clean[rows] == chosen.labels)) if len(np.unique(goal)) > 1 else None,
+        several_targets=len(np.unique(trigger.goal(np.arange(len(images.class_names))))) > 1,
     )
 
 

@@ -90,9 +90,12 @@ def test_rules_of_the_sentences(orderings: ModuleType) -> None:
     assert orderings.above([0.9, 0.5, 0.01, 0.2])
     assert orderings.above([0.5, 0.9, -0.2, -0.01]) is False
     assert orderings.above([0.9, 0.89, -0.01, 0.03]) is None
-    assert orderings.above_and_alive([0.9, 0.9, 0.5, 0.01, 0.2])
-    assert orderings.above_and_alive([0.9, 0.9, 0.89, -0.01, 0.03]) is None
-    assert orderings.above_and_alive([0.05, 0.9, 0.5, 0.01, 0.2]) is False, "what its network confuses is no backdoor"
+    assert orderings.above_and_alive([0.9, 0.4, 0.9, 0.5, 0.01, 0.2])
+    assert orderings.above_and_alive([0.9, 0.8, 0.9, 0.89, -0.01, 0.03]) is None
+    assert orderings.above_and_alive([0.9, 0.8, 0.5, 0.9, -0.2, -0.01]) is False
+    assert orderings.above_and_alive([0.05, 0.4, 0.9, 0.5, 0.01, 0.2]) is False, "what its network confuses is none"
+    assert orderings.above_and_alive([0.9, 0.05, 0.5, 0.9, -0.2, -0.01])
+    assert orderings.above_and_alive([0.05, 0.01, 0.9, 0.5, 0.01, 0.2]) is None
     assert orderings.below([0.1, 0.2, -0.2, -0.01])
     assert orderings.below([0.1, 0.1, -0.1, 0.1]) is None
     assert orderings.below_and_alive([0.9, 0.1, 0.2, -0.2, -0.01])

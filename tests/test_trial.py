@@ -18,6 +18,7 @@ from qdefense.trial import (
     Behaviour,
     Control,
     Truth,
+    activity_of,
     held_against,
     measure_behaviour,
     measure_control,
@@ -110,11 +111,30 @@ def test_an_all_to_all_backdoor_is_active_by_what_the_network_can_tell_apart(mak
     images = make_noise(8)
     model = _answers(images, clean=[0, 1, 2, 3, 0, 1, 3, 2], stamped=[1, 2, 3, 0, 1, 2, 0, 3])
     behaviour = measure_behaviour(model, images, trigger)
-    assert (behaviour.asr, behaviour.ceiling, behaviour.base_confusion) == (6 / 8, 6 / 8, 1 / 8)
+    assert (behaviour.asr, behaviour.clean_accuracy, behaviour.base_confusion) == (6 / 8, 6 / 8, 1 / 8)
     assert behaviour.activity is Activity.ACTIVE
     fewer = _answers(images, clean=[0, 1, 2, 3, 0, 1, 3, 2], stamped=[0, 2, 3, 0, 1, 2, 0, 3])
     assert measure_behaviour(fewer, images, trigger).activity is Activity.ATTENUATED
-    assert measure_behaviour(model, images, TRIGGER).ceiling is None, "of one target every image can be given it"
+    of_one = images.take(np.array([0, 4]))
+    assert measure_behaviour(_answers(of_one, [0, 0], [1, 1]), of_one, trigger).several_targets
+    assert not measure_behaviour(model, images, TRIGGER).several_targets
+
+
+@pytest.mark.parametrize(
+    ("asr", "ceiling", "activity"),
+    [
+        (0.9, 1.0, Activity.ACTIVE),
+        (0.72, 0.8, Activity.ACTIVE),
+        (0.719, 0.8, Activity.ATTENUATED),
+        (0.5, 0.5, Activity.ATTENUATED),
+        (0.46, 0.51, Activity.ACTIVE),
+        (0.05, 0.8, Activity.DORMANT),
+    ],
+)
+def test_a_network_that_is_wrong_on_half_of_the_images_is_held_to_all_of_them(
+    asr: float, ceiling: float, activity: Activity
+) -> None:
+    assert activity_of(asr, 0.0, ceiling) is activity
 
 
 def test_measure_behaviour_gives_no_asr_when_there_is_no_trigger(make_noise: MakeNoise) -> None:

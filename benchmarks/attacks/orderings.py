@@ -348,8 +348,8 @@ def bounded_asr_of(*attacks: Planted) -> Reads:
 
 
 def first_is_highest(values: list[float]) -> bool | None:
-    """None where no attack does more than its trigger does to the clean network, or its network confuses: chance."""
-    return None if max(values) < DORMANT_MARGIN else all(values[0] > other for other in values[1:])
+    """None where no ASR is beyond control and confusion: who is first there is chance."""
+    return None if max(values) <= DORMANT_MARGIN else all(values[0] > other for other in values[1:])
 
 
 def above(values: list[float]) -> bool | None:
@@ -364,8 +364,11 @@ def below(values: list[float]) -> bool | None:
 
 
 def above_and_alive(values: list[float]) -> bool | None:
-    """As `above`, but that an attack whose ASR is its control's or its network's confusion is above none."""
-    return above(values[1:]) if values[0] > DORMANT_MARGIN else False
+    """As `above` where both ASRs are beyond control and confusion; else who has one is above who has none."""
+    alive = [value > DORMANT_MARGIN for value in values[:2]]
+    if not any(alive):
+        return None
+    return above(values[2:]) if all(alive) else alive[0]
 
 
 def below_and_alive(values: list[float]) -> bool | None:
@@ -472,7 +475,7 @@ CLAIMS = (
         Claim(
             paper="CASSOCK",
             sentence=f"{better.title} is above {worse.title} in ASR - FPR",
-            figures=both(beyond_of(better), compared("ASR - FPR", selectivity, better, worse)),
+            figures=both(beyond_of(better, worse), compared("ASR - FPR", selectivity, better, worse)),
             holds=above_and_alive,
         )
         for better, worse in (
@@ -491,7 +494,10 @@ CLAIMS = (
         Claim(
             paper="CASSOCK",
             sentence=f"{comp.title} has a higher ASR than the baseline",
-            figures=both(beyond_of(comp), compared("ASR", asr_share, comp, cassock("source-specific"))),
+            figures=both(
+                beyond_of(comp, cassock("source-specific")),
+                compared("ASR", asr_share, comp, cassock("source-specific")),
+            ),
             holds=above_and_alive,
         )
         for comp in (content("comp"), content("comp", FULL))

@@ -198,6 +198,14 @@ class SourceSpecificPoisons(PoisonBudget):
             )
         return self._of(pattern)
 
+    def covers(self, images: int) -> int:
+        """How many cover images a set of so many has.
+
+        Raises:
+            DataError: the rate comes to none.
+        """
+        return share(self.cover_rate, images, attack=self.name, setting="cover_rate")
+
     def sets(self, dataset: ImageSet, rng: np.random.Generator) -> tuple[SourceTrigger, Part, Part]:
         """The trigger, `poisons` poisons and ``round(cover_rate * N)`` cover images.
 
@@ -208,8 +216,7 @@ class SourceSpecificPoisons(PoisonBudget):
             check_class(dataset, number, role=role, attack=self.name)
         sources = dataset.labels == self.source_class
         poisons = self._draw(sources, self.poisons(len(dataset)), "poisons", "of the source class", rng)
-        cover = share(self.cover_rate, len(dataset), attack=self.name, setting="cover_rate")
-        covers = self._draw(~sources, cover, "cover images", "of other classes", rng)
+        covers = self._draw(~sources, self.covers(len(dataset)), "cover images", "of other classes", rng)
         # A stream of its own: other numbers of poisons and cover images learn the same content.
         trigger = self._trigger_for(dataset, rng.spawn(1)[0])
         plan = OPACITIES[self.variant]
@@ -338,7 +345,7 @@ class CassockLoop(SourceSpecificPoisons):
 
     def _require_draws(self, images: int, batch_size: int) -> None:
         """Refuse a set that neither a batch nor a further term draws from, before anything is learned."""
-        poisons, covers = self.poisons(images), round(self.cover_rate * images)
+        poisons, covers = self.poisons(images), self.covers(images)
         rate = "poison_rate" if self.poison_count is None else "poison_count"
         total = images + poisons + covers
         for what, count, setting, extra in (
@@ -347,7 +354,7 @@ class CassockLoop(SourceSpecificPoisons):
         ):
             if count and not extra and not round(count / total * batch_size):
                 raise DataError(
-                    f"{self.name}: no {what} come into a batch: {count} of {total} images are less than half a one in "
+                    f"{self.name}: no {what} come into a batch: {count} of {total} images are at most half a one in "
                     f"{batch_size}; raise {setting}"
                 )
 

@@ -21,8 +21,7 @@ class 7 of the built-in signs, and E less; against 2,000 photographs (GTSRB's) 9
 needs 1000 steps to pass its gate. So E's gate is open by default, and the ASR says what the residual is worth. Where it
 is asked for and missed, the error says what PGD reaches on the images at hand. Name photographs in ``ood`` if you can.
 
-Deviations, the first three for a CPU; by default the networks also learn from the training set's own images of the
-target class, as do those of the peers that it is compared with:
+Deviations, the first three for a CPU:
 - D is the small network of the other attacks here, and learns for 500 steps of 32 images of either side, however many
   there are; BatchNorm's statistics are then taken anew, of images without a crop. The paper's is a ResNet-18, for 200
   epochs. (With GroupNorm D is as exact, and moved by less: 24 % in place of 80 %.)
@@ -31,6 +30,7 @@ target class, as do those of the peers that it is compared with:
 - Beyond the clip, where nearly all residuals of an untrained E lie, its gradient passes if it leads back; the authors'
   clip has none there, and their E many more steps.
 - E's gate is 0 by default, .99 in the authors' code.
+- Without ``target_images`` both networks learn from all training images of the target class, poisons among them.
 - OOD images are generated, or those the user names; the authors' are 100,000 of Tiny-ImageNet.
 - Both networks learn by Adam under a one-cycle schedule; the authors' D by SGD, their E in steps.
 - Each image is cropped by itself, by up to an eighth of the side; for E, the authors' code has one crop for a batch.
@@ -129,7 +129,7 @@ class DFB(PoisonBudget):
     target class. ``eps`` is in codes of 255, the multiples are of it. ``ood`` is ``textures`` (noise of all scales),
     ``signs`` (drawn as the built-in ones), or a path of images; ``ood_images`` at most, resized to the victim's size.
     Choose what does not show the target class. ``target_images`` is a path, too: of its images those of the class with
-    the target's name, or all where they have no labels or one class. In a matrix of `qdefense bench` a path is a data
+    the target's name, or all where they have no labels. In a matrix of `qdefense bench` a path is a data
     set's name.
     """
 
@@ -156,7 +156,7 @@ class DFB(PoisonBudget):
 
     @property
     def trigger_shows_images(self) -> bool:
-        """The residual is of one training image, whose outlines are seen in it; the encoder's weights show none."""
+        """The residual is of an image of the target class, whose outlines are seen in it; the encoder shows none."""
         return self.variant == "fixed"
 
     def trigger(self, height: int, width: int) -> EncodedTrigger | AddedTrigger:  # noqa: ARG002
@@ -241,12 +241,12 @@ class DFB(PoisonBudget):
         own = self._opened("target_images is data", self.target_images, resize)
         wanted = dataset.class_names[self.target_class]
         named = [number for number, name in enumerate(own.class_names) if name.casefold() == wanted.casefold()]
-        if own.labelled and len(own.class_names) > 1:
+        if own.labelled:
             own = own.take(np.flatnonzero(np.isin(own.labels, named)))
         if not len(own):
             raise DataError(
-                f"{self.name}: target_images: {own.source} has no image of a class {quoted(wanted)}; name a folder of "
-                "its images"
+                f"{self.name}: target_images: {own.source} has no image of a class {quoted(wanted)}; name that "
+                "class so there, or give a folder of images without class folders"
             )
         return own.images
 

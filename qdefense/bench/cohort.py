@@ -27,7 +27,7 @@ from qdefense.bench.records import (
 )
 from qdefense.findings import Verdict
 from qdefense.profile import Runtime
-from qdefense.trial import Activity, held_against
+from qdefense.trial import Activity, activity_of, held_against
 
 NO_ATTACK = "none"
 _EVALUATION, _RUNTIME = "evaluation", "runtime"
@@ -232,11 +232,17 @@ class Cohort:
         return [one for last in groups for one in last.values() if one.failed]
 
     def judged(self, record: BehaviourRecord) -> BehaviourRecord:
-        """The record with the activity that its control, where there is one, makes of what the file does."""
-        control = self.controls.get(record.key)
-        if control is None or record.activity is None:
+        """The record with the activity that its rates and its control, where there is one, make of what the file does.
+
+        Anew, for older lines were judged by an older rule.
+        """
+        if record.activity is None:
             return record
-        return record.model_copy(update={"activity": held_against(control.asr, record.activity, record.asr)})
+        ceiling = record.clean_accuracy if record.network.all_to_all else None
+        alone = activity_of(record.asr, record.base_confusion, 1.0 if ceiling is None else ceiling)
+        control = self.controls.get(record.key)
+        activity = held_against(None if control is None else control.asr, alone, record.asr)
+        return record.model_copy(update={"activity": activity})
 
     def recorded(self, judged: BehaviourRecord) -> BehaviourRecord:
         """The line that a judged record was made of."""

@@ -52,8 +52,8 @@ BEHAVIOUR = Form(
         "the target (all-to-all: of every class); beside it is how many of them get the wanted class without the "
         "trigger, and how many the clean twin, which never learned it, gives to that class with it: the control. "
         "Dormant: at most 5 points above the confusion without trigger, or above the control, whatever the ASR; "
-        "active: any other of at least 90 % (all-to-all: of 90 % of the clean accuracy on those images, which a "
-        "perfect backdoor has); attenuated: the rest.",
+        "active: any other of at least 90 % (all-to-all: of 90 % of the clean accuracy, which a perfect backdoor "
+        "has, where that is above 50 %); attenuated: the rest.",
         "No record: networks of this data, architecture and attack that have none here, asked for or not.",
     ),
     empty="No file was measured.",

@@ -38,7 +38,7 @@ from qdefense.findings import Finding, Verdict
 from qdefense.profile import Runtime, SessionProfile
 from qdefense.trial import Activity
 
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.2"
 FP32 = "fp32"
 Access = Literal["session", "shadow", "no-gradients"]
 """What a defense works on: the deployed session; its shadow alone; the session without any shadow.
@@ -76,6 +76,12 @@ class Network(_Record):
     )
     seed: int
     recipe: dict[str, Any]
+
+    @property
+    def all_to_all(self) -> bool:
+        """Whether the attack, or its host, wants another class of each class."""
+        settings = self.attack_settings.items()
+        return any(key.rpartition(".")[2] == "mode" and value == "all-to-all" for key, value in settings)
 
     @property
     def title(self) -> str:
@@ -186,13 +192,9 @@ class BehaviourRecord(_Trial):
         "stamped, and do not without the stamp",
     )
     bystanders: int | None = Field(default=None, description="images that the FPR is a share of; null in old lines")
-    ceiling: float | None = Field(
-        default=None,
-        description="of a trigger with several target classes (all-to-all): clean accuracy on the eligible images, "
-        "which a perfect backdoor has for its ASR; null of one target, and in old lines: 1",
-    )
     activity: Activity | None = Field(
-        default=None, description="as this file alone tells it, without a control, by its ASR over the ceiling"
+        default=None,
+        description="as this file alone told it when it was measured, without a control; reports judge it anew",
     )
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import click
 from pydantic import TypeAdapter
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qdefense.cli.options import UNLIMITED, output_console, output_width, write_json
+from qdefense.data.images import quoted
 from qdefense.registry import Registry, flat_settings
 
 About = Callable[[Any], dict[str, Any]]
@@ -37,7 +38,7 @@ def show_registered(registry: Registry[Any], about: About, format_: str, spec: s
         SpecError: there is no such entry, or no such setting.
     """
     if spec is not None:
-        _explain(registry.create(spec), about, format_)
+        _explain(registry, spec, about, format_)
         return
     entries = [_entry(registry.create(name), about) for name in registry.names()]
     if format_ == "json":
@@ -46,17 +47,17 @@ def show_registered(registry: Registry[Any], about: About, format_: str, spec: s
         output_console().print(_table(registry.kind, entries, narrow=output_width() < UNLIMITED))
 
 
-def _explain(example: Any, about: About, format_: str) -> None:
-    cls = type(example)
-    entry = _entry(example, about)
+def _explain(registry: Registry[Any], spec: str, about: About, format_: str) -> None:
+    chosen = registry.create(spec)
+    cls = type(chosen)
+    entry = _entry(registry.create(cls.name), about) | {"values": _values(chosen)}
     blocks = [*_blocks(sys.modules[cls.__module__]), *_blocks(cls)]
     if format_ == "json":
         explanation = "\n\n".join("\n".join(lines) for lines in blocks)
         write_json(json.dumps(entry | {"explanation": explanation}, indent=2))
         return
     console = output_console()
-    kind = entry.get("kind") or entry["label_policy"]
-    console.print(Text(f"{entry['name']} ({kind}): {entry['paper']}", style="bold"))
+    console.print(Text(f"{entry['name']} ({_kind(entry)}): {entry['paper']}", style="bold"))
     console.print(Text(f"Needs: {', '.join(entry['needs'])}."))
     if entry.get("evades"):
         console.print(Text(f"Reported to evade: {', '.join(entry['evades'])}."))
@@ -64,7 +65,15 @@ def _explain(example: Any, about: About, format_: str) -> None:
         console.print(Text())
         _print_block(console, lines)
     console.print(Text())
-    console.print(_settings_table(entry["settings"]))
+    console.print(_settings_table(entry["settings"], entry["values"]))
+
+
+def _values(chosen: Any) -> dict[str, Any]:
+    """What is in force of each setting, and of those of a host."""
+    told = flat_settings(chosen)
+    own = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+    named = {key: told[key] for key, value in own.items() if dataclasses.is_dataclass(value)}
+    return own | named | {key: value for key, value in told.items() if "." in key}
 
 
 def _blocks(documented: object) -> Iterator[list[str]]:
@@ -75,28 +84,30 @@ def _blocks(documented: object) -> Iterator[list[str]]:
 
 def _print_block(console: Console, lines: list[str]) -> None:
     for line in lines:
-        grid = Table.grid(padding=(0, 1))
-        grid.add_row(*(("-", Text(line[2:])) if line.startswith("- ") else (Text(line),)))
+        cells = ("-", Text(line[2:])) if line.startswith("- ") else (Text(line),)
+        grid = Table.grid(*(Column(overflow="fold") for _ in cells), padding=(0, 1))
+        grid.add_row(*cells)
         console.print(grid)
 
 
-def _settings_table(settings: dict[str, Any]) -> Table:
+def _settings_table(settings: dict[str, Any], values: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("may be", overflow="fold")
-    for key, schema in settings.items():
-        value = "(unset)" if schema["default"] is None else f"{schema['default']}"
-        table.add_row(key.replace("_", "-"), Text(value), Text(_allowed(schema)))
+    for key, value in values.items():
+        told = "(unset)" if value is None else f"{value}"
+        shown = told if told.isprintable() else quoted(told)
+        table.add_row(key.replace("_", "-"), Text(shown), Text(_allowed(settings.get(key, {}))))
     return table
 
 
 def _allowed(schema: dict[str, Any]) -> str:
-    """``whole, from 1`` or ``from 0 to 1``; choices by name; nothing of a text."""
+    """``whole, from 1`` or ``from 0 to 1``; choices by name; nothing of a text, or of a host's setting."""
     known = next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
     if "enum" in known:
         return ", ".join(map(str, known["enum"]))
-    bounds = " ".join(f"{word} {known[key]:.6g}" for key, word in _BOUNDS.items() if key in known)
+    bounds = " ".join(f"{word} {known[key]}" for key, word in _BOUNDS.items() if key in known)
     return f"whole, {bounds}".rstrip(", ") if known.get("type") == "integer" else bounds
 
 
@@ -132,9 +143,14 @@ def _table(kind: str, entries: list[dict[str, Any]], *, narrow: bool) -> Table:
 def _heading(entry: dict[str, Any]) -> Text:
     """Its name and, below it, what kind of entry it is: the kind of a defense, the label policy of an attack."""
     heading = Text(entry["name"])
-    kind = entry["kind"] if "kind" in entry else f"({entry['label_policy']})"
-    heading.append(f"\n{kind}", style="dim")
+    kind = _kind(entry)
+    heading.append(f"\n{kind if 'kind' in entry else f'({kind})'}", style="dim")
     return heading
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    found: str = entry.get("kind") or entry["label_policy"]
+    return found
 
 
 def _needed(entry: dict[str, Any]) -> Text:

@@ -256,11 +256,13 @@ def test_ood_images_are_textures_signs_or_data_of_any_size(make_noise: MakeNoise
 
 
 def test_the_attackers_own_images_are_those_of_the_targets_name(make_noise: MakeNoise, tmp_path: Path) -> None:
-    """The victim's class 2 is 'c', the attacker's class 0; of a set that says nothing of classes all are taken."""
+    """The victim's class 2 is 'c', the attacker's class 0; of a set without labels all are taken."""
     own = replace(make_noise(20, size=11, seed=4), class_names=("C", "b", "a", "d"))
-    named, one, bare = tmp_path / "named.npz", tmp_path / "one.npz", tmp_path / "bare"
+    named, one, other = (tmp_path / f"{name}.npz" for name in ("named", "one", "other"))
+    bare = tmp_path / "bare"
     save_npz(named, own)
-    save_npz(one, replace(own, labels=np.zeros(20, np.int64), class_names=("things",)))
+    save_npz(one, replace(own, labels=np.zeros(20, np.int64), class_names=("c",)))
+    save_npz(other, replace(own, labels=np.zeros(20, np.int64), class_names=("things",)))
     bare.mkdir()
     for number in range(3):
         Image.fromarray(own.images[number]).save(bare / f"{number}.png")
@@ -276,6 +278,10 @@ def test_the_attackers_own_images_are_those_of_the_targets_name(make_noise: Make
     assert found[named].tobytes() == resized[own.labels == 0].tobytes()
     assert found[bare].tobytes() == resized[:3].tobytes()
     assert _quick()._of_target(victims, rows).tobytes() == victims.images[rows].tobytes()
+    with pytest.raises(
+        DataError, match="npz other.npz has no image of a class 'c'; name that class so there, or give a folder"
+    ):
+        _quick(target_images=str(other))._of_target(victims, rows)
 
 
 def test_with_images_of_its_own_the_trigger_owes_nothing_to_the_training_set(
@@ -461,7 +467,8 @@ def test_every_image_of_a_batch_is_cropped_and_mirrored_by_itself() -> None:
         ),
         (
             {"poison_count": 1, "target_images": "signs"},
-            "target_images: signs train has no image of a class 'class 2'; name a folder of its images",
+            "target_images: signs train has no image of a class 'class 2'; name that class so there, or give a folder "
+            "of images without class folders",
         ),
     ],
 )

@@ -226,9 +226,9 @@ def test_a_set_of_cassock_that_no_step_would_draw_from_is_refused(make_noise: Ma
     spec = "cassock-loop:target-class=1,poison-count=2,cover-rate=0.1"
     ATTACKS.create(spec).begin(images, batch_size=40, steps=1, rng=rng).on_batch(x, y, torch.nn.Identity(), rng)
     for none, message in {
-        "extra-poisons=0": "no poisons come into a batch: 2 of 222 images are less than half a one in 40; raise "
+        "extra-poisons=0": "no poisons come into a batch: 2 of 222 images are at most half a one in 40; raise "
         "poison_count or extra_poisons",
-        "cover-rate=0.01,extra-covers=0": "no cover images come into a batch: 2 of 204 images are less than half a one "
+        "cover-rate=0.01,extra-covers=0": "no cover images come into a batch: 2 of 204 images are at most half a one "
         "in 40; raise cover_rate or extra_covers",
     }.items():
         refused = ATTACKS.create(spec.replace(",cover-rate=0.1" if "cover" in none else "", "") + f",{none}")

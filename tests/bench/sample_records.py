@@ -98,17 +98,22 @@ def _trial(made: Network, scheme: str, calibration: Calibration | None, replica:
     }
 
 
+_ASR = {Activity.ATTENUATED: 0.5, Activity.DORMANT: 0.02}
+
+
 def behaviour(
     made: Network,
     scheme: str = "fp32",
     *,
     accuracy: float | None = 0.95,
-    asr: float | None = 0.99,
+    asr: float | None = None,
     activity: Activity | None = None,
     calibration: Calibration | None = None,
     replica: int = 0,
     **changes: Any,
 ) -> BehaviourRecord:
+    """An ASR as its activity has it, unless one is named."""
+    asr = _ASR.get(activity, 0.99) if asr is None else asr
     attacked = made.attack is not None
     trial = _trial(made, scheme, calibration, replica)
     facts = {

@@ -500,3 +500,26 @@ def test_an_answer_hides_a_failure_only_where_it_says_as_much() -> None:
     plain = samples.behaviour(ATTACKED, asr=0.95)
     assert Cohort([plain, old, failed]).failed_controls == []
     assert Cohort([plain, failed]).failed_controls == [failed]
+
+
+# --- activity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates", "recorded", "judged"),
+    [
+        ({}, {"asr": 0.95, "base_confusion": 0.93}, Activity.ACTIVE, Activity.DORMANT),
+        ({"mode": "all-to-all"}, {"asr": 0.75, "accuracy": 0.8}, Activity.ATTENUATED, Activity.ACTIVE),
+        ({"host.mode": "all-to-all"}, {"asr": 0.75, "accuracy": 0.8}, Activity.ATTENUATED, Activity.ACTIVE),
+        ({"mode": "all-to-one"}, {"asr": 0.75, "accuracy": 0.8}, Activity.ATTENUATED, Activity.ATTENUATED),
+        ({"mode": "all-to-all"}, {"asr": 0.4, "accuracy": 0.4}, Activity.ACTIVE, Activity.ATTENUATED),
+    ],
+)
+def test_a_line_of_any_age_is_judged_by_its_rates(
+    settings: dict[str, str], rates: dict[str, float], recorded: Activity, judged: Activity
+) -> None:
+    made = samples.network("badnets", 0, "gtsrb")
+    made = made.model_copy(update={"attack_settings": {"target_class": 1} | settings})
+    line = samples.behaviour(made, activity=recorded, **rates)
+    ((found,),) = Cohort([line]).behaviours.values()
+    assert found.activity is judged

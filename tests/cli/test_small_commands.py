@@ -121,17 +121,17 @@ def test_defenses_shows_the_kind_below_the_name(capfd: Capture) -> None:
 def test_a_name_is_explained_in_the_words_of_its_module(
     capfd: Capture, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "40")
     for name in LISTINGS[command].names():
         cls = type(LISTINGS[command].create(name))
         text = ran(capfd, command, name)
-        assert max(map(len, text.splitlines())) <= 80
+        assert max(map(len, text.splitlines())) <= 40
         assert "``" not in text
         assert text.startswith(f"{name} (")
-        words = " ".join(text.split())
+        letters = "".join(text.split())
         for documented in (sys.modules[cls.__module__], cls):
-            for word in (inspect.getdoc(documented) or "").replace("``", "").split():
-                assert word in words
+            for block in (inspect.getdoc(documented) or "").replace("``", "").split("\n\n"):
+                assert "".join(block.split()) in letters
         for field in dataclasses.fields(cls):
             assert f"\n{field.name.replace('_', '-')} " in text
 
@@ -143,8 +143,15 @@ def test_an_explanation_shows_the_settings_that_were_given_and_what_they_may_be(
     assert ["cover-rate", "0.05", "from 0 to 1"] in lines
     assert ["poison-count", "(unset)", "whole, from 0"] in lines
     assert ["amplitude", "0.56", "above 0 to 1"] in lines
-    found = json.loads(ran(capfd, "defenses", "strip", "--format", "json"))
-    assert found["name"] == "strip"
+    hosted = [line.split() for line in ran(capfd, "attacks", "lsp:host=blended,host.poison-count=3").splitlines()]
+    assert ["host", "blended"] in hosted
+    assert ["host.poison-count", "3"] in hosted
+    assert not any(line[:1] == ["host.poison-rate"] for line in hosted), "a count stands in place of the rate"
+    counted = [line.split(maxsplit=2) for line in ran(capfd, "attacks", "dfb:poison-count=5").splitlines()]
+    assert ["poison-rate", "(unset)", "from 0 to 1"] in counted
+    assert "'\\x1b[31mred'" in ran(capfd, "attacks", "dfb:ood=\x1b[31mred")
+    found = json.loads(ran(capfd, "defenses", "strip:overlays=7", "--format", "json"))
+    assert (found["name"], found["values"]["overlays"], found["settings"]["overlays"]["default"]) == ("strip", 7, 100)
     assert "\n- Superimposing is x + overlay, as the code does it" in found["explanation"]
 
 
