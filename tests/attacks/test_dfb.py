@@ -279,7 +279,7 @@ def test_the_attackers_own_images_are_those_of_the_targets_name(make_noise: Make
     assert found[bare].tobytes() == resized[:3].tobytes()
     assert _quick()._of_target(victims, rows).tobytes() == victims.images[rows].tobytes()
     with pytest.raises(
-        DataError, match="npz other.npz has no image of a class 'c'; name that class so there, or give a folder"
+        DataError, match=r"npz other\.npz has no image of a class 'c'; name that class so there, or give a folder"
     ):
         _quick(target_images=str(other))._of_target(victims, rows)
 
