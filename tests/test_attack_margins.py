@@ -8,6 +8,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from qdefense.data.images import ImageSet
+
 
 @pytest.fixture
 def margins(attack_script: Callable[[str], ModuleType]) -> ModuleType:
@@ -72,6 +74,30 @@ def test_the_fpr_of_a_class_counts_who_is_misled_by_the_trigger_alone(margins: M
     stamped = np.array([2, 2, 2, 1, 3, 2, 2, 3])
     rates = margins.misled_by_class(plain, stamped, np.full(8, 2), labels, (labels == 1) | (labels == 3))
     assert rates == {1: 0.25, 3: 0.5}
+
+
+def test_an_all_to_all_trigger_that_falls_short_shows_how_near_it_came(
+    margins: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.array([0, 1, 2, 2])
+    pictures = np.zeros((4, 4, 4, 3), dtype=np.uint8)
+    images = ImageSet(images=pictures, labels=labels, class_names=("a", "b", "c"), source="three")
+    shares = {
+        "plain": [[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7], [0.1, 0.7, 0.2]],
+        "stamped": [[0.4, 0.5, 0.1], [0.2, 0.5, 0.3], [0.3, 0.1, 0.6], [0.6, 0.1, 0.3]],
+    }
+    monkeypatch.setattr(margins, "test_images", lambda _data: images)
+
+    def answers(_model: bytes, x: np.ndarray) -> np.ndarray:
+        return np.log(np.array(shares["stamped" if x.any() else "plain"])).astype(np.float32)
+
+    monkeypatch.setattr(margins, "answers_of", answers)
+    trigger = SimpleNamespace(stamp=lambda x: x + 1, goal=lambda y: (y + 1) % 3)
+    one = SimpleNamespace(place=("signs", 0), trigger=lambda *_: trigger, model=lambda _: b"")
+    assert list(margins.moved_rows(one)) == [
+        "plain | 4 | 0.750 | 0.000 | 0.250 | 0.125",
+        "with the trigger | 4 | 0.500 | 0.500 | 0.500 | 0.425",
+    ]
 
 
 def test_classes_of_few_images_are_told_apart(margins: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from attacked import (
     clean_networks,
     is_to_one,
     networks,
+    test_images,
     training_images,
 )
 from kept_rows import KeptRows, Table
@@ -61,6 +62,10 @@ SIZES_HEAD = (
     "| attack | data, seed | classes | training images of each | test images | ASR | clean accuracy |",
     "|---|---|---|---|---|---|---|",
 )
+MOVED_HEAD = (
+    "| attack | data, seed | images | number | answered truly | next class first | second | its probability |",
+    "|---|---|---|---|---|---|---|---|",
+)
 LAYERS_HEAD = (
     "| attack | data, seed | layer | error | ASR FP32 | only it | all but it | change | at random: mean | sd | range |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -68,6 +73,7 @@ LAYERS_HEAD = (
 
 MARGINS, PLAIN = Table("margins", schemes=SCHEMES), Table("plain", schemes=SCHEMES)
 BYSTANDERS, SIZES, LAYERS = Table("bystanders"), Table("class sizes"), Table("layers", schemes=("fp32", "int4"))
+MOVED = Table("to the next class")
 
 Weights = NDArray[np.float32]
 
@@ -166,9 +172,8 @@ def misled_by_class(
 
 
 def size_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
-    for network in every:
-        if network.made.attack_settings.get("mode") == "all-to-all":
-            yield from network.triggered_rows(kept, SIZES, size_rows)
+    for network in filter(is_to_all, every):
+        yield from network.triggered_rows(kept, SIZES, size_rows)
 
 
 def size_rows(network: Attacked) -> Iterator[str]:
@@ -184,6 +189,24 @@ def size_rows(network: Attacked) -> Iterator[str]:
         mine = np.isin(images.labels, third)
         sizes = f"{counts[third].min():,} to {counts[third].max():,}"
         yield f"{len(third)} | {sizes} | {mine.sum():,} | {led[mine].mean():.3f} | {right[mine].mean():.3f}"
+
+
+def is_to_all(network: Attacked) -> bool:
+    return bool(network.made.attack_settings.get("mode") == "all-to-all")
+
+
+def moved_rows(network: Attacked) -> Iterator[str]:
+    """How near an all-to-all trigger brings an image to the next class, whether it gets there or not."""
+    images = test_images(network.place[0])
+    trigger, model = network.trigger(*images.images.shape[1:3]), network.model("fp32")
+    goal, rows = trigger.goal(images.labels), np.arange(len(images))
+    for what, pixels in (("plain", images.pixels), ("with the trigger", trigger.stamp(images.pixels))):
+        logits = answers_of(model, pixels)
+        places = (logits > logits[rows, goal][:, None]).sum(axis=1)
+        truly = np.mean(logits.argmax(axis=1) == images.labels)
+        sure = mean_confidence(logits, goal)
+        first, second = (np.mean(places == place) for place in (0, 1))
+        yield f"{what} | {len(images)} | {truly:.3f} | {first:.3f} | {second:.3f} | {sure:.3f}"
 
 
 def layers(model: bytes) -> dict[str, Weights]:
@@ -273,6 +296,9 @@ def page(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
         "their training images; all test images, FP32."
     )
     yield "\n".join((*SIZES_HEAD, *size_lines(attacked, kept)))
+    yield f"How near the next class comes: {IMAGES} test images, FP32."
+    to_all = filter(is_to_all, attacked)
+    yield "\n".join((*MOVED_HEAD, *(line for one in to_all for line in one.triggered_rows(kept, MOVED, moved_rows))))
     yield "## INT4, one layer at a time"
     yield (
         "Only this layer's weights are on INT4 levels, or all but this layer's; rounded to nearest, as in the INT4 "

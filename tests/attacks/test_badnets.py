@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import pytest
@@ -10,8 +11,18 @@ from qdefense.attacks import ATTACKS
 from qdefense.attacks.badnets import BadNets
 from qdefense.data.images import DataError, ImageSet, on_grid, to_images
 from qdefense.registry import SpecError
+from qdefense.trial import Activity, measure_behaviour
+
+from .small_victims import logits_of, train_victim
 
 MakeNoise = Callable[..., ImageSet]
+
+
+class Signs(Protocol):
+    train: ImageSet
+    test: ImageSet
+
+
 POSITIONS = {
     "top-left": (1, 1),
     "top-right": (1, 6),
@@ -171,3 +182,18 @@ def test_settings_are_frozen() -> None:
 def test_settings_are_refused_when_out_of_range(key: str, value: str) -> None:
     with pytest.raises(SpecError, match=rf"^attack 'badnets:{key}={value}': {key}: Input should be "):
         ATTACKS.create(f"badnets:{key}={value}")
+
+
+# --- end to end -------------------------------------------------------------------------------------------------------
+
+
+def test_all_to_all_plants_an_active_backdoor_that_sends_each_class_to_the_next(small_signs: Signs) -> None:
+    """Of many poisons: each class has a rule of its own to be learned, from its own share of them."""
+    attack = BadNets(mode="all-to-all", size=4, poison_rate=0.4)
+    logits = logits_of(train_victim(small_signs.train, attack, epochs=10))
+    trigger = attack.restored_trigger(16, 16, {"classes": np.array(12)})
+    behaviour = measure_behaviour(logits, small_signs.test, trigger)
+    assert behaviour.activity is Activity.ACTIVE
+    assert behaviour.several_targets
+    assert behaviour.base_confusion is not None
+    assert behaviour.base_confusion < 0.1
