@@ -39,7 +39,8 @@ from qdefense.session import DeployedSession, profile_for
 HERE = Path(__file__).parent
 MODEL = HERE / "first_verdict" / "results" / "gtsrb-a0.onnx"
 TRUTH = MODEL.with_suffix(".truth.json")
-FORMS: tuple[Literal["fp32"] | Scheme, ...] = ("fp32", "int8-static", "int8-dynamic")
+Precision = Literal["fp32"] | Scheme
+FORMS: tuple[Precision, ...] = ("fp32", "int8-static", "int8-dynamic")
 SUPERIMPOSITIONS: tuple[Superimposition, ...] = ("add", "blend")
 THREADS, SEED = 2, 0
 CLEAN_IMAGES, CALIBRATION_IMAGES, SCORED = 300, 256, 200
@@ -48,7 +49,7 @@ OFFLINE_ROWS = 64
 ROUNDS = Rounds(single_stream=60, offline=5, warm_up=2)
 
 
-def form_of(name: Literal["fp32"] | Scheme, train: ImageSet) -> bytes:
+def form_of(name: Precision, train: ImageSet) -> bytes:
     plain = MODEL.read_bytes()
     if name == "fp32":
         return plain
@@ -118,7 +119,7 @@ def memories(data: bytes, clean: ImageSet, x: Pixels) -> tuple[PeakMemory, ...]:
     return tuple(entry for entry in found if entry is not None)
 
 
-def measure(name: Literal["fp32"] | Scheme, clean: ImageSet, inputs: ImageSet, train: ImageSet) -> dict[str, Any]:
+def measure(name: Precision, clean: ImageSet, inputs: ImageSet, train: ImageSet) -> dict[str, Any]:
     data = form_of(name, train)
     session, fitted = fit(data, clean)
     x = inputs.pixels

@@ -106,7 +106,7 @@ class Behaviour(BaseModel):
     eligible: int = 0
     fpr: float | None = None
     bystanders: int = 0
-    several_targets: bool = False
+    several_targets: bool = Field(default=False, exclude=True)
 
     @property
     def activity(self) -> Activity:

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from qdefense.bench.records import Network
 from qdefense.data.images import ImageSet
 
 
@@ -18,7 +19,7 @@ def margins(attack_script: Callable[[str], ModuleType]) -> ModuleType:
 
 def network(attack: str | None, place: tuple[str, int] = ("signs", 0), **settings: object) -> SimpleNamespace:
     """What the tables ask of a network, with one file."""
-    made = SimpleNamespace(attack=attack, attack_settings=settings)
+    made = Network.model_construct(attack=attack, attack_settings=settings)
     return SimpleNamespace(made=made, files={"fp32": None}, place=place, title=attack or "none", model=lambda _: attack)
 
 

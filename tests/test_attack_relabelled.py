@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from qdefense.bench.records import Network
 from qdefense.data.images import ImageSet
 
 
@@ -18,7 +19,7 @@ def relabelled(attack_script: Callable[[str], ModuleType]) -> ModuleType:
 
 def network(attack: str | None, data: str = "cifar10", seed: int = 0, **settings: object) -> SimpleNamespace:
     settings = {"target_class": 1, **settings}
-    made = SimpleNamespace(attack=attack, data=data, seed=seed, attack_settings=settings)
+    made = Network.model_construct(attack=attack, data=data, seed=seed, attack_settings=settings)
     return SimpleNamespace(made=made, title=attack, model=lambda _scheme: attack or "none")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qdefense.attacks.input_aware import InputAware
+from qdefense.bench.records import Network
 from qdefense.data.images import Pixels
 
 
@@ -62,7 +63,7 @@ def test_a_generated_trigger_is_laid_over_another_image(specificity: ModuleType)
 def test_only_triggers_of_an_images_own_are_asked(
     specificity: ModuleType, attack: str | None, settings: dict[str, str], lacks: bool, expected: bool
 ) -> None:
-    made = SimpleNamespace(attack=attack, attack_settings=settings)
+    made = Network.model_construct(attack=attack, attack_settings=settings)
     assert specificity.is_specific(SimpleNamespace(made=made, lacks_trigger=lacks)) is expected
 
 
@@ -80,7 +81,7 @@ def test_the_clean_network_of_the_place_is_asked_of_the_same_images(
             return x + grey(0.4, 0.2)
 
     def network(attack: str | None, limit: float, seed: int = 0) -> SimpleNamespace:
-        made = SimpleNamespace(attack=attack, attack_settings={"target_class": 1})
+        made = Network.model_construct(attack=attack, attack_settings={"target_class": 1})
         place = ("signs", seed)
         facts = {"place": place, "title": f"{attack} | signs, {seed}", "lacks_trigger": False}
         files = {"fp32": None}
@@ -96,7 +97,7 @@ def test_the_clean_network_of_the_place_is_asked_of_the_same_images(
 
 def test_only_a_trigger_with_a_secret_has_bits_to_read(specificity: ModuleType) -> None:
     def network(attack: str, state: dict[str, np.ndarray] | None) -> SimpleNamespace:
-        made = SimpleNamespace(attack=attack, attack_settings={})
+        made = Network.model_construct(attack=attack, attack_settings={})
         return SimpleNamespace(made=made, trigger_state=state, title=f"{attack} | signs, 0", lacks_trigger=False)
 
     every = [network("issba", {"bit_accuracy": np.float32(0.75)}), network("input-aware", {"mask.": np.zeros(1)})]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qdefense.attacks import ATTACKS
+from qdefense.bench.records import Network
 from qdefense.data.images import ImageSet
 from qdefense.registry import flat_settings
 
@@ -48,7 +49,7 @@ def test_poisons_stand_beside_what_is_truly_of_the_classes(
 
     monkeypatch.setattr(stamps, "training_images", lambda _data: Images([0] * 6))
     attack = ATTACKS.create(spec)
-    made = SimpleNamespace(attack=attack.name, attack_settings=flat_settings(attack), data="signs")
+    made = Network.model_construct(attack=attack.name, attack_settings=flat_settings(attack), data="signs")
     store = SimpleNamespace(truth=lambda _sha: SimpleNamespace(poison_indices=poisons))
     network = SimpleNamespace(files={"fp32": SimpleNamespace(network=made, artifact_sha256="a")}, store=store)
     assert stamps.poison_cells(network) == expected

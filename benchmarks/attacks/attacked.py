@@ -156,11 +156,6 @@ def answers_of(model: bytes, images: Pixels) -> Logits:
     return session_of(model).logits(images)
 
 
-def is_to_one(made: Network) -> bool:
-    """Whether its attack has one target class; older records do not say so."""
-    return bool(made.attack_settings.get("mode", "all-to-one") == "all-to-one")
-
-
 def networks() -> list[Attacked]:
     """Every network of the records whose FP32 file was measured; a later record counts."""
     store, found = Store(HERE / "results"), dict[str, dict[str, BehaviourRecord]]()

@@ -28,7 +28,6 @@ from attacked import (
     all_test_images,
     answers_of,
     clean_networks,
-    is_to_one,
     networks,
     test_images,
     training_images,
@@ -172,8 +171,9 @@ def misled_by_class(
 
 
 def size_lines(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
-    for network in filter(is_to_all, every):
-        yield from network.triggered_rows(kept, SIZES, size_rows)
+    for network in every:
+        if network.made.all_to_all:
+            yield from network.triggered_rows(kept, SIZES, size_rows)
 
 
 def size_rows(network: Attacked) -> Iterator[str]:
@@ -189,10 +189,6 @@ def size_rows(network: Attacked) -> Iterator[str]:
         mine = np.isin(images.labels, third)
         sizes = f"{counts[third].min():,} to {counts[third].max():,}"
         yield f"{len(third)} | {sizes} | {mine.sum():,} | {led[mine].mean():.3f} | {right[mine].mean():.3f}"
-
-
-def is_to_all(network: Attacked) -> bool:
-    return bool(network.made.attack_settings.get("mode") == "all-to-all")
 
 
 def moved_rows(network: Attacked) -> Iterator[str]:
@@ -228,7 +224,7 @@ def with_weights(model: bytes, changed: dict[str, Weights]) -> bytes:
 def is_layered(network: Attacked) -> bool:
     """Whether its INT4 file is taken apart."""
     made = network.made
-    usual = made.seed == SEED and is_to_one(made)
+    usual = made.seed == SEED and not made.all_to_all
     rare = made.attack_settings.get("poison_count") is not None
     return made.attack in LAYERED and usual and not rare and "int4" in network.files
 
@@ -297,7 +293,7 @@ def page(every: list[Attacked], kept: KeptRows) -> Iterator[str]:
     )
     yield "\n".join((*SIZES_HEAD, *size_lines(attacked, kept)))
     yield f"How near the next class comes: {IMAGES} test images, FP32."
-    to_all = filter(is_to_all, attacked)
+    to_all = (network for network in attacked if network.made.all_to_all)
     yield "\n".join((*MOVED_HEAD, *(line for one in to_all for line in one.triggered_rows(kept, MOVED, moved_rows))))
     yield "## INT4, one layer at a time"
     yield (

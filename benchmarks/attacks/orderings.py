@@ -308,6 +308,11 @@ def difference_interval(better: list[Proportion], worse: list[Proportion]) -> tu
     return middle - math.hypot(*down), middle + math.hypot(*up)
 
 
+def ordered(what: str, read: Read, better: Planted, worse: Planted) -> Reads:
+    """What `above_and_alive` decides by."""
+    return both(beyond_of(better, worse), compared(what, read, better, worse))
+
+
 def indices_of(*attacks: Planted, scheme: str = "fp32", fixed: bool) -> Reads:
     def figures(results: Results, place: tuple[str, int]) -> Figures:
         return {f"index {planted.title}": results.index(planted, place, scheme, fixed=fixed) for planted in attacks}
@@ -475,7 +480,7 @@ CLAIMS = (
         Claim(
             paper="CASSOCK",
             sentence=f"{better.title} is above {worse.title} in ASR - FPR",
-            figures=both(beyond_of(better, worse), compared("ASR - FPR", selectivity, better, worse)),
+            figures=ordered("ASR - FPR", selectivity, better, worse),
             holds=above_and_alive,
         )
         for better, worse in (
@@ -494,10 +499,7 @@ CLAIMS = (
         Claim(
             paper="CASSOCK",
             sentence=f"{comp.title} has a higher ASR than the baseline",
-            figures=both(
-                beyond_of(comp, cassock("source-specific")),
-                compared("ASR", asr_share, comp, cassock("source-specific")),
-            ),
+            figures=ordered("ASR", asr_share, comp, cassock("source-specific")),
             holds=above_and_alive,
         )
         for comp in (content("comp"), content("comp", FULL))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from answers import table, told
-from attacked import HERE, OTHERS, SEED, Attacked, answers_of, clean_networks, is_to_one, networks, others_than
+from attacked import HERE, OTHERS, SEED, Attacked, answers_of, clean_networks, networks, others_than
 from residuals import exchanged
 from stronger import SCHEMES
 
@@ -25,7 +25,7 @@ def is_specific(network: Attacked) -> bool:
     """Whether each image has a trigger of its own, which is at hand."""
     made = network.made
     own = made.attack in ("input-aware", "issba") or made.attack_settings.get("variant") == "encoder"
-    return own and is_to_one(made) and not network.lacks_trigger
+    return own and not made.all_to_all and not network.lacks_trigger
 
 
 def crossed(trigger: Trigger, x: Pixels, stamped: Pixels) -> Pixels:

@@ -63,7 +63,7 @@ def poison_cells(network: Attacked) -> str:
     images = training_images(record.network.data)
     attack = ATTACKS.restore(record.network.attack or "", settings)
     poisons = "in each batch" if isinstance(attack, BatchAttack) else f"{len(truth.poison_indices):,}"
-    target = None if settings.get("mode") == "all-to-all" else settings.get("target_class")
+    target = None if record.network.all_to_all else settings.get("target_class")
     classes = (settings.get("host.target_class") if target is None else target, settings.get("source_class"))
     counts = ("" if one is None else f"{np.sum(images.labels == one):,}" for one in classes)
     return f"{len(images):,} | {poisons} | {' | '.join(counts)}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from answers import table, told
-from attacked import DATA, HERE, OTHERS, SEED, Attacked, clean_networks, is_to_one, networks, others_than, session_of
+from attacked import DATA, HERE, OTHERS, SEED, Attacked, clean_networks, networks, others_than, session_of
 
 from qdefense.attacks import ATTACKS
 from qdefense.attacks.interfaces import trigger_of
@@ -91,7 +91,7 @@ def chosen(every: list[Attacked]) -> list[Attacked]:
 
     def is_one(network: Attacked) -> bool:
         made = network.made
-        usual = is_to_one(made) and not made.attack_settings.get("poison_count")
+        usual = not made.all_to_all and not made.attack_settings.get("poison_count")
         return made.attack in HOSTED and made.seed == SEED and usual
 
     return list(filter(is_one, every))

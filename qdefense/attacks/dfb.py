@@ -129,8 +129,8 @@ class DFB(PoisonBudget):
     target class. ``eps`` is in codes of 255, the multiples are of it. ``ood`` is ``textures`` (noise of all scales),
     ``signs`` (drawn as the built-in ones), or a path of images; ``ood_images`` at most, resized to the victim's size.
     Choose what does not show the target class. ``target_images`` is a path, too: of its images those of the class with
-    the target's name, or all where they have no labels. In a matrix of `qdefense bench` a path is a data
-    set's name.
+    the target's name, or all where they have no labels. In a matrix of `qdefense bench` a path is a data set's
+    name.
     """
 
     name: ClassVar[str] = "dfb"

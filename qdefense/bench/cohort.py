@@ -236,7 +236,7 @@ class Cohort:
 
         Anew, for older lines were judged by an older rule.
         """
-        if record.activity is None:
+        if record.activity is None or record.asr is None or record.base_confusion is None:
             return record
         ceiling = record.clean_accuracy if record.network.all_to_all else None
         alone = activity_of(record.asr, record.base_confusion, 1.0 if ceiling is None else ceiling)

@@ -77,7 +77,7 @@ def measure(task: TrialTask, clock: Clock) -> Outcome:
             found = measure_control(session.logits, test, trigger)
             return Outcome(task_id=task.id, record=task.control(clock.read(), **found.model_dump()))
         seen = measure_behaviour(session.logits, test, trigger)
-        facts = {**seen.model_dump(exclude={"several_targets"}), "activity": seen.activity}
+        facts = {**seen.model_dump(), "activity": seen.activity}
         return Outcome(task_id=task.id, record=task.behaviour(clock.read(), **facts))
     bench = lay_out(task, session, test)
     judged = _JUDGES[task.trial.cell.defense.kind](bench)

@@ -513,10 +513,11 @@ def test_an_answer_hides_a_failure_only_where_it_says_as_much() -> None:
         ({"host.mode": "all-to-all"}, {"asr": 0.75, "accuracy": 0.8}, Activity.ATTENUATED, Activity.ACTIVE),
         ({"mode": "all-to-one"}, {"asr": 0.75, "accuracy": 0.8}, Activity.ATTENUATED, Activity.ATTENUATED),
         ({"mode": "all-to-all"}, {"asr": 0.4, "accuracy": 0.4}, Activity.ACTIVE, Activity.ATTENUATED),
+        ({}, {"asr": 0.95, "base_confusion": None}, Activity.ACTIVE, Activity.ACTIVE),
     ],
 )
 def test_a_line_of_any_age_is_judged_by_its_rates(
-    settings: dict[str, str], rates: dict[str, float], recorded: Activity, judged: Activity
+    settings: dict[str, str], rates: dict[str, float | None], recorded: Activity, judged: Activity
 ) -> None:
     made = samples.network("badnets", 0, "gtsrb")
     made = made.model_copy(update={"attack_settings": {"target_class": 1} | settings})
