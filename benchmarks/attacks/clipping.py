@@ -9,8 +9,8 @@ comes back with the trigger alone was clipped, too. Beside them what such a cali
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -44,6 +44,7 @@ GROWN = 1.1
 CLIPPING = Table("clipping", revision=3, schemes=("fp32", STATIC))
 ONE_IMAGE = Table("clipping, one image", schemes=("fp32", STATIC))
 ANOTHER_PATCH = Table("clipping, another patch", schemes=("fp32", STATIC))
+GROWTH = Table("clipping, ranges that grow", schemes=("fp32", STATIC))
 HEAD = (
     *("attack", "data, seed", "images", "ASR: FP32", "held in the ranges", "static"),
     *(f"{IMAGES} more, clean", f"{SOME} stamped", f"{IMAGES} stamped", "clean network"),
@@ -61,6 +62,10 @@ ONE_HEAD = (
     "median",
     "highest",
     "half or more back",
+)
+GROWTH_HEAD = (
+    *("attack", "data, seed", f"attacked: {IMAGES} stamped", f"{IMAGES} more, clean"),
+    *(f"clean network: {IMAGES} stamped", f"{IMAGES} more, clean"),
 )
 Ranges = dict[str, tuple[float, float]]
 
@@ -197,6 +202,25 @@ def another_patch_row(network: Attacked) -> Iterator[str]:
     yield " | ".join(f"{asr_of(network, model):.3f}" for model in models)
 
 
+def growth_row(network: Attacked, clean: Attacked) -> Iterator[str]:
+    """How many ranges the stamped images, and as many clean ones, move in the attacked network and in the clean one."""
+    data = network.place[0]
+    images, twice = calibration_images(data), calibration_images(data, 2 * IMAGES)
+    stamped = network.trigger(*images.shape[2:]).stamp(images)
+    yield " | ".join(
+        f"{grown}, {times:.2f}"
+        for file in (network, clean)
+        for grown, _, times in growths(file, images, stamped, twice[IMAGES:])
+    )
+
+
+def growths(network: Attacked, images: Pixels, *further: Pixels) -> Iterator[tuple[int, str, float]]:
+    """The `growth` by each of ``further`` beside the images of the matrix's own file."""
+    before = activation_ranges(committed_static(network, images))
+    for more in further:
+        yield growth(before, activation_ranges(static_file(network, images, more)))
+
+
 def loses(network: Attacked) -> bool:
     """Whether static INT8 takes more than `LOSS` of the ASR on the whole test set."""
     before, after = (network.files[scheme].asr for scheme in ("fp32", STATIC))
@@ -207,11 +231,12 @@ def main() -> None:
     kept, every = KeptRows.read(KEPT), networks()
     clean = clean_networks(every)
     static = [network for network in every if network.made.attack and STATIC in network.files]
-    rows = (line for network in static for line in lines(network, clean[network.place], kept))
+    rows = (line for network in static for line in lines(network, clean[network.place], kept, CLIPPING, clipping_row))
     lost = list(filter(loses, static))
     ones = (line for network in lost for line in network.triggered_rows(kept, ONE_IMAGE, one_image_row))
     others = (line for network in lost for line in network.triggered_rows(kept, ANOTHER_PATCH, another_patch_row))
-    tables = table(HEAD, rows), table(ONE_HEAD, ones), table(ANOTHER_HEAD, others)
+    moved = (line for network in static for line in lines(network, clean[network.place], kept, GROWTH, growth_row))
+    tables = table(HEAD, rows), table(ONE_HEAD, ones), table(ANOTHER_HEAD, others), table(GROWTH_HEAD, moved)
     parts = [
         "# What the ranges of static INT8 clip",
         f"Written by `clipping.py`; {' and '.join(kept.runtimes(CLIPPING))}. ASR on the eligible ones of the test\n"
@@ -234,13 +259,25 @@ def main() -> None:
         f"Of the same networks: {PATCH} x {PATCH} pixels of noise in the middle of all {IMAGES} images, again beside\n"
         "those images without it.",
         tables[2],
+        "## Ranges that grow, and in a clean network",
+        f"Of 16 ranges of the static file: how many grow to more than {GROWN} times their width, and to how many times the\n"
+        f"one that grows most, when {IMAGES} images join the {IMAGES} clean ones; in the attacked network and in the clean\n"
+        "one of its seed.",
+        tables[3],
     ]
     (HERE / "CLIPPING.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def lines(network: Attacked, clean: Attacked, kept: KeptRows) -> Iterator[str]:
+def lines(
+    network: Attacked,
+    clean: Attacked,
+    kept: KeptRows,
+    table: Table,
+    measure: Callable[[Attacked, Attacked], Iterator[str]],
+) -> Iterator[str]:
+    """Rows for which the clean network of the seed answers, too."""
     beside = {"clean": clean.files["fp32"].artifact_sha256}
-    yield from network.triggered_rows(kept, CLIPPING, partial(clipping_row, clean=clean), beside)
+    yield from network.triggered_rows(kept, table, lambda attacked: measure(attacked, clean), beside)
 
 
 if __name__ == "__main__":
