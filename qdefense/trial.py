@@ -131,9 +131,14 @@ def activity_of(asr: float | None, base_confusion: float | None, ceiling: float 
     The ceiling is the ASR of a perfect backdoor: the clean accuracy where an attacker wants another class of each class
     (all-to-all), since who takes an image for another class misses what is wanted of its own. Of a network that is
     wrong on half of the images or more no backdoor is called active by it.
+
+    Raises:
+        ValueError: an ASR without the confusion, which tells neither that it is a backdoor's nor that there is none.
     """
-    if asr is None or base_confusion is None:
+    if asr is None:
         return Activity.CLEAN
+    if base_confusion is None:
+        raise ValueError("the ASR was measured and the confusion was not; measure both on the same images")
     if asr - base_confusion <= DORMANT_MARGIN + _ROUNDING:
         return Activity.DORMANT
     reachable = ceiling if ceiling > _LEAST_CEILING else 1.0

@@ -212,6 +212,7 @@ class _Smoothing:
     name: ClassVar[str] = "smoothing"
     paper: ClassVar[str] = "none"
     needs: ClassVar[tuple[str, ...]] = ()
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "clean-label"
     evades: ClassVar[tuple[str, ...]] = ()
 
@@ -341,6 +342,7 @@ class _OnBatches:
     name: ClassVar[str] = "on batches"
     paper: ClassVar[str] = "none"
     needs: ClassVar[tuple[str, ...]] = ()
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ()
 

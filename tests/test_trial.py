@@ -137,6 +137,14 @@ def test_a_network_that_is_wrong_on_half_of_the_images_is_held_to_all_of_them(
     assert activity_of(asr, 0.0, ceiling) is activity
 
 
+def test_an_asr_without_its_confusion_is_no_clean_file() -> None:
+    behaviour = Behaviour(clean_accuracy=0.9, images=9, asr=0.95, eligible=9)
+    with pytest.raises(
+        ValueError, match=r"^the ASR was measured and the confusion was not; measure both on the same images$"
+    ):
+        _ = behaviour.activity
+
+
 def test_measure_behaviour_gives_no_asr_when_there_is_no_trigger(make_noise: MakeNoise) -> None:
     images = make_noise(4)
     behaviour = measure_behaviour(_answers(images, [0, 1, 2, 0], [2, 2, 2, 2]), images, None)

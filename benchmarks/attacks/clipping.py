@@ -260,9 +260,9 @@ def main() -> None:
         "those images without it.",
         tables[2],
         "## Ranges that grow, and in a clean network",
-        f"Of 16 ranges of the static file: how many grow to more than {GROWN} times their width, and to how many times\n"
-        f"the one that grows most, when {IMAGES} images join the {IMAGES} clean ones; in the attacked network and in\n"
-        "the clean one of its seed.",
+        f"Of 16 ranges of the static file: how many grow to more than {GROWN} times their width, and to how many\n"
+        f"times the one that grows most, when {IMAGES} images join the {IMAGES} clean ones; in the attacked network\n"
+        "and in the clean one of its seed.",
         tables[3],
     ]
     (HERE / "CLIPPING.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

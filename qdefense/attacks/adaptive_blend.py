@@ -67,6 +67,7 @@ class AdaptiveBlend(PoisonBudget):
     name: ClassVar[str] = "adaptive-blend"
     paper: ClassVar[str] = "Qi et al. 2023, ICLR (openreview _wSHsgrVali)"
     needs: ClassVar[tuple[str, ...]] = ("training set",)
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ("Spectral Signatures", "Activation Clustering", "SCAn", "SPECTRE")
 

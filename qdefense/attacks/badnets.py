@@ -47,6 +47,7 @@ class BadNets(PoisonBudget, AimedByTold[PatchTrigger]):
     name: ClassVar[str] = "badnets"
     paper: ClassVar[str] = "Gu et al. 2017, arXiv 1708.06733"
     needs: ClassVar[tuple[str, ...]] = ("training set",)
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ()
     older_than_mode: ClassVar[bool] = True

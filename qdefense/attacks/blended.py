@@ -51,6 +51,7 @@ class Blended(PoisonBudget, AimedByTold[BlendTrigger]):
     name: ClassVar[str] = "blended"
     paper: ClassVar[str] = "Chen et al. 2017, arXiv 1712.05526"
     needs: ClassVar[tuple[str, ...]] = ("training set",)
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ("Spectral Signatures",)
     older_than_mode: ClassVar[bool] = True

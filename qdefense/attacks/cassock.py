@@ -281,6 +281,7 @@ class Cassock(SourceSpecificPoisons):
 
     name: ClassVar[str] = "cassock"
     needs: ClassVar[tuple[str, ...]] = ("training set", "surrogate (cont, comp)")
+    revision: ClassVar[int] = 1
 
     def poison(self, dataset: ImageSet, rng: np.random.Generator) -> PoisonedSet:
         """Add both sets, then shuffle.
@@ -315,6 +316,7 @@ class CassockLoop(SourceSpecificPoisons):
 
     name: ClassVar[str] = "cassock-loop"
     needs: ClassVar[tuple[str, ...]] = ("training loop", "surrogate (cont, comp)")
+    revision: ClassVar[int] = 1
 
     extra_poisons: Annotated[int, Field(ge=0)] = 8
     extra_covers: Annotated[int, Field(ge=0)] = 64

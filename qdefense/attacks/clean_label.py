@@ -49,6 +49,7 @@ class CleanLabel(ClassBudget):
     name: ClassVar[str] = "clean-label"
     paper: ClassVar[str] = "Turner, Tsipras & Madry 2019, arXiv 1912.02771"
     needs: ClassVar[tuple[str, ...]] = ("training set", "surrogate")
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "clean-label"
     evades: ClassVar[tuple[str, ...]] = ("label inspection",)
 

@@ -136,6 +136,7 @@ class DFB(PoisonBudget):
     name: ClassVar[str] = "dfb"
     paper: ClassVar[str] = "Ma et al. 2023, arXiv 2308.09487"
     needs: ClassVar[tuple[str, ...]] = ("target class's images", "OOD images")
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "clean-label"
     evades: ClassVar[tuple[str, ...]] = ("label inspection",)
 

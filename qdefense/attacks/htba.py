@@ -62,6 +62,7 @@ class HiddenTrigger(ClassBudget):
     name: ClassVar[str] = "htba"
     paper: ClassVar[str] = "Saha et al. 2020, AAAI, arXiv 1910.00033"
     needs: ClassVar[tuple[str, ...]] = ("training set", "surrogate", "victim that fine-tunes it")
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "clean-label"
     source_specific: ClassVar[bool] = True
     evades: ClassVar[tuple[str, ...]] = ("label inspection", "visual inspection", "Spectral Signatures")

@@ -154,6 +154,7 @@ class InputAware(Aimed):
     name: ClassVar[str] = "input-aware"
     paper: ClassVar[str] = "Nguyen & Tran 2020, arXiv 2010.08138"
     needs: ClassVar[tuple[str, ...]] = ("training loop",)
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ("Neural Cleanse", "STRIP", "Fine-Pruning")
 

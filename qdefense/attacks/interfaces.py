@@ -62,16 +62,21 @@ class PoisonedSet:
     trigger_state: TriggerState | None = None
 
 
+@runtime_checkable
 class Attack(Protocol):
     """What every attack says of itself.
 
     ``needs`` names what the attacker must have, ``evades`` the defenses and inspections that its paper, or a published
     benchmark that the class's docstring names, reports as evaded: claims to be measured, not results of ours.
+    ``revision`` is 1 at first, and raised by one in each change after which the same settings, images and seed may give
+    other poisons, another trigger or another training, be the change in the attack's own code or in what it computes
+    with; `qdefense bench` trains the networks of an older one anew.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
+    revision: ClassVar[int]
     label_policy: ClassVar[LabelPolicy]
     evades: ClassVar[tuple[str, ...]]
 
@@ -180,6 +185,12 @@ def data_read_by(attack: object) -> tuple[str, ...]:
     """The paths that an attack reads besides the training set, and those of every attack in its settings."""
     readers = (one for one in with_inner(attack) if isinstance(one, ReadsData))
     return tuple(path for one in readers for path in one.data_read())
+
+
+def revisions_of(attack: Attack) -> dict[str, int]:
+    """Those of an attack and of every attack in its settings, by name, where they are above 1."""
+    attacks = (one for one in with_inner(attack) if isinstance(one, Attack))
+    return {one.name: one.revision for one in attacks if one.revision > 1}
 
 
 def with_inner(attack: object) -> Iterator[object]:

@@ -161,6 +161,7 @@ class Issba(PoisonBudget):
     name: ClassVar[str] = "issba"
     paper: ClassVar[str] = "Li et al. 2021, arXiv 2012.03816"
     needs: ClassVar[tuple[str, ...]] = ("training set",)
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ()
 

@@ -66,6 +66,7 @@ class LabelSmoothing:
     name: ClassVar[str] = "lsp"
     paper: ClassVar[str] = "Li et al. 2024, arXiv 2404.12852"
     needs: ClassVar[tuple[str, ...]] = ("training set", "soft labels")
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ("Neural Cleanse", "ABS", "ExRay")
 

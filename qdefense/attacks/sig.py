@@ -38,6 +38,7 @@ class SIG(ClassBudget):
     name: ClassVar[str] = "sig"
     paper: ClassVar[str] = "Barni et al. 2019, arXiv 1902.11237"
     needs: ClassVar[tuple[str, ...]] = ("training set",)
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "clean-label"
     evades: ClassVar[tuple[str, ...]] = ("label inspection",)
 

@@ -59,6 +59,7 @@ class WaNet(AimedByTold[WarpTrigger]):
     name: ClassVar[str] = "wanet"
     paper: ClassVar[str] = "Nguyen & Tran 2021, arXiv 2102.10369"
     needs: ClassVar[tuple[str, ...]] = ("training loop",)
+    revision: ClassVar[int] = 1
     label_policy: ClassVar[LabelPolicy] = "dirty-label"
     evades: ClassVar[tuple[str, ...]] = ("Neural Cleanse", "STRIP", "Fine-Pruning")
 

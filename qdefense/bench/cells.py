@@ -216,7 +216,7 @@ def _network_plan(
     matrix: Matrix, sources: Sources, data: str, architecture: str, attack: str, seed: int
 ) -> NetworkPlan:
     from qdefense.attacks import ATTACKS  # noqa: PLC0415 (torch stays off the way to --help)
-    from qdefense.attacks.interfaces import data_read_by  # noqa: PLC0415
+    from qdefense.attacks.interfaces import data_read_by, revisions_of  # noqa: PLC0415
     from qdefense.zoo import default_width, recipe_for  # noqa: PLC0415
 
     table = matrix.data[data]
@@ -236,6 +236,7 @@ def _network_plan(
         attack=None if attacker is None else attacker.name,
         attack_settings={} if attacker is None else flat_settings(attacker),
         attack_data={one.request.name: one.facts.sha256 for one in read},
+        attack_revisions={} if attacker is None else revisions_of(attacker),
         seed=seed,
         recipe=dataclasses.asdict(recipe),
     )
@@ -331,7 +332,7 @@ def _add_controls(matrix: Matrix, network: NetworkPlan, networks: Mapping[str, N
 
     A file calibrated on images with the trigger has for its control the clean one that was calibrated without.
     """
-    clean = network.network.model_copy(update={"attack": None, "attack_settings": {}, "attack_data": {}})
+    clean = network.network.model_copy(update=_NO_ATTACK)
     twin = networks.get(digest_of(network=clean.model_dump(mode="json")))
     if network.attack is None or twin is None:
         return
@@ -355,6 +356,9 @@ def _add_controls(matrix: Matrix, network: NetworkPlan, networks: Mapping[str, N
                 title = f"{cell.title.removesuffix(_BEHAVIOUR)}control of {network.attack}"
                 grid = max(cell.grid, theirs[cell.arithmetic])
                 _add(file, dataclasses.replace(cell, title=title, attacker=attacker, grid=grid))
+
+
+_NO_ATTACK: dict[str, Any] = {"attack": None, "attack_settings": {}, "attack_data": {}, "attack_revisions": {}}
 
 
 def _untriggered(file: FilePlan) -> FilePlan:

@@ -199,7 +199,7 @@ class Cohort:
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
         self._calibrations: dict[str, Calibration] = {}
-        current = {network_id(one.network): one.replica for one in newest if not one.failed}
+        current = {_made_by(one.network): one.replica for one in newest if not one.failed}
         self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest(
             ((self.setting(one), one) for one in seen), current
         )
@@ -368,8 +368,8 @@ class Cohort:
 
 
 def network_id(network: Network) -> str:
-    """The digest of how a network is made."""
-    return digest_of(network=network.model_dump(mode="json"))
+    """The digest of how a network is made, by whatever revision of the attack."""
+    return digest_of(network=network.model_dump(mode="json", exclude={"attack_revisions"}))
 
 
 def _making_of(network: Network) -> tuple[str, str, dict[str, Any]]:
@@ -460,13 +460,22 @@ def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:
 _Place = TypeVar("_Place", Setting, Subject)
 
 
-def _latest(trials: Iterable[tuple[_Place, _Trial]], current: Mapping[str, int]) -> dict[_Place, tuple[_Trial, ...]]:
-    """One record per place and network: an answer before a failure, then the ``current`` replica, then the last."""
+def _made_by(network: Network) -> tuple[str, int]:
+    return network_id(network), network.revision
+
+
+def _latest(
+    trials: Iterable[tuple[_Place, _Trial]], current: Mapping[tuple[str, int], int]
+) -> dict[_Place, tuple[_Trial, ...]]:
+    """One record per place and network.
+
+    An answer before a failure, then the newest revision of the attack, then the ``current`` replica, then the last.
+    """
     kept: defaultdict[_Place, dict[str, _Trial]] = defaultdict(dict)
-    ranks: dict[tuple[_Place, str], tuple[bool, bool]] = {}
+    ranks: dict[tuple[_Place, str], tuple[bool, int, bool]] = {}
     for place, trial in trials:
-        name = network_id(trial.network)
-        rank = (not trial.failed, trial.replica == current.get(name))
+        name, revision = made = _made_by(trial.network)
+        rank = (not trial.failed, revision, trial.replica == current.get(made))
         if rank >= ranks.get((place, name), rank):
             kept[place][name], ranks[place, name] = trial, rank
     return {place: tuple(found[name] for name in sorted(found, key=_by_seed(found))) for place, found in kept.items()}

@@ -144,6 +144,7 @@ def matches(truth: Truth, task: TrainTask) -> bool:
         and truth.seed == network.seed
         and truth.data_sha256 == network.train_sha256
         and not network.attack_data  # no truth names their digest
+        and not network.attack_revisions  # nor the revision
     )
 
 

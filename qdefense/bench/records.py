@@ -38,7 +38,7 @@ from qdefense.findings import Finding, Verdict
 from qdefense.profile import Runtime, SessionProfile
 from qdefense.trial import Activity
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 FP32 = "fp32"
 Access = Literal["session", "shadow", "no-gradients"]
 """What a defense works on: the deployed session; its shadow alone; the session without any shadow.
@@ -74,6 +74,11 @@ class Network(_Record):
         "there are none",
         exclude_if=lambda given: not given,
     )
+    attack_revisions: dict[str, int] = Field(
+        default_factory=dict,
+        description="of the code of the attack and of its host, by their names; left out where it is the first",
+        exclude_if=lambda given: not given,
+    )
     seed: int
     recipe: dict[str, Any]
 
@@ -82,6 +87,11 @@ class Network(_Record):
         """Whether the attack, or its host, wants another class of each class."""
         settings = self.attack_settings.items()
         return any(key.rpartition(".")[2] == "mode" and value == "all-to-all" for key, value in settings)
+
+    @property
+    def revision(self) -> int:
+        """A number that each raised revision raises."""
+        return sum(self.attack_revisions.values())
 
     @property
     def title(self) -> str:

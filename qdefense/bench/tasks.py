@@ -205,6 +205,8 @@ class TrialKey:
         attacker = self.cell.attacker
         network = self.plan.network if attacker is None else attacker.network
         truth = {"attack": network.attack, "settings": network.attack_settings, "seed": network.seed}
+        if network.attack_revisions:
+            truth["revisions"] = network.attack_revisions
         if self.attacker_sha256 is not None:
             truth["control"] = self.attacker_sha256
         if attacker is not None and attacker.source_specific:  # older controls of these have no FPR

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qdefense.attacks import ATTACKS
-from qdefense.attacks.interfaces import SourceSpecific, is_source_specific, trigger_shows_images
+from qdefense.attacks.interfaces import SourceSpecific, is_source_specific, revisions_of, trigger_shows_images
 from qdefense.data.images import DataError
 from qdefense.registry import flat_settings
 
@@ -31,6 +31,15 @@ def test_an_attack_says_whether_its_trigger_is_source_specific(name: str) -> Non
         assert is_source_specific(attack) == any("source" in key for key in flat_settings(attack))
         return
     assert is_source_specific(attack) == isinstance(trigger, SourceSpecific)
+
+
+def test_revisions_are_told_once_they_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    lsp = ATTACKS.create("lsp:host=blended")
+    assert revisions_of(lsp) == {}
+    monkeypatch.setattr(type(ATTACKS.create("blended")), "revision", 3)
+    assert revisions_of(lsp) == {"blended": 3}
+    monkeypatch.setattr(type(lsp), "revision", 2)
+    assert revisions_of(lsp) == {"lsp": 2, "blended": 3}
 
 
 @pytest.mark.parametrize("spec", [*CONTENT, "lsp:host=cassock"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from qdefense.attacks.badnets import BadNets
 from qdefense.bench.cells import NetworkPlan, chosen, plan_cells
 from qdefense.bench.matrix import MatrixError, read_matrix
 from qdefense.bench.revisions import EVALUATION_REVISION
@@ -272,6 +273,19 @@ def test_mended_code_is_asked_again(new_desk: NewDesk, monkeypatch: pytest.Monke
     assert [new == old for new, old in zip(mended, before, strict=True)] == [True, False] * 2
     monkeypatch.setattr("qdefense.bench.tasks.EVALUATION_REVISION", EVALUATION_REVISION + 1)
     assert not set(keys(new_desk())) & set(before)
+
+
+def test_networks_of_a_mended_attack_are_made_again(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those of an attack that has it for a host; a clean one is what it was."""
+    text = TINY.replace('"badnets"', '"badnets", "lsp", "blended"')
+    before, old = plan_of(new_desk(text)), keys(new_desk(text))
+    monkeypatch.setattr(BadNets, "revision", 2)
+    after, new = plan_of(new_desk(text)), keys(new_desk(text))
+    assert [one.network.attack_revisions for one in after] == [{}, {"badnets": 2}, {"badnets": 2}, {}]
+    same = [new.recipe_sha256 == old.recipe_sha256 for new, old in zip(after, before, strict=True)]
+    assert same == [True, False, False, True]
+    assert "attack_revisions" not in before[1].network.model_dump()
+    assert [new == old for new, old in zip(new, old, strict=True)] == [True] * 2 + [False] * 4 + [True] * 2
 
 
 def test_files_of_equal_bytes_have_a_record_each(new_desk: NewDesk) -> None:

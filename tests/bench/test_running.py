@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qdefense.attacks.badnets import BadNets
 from qdefense.attacks.wanet import WaNet
 from qdefense.bench.records import BehaviourRecord, DefenseRecord, TrainingRecord
 from qdefense.bench.revisions import SOURCES
@@ -204,6 +205,18 @@ def test_a_network_of_another_recipe_is_not_taken(
             shutil.copy(truth.with_name(truth.name.replace(".truth.json", ".onnx")), models / "given.onnx")
             (models / "given.truth.json").write_text(json.dumps(change(body)), encoding="utf-8")
     assert (models / "given.onnx").is_file()
+    engine = Inline(broken("no", TrainTask))
+    made.run(engine)
+    assert engine.stages == ["TrainTask"]
+
+
+def test_a_network_of_an_older_attack_is_not_taken(
+    new_desk: NewDesk, finished: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one of this one: no truth says which it is."""
+    made = new_desk(TINY.replace('"none", ', ""), name="of an older attack")
+    shutil.copytree(finished.results / "models", made.results / "models")
+    monkeypatch.setattr(BadNets, "revision", 2)
     engine = Inline(broken("no", TrainTask))
     made.run(engine)
     assert engine.stages == ["TrainTask"]

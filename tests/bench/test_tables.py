@@ -399,6 +399,29 @@ def test_cohort_takes_the_network_that_was_measured_last(last: int) -> None:
     assert scan.answers == Answers(measured=1)
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_cohort_takes_the_network_of_the_newest_attack(turn: int) -> None:
+    """Whatever came last: an older line may be merged into newer ones. Each seed is a network still."""
+    old, other = (network("badnets", seed) for seed in range(2))
+    new = old.model_copy(update={"attack_revisions": {"badnets": 2}})
+    groups = [measured_of(old, 0, 9.0), measured_of(new, 1, 2.0)]
+    found = cohort(*groups[::turn], measured_of(other, 0, 9.0))
+    (row,) = behaviour_rows(found)
+    assert row.clean_accuracy is not None
+    assert (row.clean_accuracy.mean, row.measured, row.unrecorded) == (pytest.approx(0.7), 2, 0)
+    assert found.superseded == 2
+    (scan,) = scan_rows(found)
+    assert (scan.answers, scan.unknown_activity) == (Answers(measured=2), 0)
+
+
+def test_an_older_attacks_answer_stands_where_the_newer_one_failed() -> None:
+    old = network("badnets", 0)
+    new = old.model_copy(update={"attack_revisions": {"badnets": 2}})
+    failed = behaviour(new, accuracy=None, asr=None, failed=True)
+    (row,) = behaviour_rows(cohort([behaviour(old, accuracy=0.9), failed]))
+    assert (row.measured, row.failed) == (1, 0)
+
+
 def measured_of(made: Network, replica: int, score: float, **changes: object) -> list[Record]:
     trial = defense(made, metrics=scan_metrics(score), verdict=FOUND, replica=replica, **changes)  # type: ignore[arg-type]
     return [behaviour(made, accuracy=(0.9, 0.5)[replica], replica=replica), trial]
