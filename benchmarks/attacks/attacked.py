@@ -28,6 +28,7 @@ KEPT = HERE / "kept_rows.json"
 SEED, IMAGES, OTHERS = 0, 600, 2000
 TOLD = ("smoothing", "variant", "mode", "content_amplitude", "class_rate", "amplitude")
 """Settings by which a row is told from others of its attack."""
+USUAL_RATE = 0.1
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -73,6 +74,8 @@ class Attacked:
             told.pop("amplitude", None)
         else:
             told.pop("content_amplitude", None)
+        if made.all_to_all and (rate := made.attack_settings.get("poison_rate")) not in (None, USUAL_RATE):
+            told["poison_rate"] = rate
         settings = ",".join(f"{key.replace('_', '-')}={value}" for key, value in told.items() if value != "all-to-one")
         rare = made.attack_settings.get("poison_count")
         named = f"`{made.attack}{f':{settings}' if settings else ''}`" if made.attack else "none"

@@ -50,6 +50,8 @@ DFB_VARIANTS = "fixed", "encoder"
 SWEPT, HELD_SHARE = 1000, 0.85
 FULL, FAINT = 1.0, 0.3
 """Of the target's content, as it is; of the square, so that less of it is cut off at white."""
+MANY = 0.4
+"""Share of the images that are poisons where all-to-all is to have as many of each class as all-to-one has enough of."""
 Told = TypeVar("Told", BehaviourRecord, DefenseRecord)
 
 
@@ -102,6 +104,10 @@ def clean_label(rate: float) -> Planted:
     return Planted(name="clean-label", settings={"class_rate": rate})
 
 
+def to_all(name: str, rate: float = 0.1) -> Planted:
+    return Planted(name=name, settings={"mode": "all-to-all", "poison_rate": rate})
+
+
 BADNETS, BLENDED = (Planted(name=name, settings={"poison_rate": 0.1, "mode": None}) for name in ("badnets", "blended"))
 LSP = {smoothing: Planted(name="lsp", settings={"smoothing": smoothing}) for smoothing in (0.2, 0.4, 0.5)}
 SWEPT_BLENDED = Planted(name="blended", settings={"poison_count": SWEPT})
@@ -132,7 +138,8 @@ SHOWN = (
     Planted(name="input-aware"),
     clean_label(0.25),
     Planted(name="htba", settings={"class_rate": 0.3}),
-    *(Planted(name=name, settings={"mode": "all-to-all"}) for name in ("badnets", "blended")),
+    *(to_all(name) for name in ("badnets", "blended")),
+    to_all("badnets", MANY),
 )
 
 
