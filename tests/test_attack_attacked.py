@@ -29,6 +29,8 @@ def network(attacked: ModuleType, *, lost: bool = False, attack: str | None = "d
         (None, {}, "none"),
         ("badnets", {"mode": "all-to-one"}, "`badnets`"),
         ("badnets", {"mode": "all-to-all"}, "`badnets:mode=all-to-all`"),
+        ("badnets", {"mode": "all-to-all", "poison_rate": 0.1}, "`badnets:mode=all-to-all`"),
+        ("badnets", {"mode": "all-to-all", "poison_rate": 0.4}, "`badnets:mode=all-to-all,poison-rate=0.4`"),
         ("dfb", {"variant": "encoder", "poison_count": 50}, "`dfb:variant=encoder` (50 poisons)"),
         (
             "cassock",

@@ -74,7 +74,8 @@ class Attacked:
             told.pop("amplitude", None)
         else:
             told.pop("content_amplitude", None)
-        if made.all_to_all and (rate := made.attack_settings.get("poison_rate")) not in (None, USUAL_RATE):
+        rate = made.attack_settings.get("poison_rate")
+        if told.get("mode") == "all-to-all" and rate not in (None, USUAL_RATE):
             told["poison_rate"] = rate
         settings = ",".join(f"{key.replace('_', '-')}={value}" for key, value in told.items() if value != "all-to-one")
         rare = made.attack_settings.get("poison_count")

@@ -51,7 +51,7 @@ SWEPT, HELD_SHARE = 1000, 0.85
 FULL, FAINT = 1.0, 0.3
 """Of the target's content, as it is; of the square, so that less of it is cut off at white."""
 MANY = 0.4
-"""Share of the images that are poisons where all-to-all is to have as many of each class as all-to-one has enough of."""
+"""Share of the images that are poisons, so that all-to-all has as many of each class as all-to-one has enough of."""
 Told = TypeVar("Told", BehaviourRecord, DefenseRecord)
 
 
