@@ -77,9 +77,12 @@ MOVED = Table("to the next class")
 Weights = NDArray[np.float32]
 
 
-def rounded(weights: Weights, *, rng: np.random.Generator | None = None) -> Weights:
-    """Weights of one layer ``(C, ...)`` on symmetric INT4 levels per channel; to nearest, or at random with ``rng``."""
-    scale = np.abs(weights).max(axis=tuple(range(1, weights.ndim)), keepdims=True) / LEVELS
+def rounded(weights: Weights, *, rng: np.random.Generator | None = None, widened: Weights | float = 1.0) -> Weights:
+    """Weights of one layer ``(C, ...)`` on symmetric INT4 levels per channel; to nearest, or at random with ``rng``.
+
+    The highest level is ``widened`` times a channel's largest weight.
+    """
+    scale = np.abs(weights).max(axis=tuple(range(1, weights.ndim)), keepdims=True) / LEVELS * widened
     codes = weights / scale
     whole = np.round(codes) if rng is None else np.floor(codes + rng.random(codes.shape))
     found: Weights = (np.clip(whole, -LEVELS, LEVELS) * scale).astype(np.float32)
