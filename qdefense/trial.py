@@ -59,13 +59,18 @@ class Truth(BaseModel):
 
 
 def truth_path(model: Path) -> Path:
-    """``model.onnx`` has its truth in ``model.truth.json``."""
-    return model.with_suffix(".truth.json")
+    """``model.onnx`` has its truth in ``model.truth.json``; ``model.seed0``, in ``model.seed0.truth.json``."""
+    return _beside(model, ".truth.json")
 
 
 def state_path(model: Path) -> Path:
     """``model.onnx`` has the state of its trigger, where that has one, in ``model.truth.npz``."""
-    return model.with_suffix(".truth.npz")
+    return _beside(model, ".truth.npz")
+
+
+def _beside(model: Path, ending: str) -> Path:
+    stem = model.stem if model.suffix == ".onnx" else model.name
+    return model.with_name(f"{stem}{ending}")
 
 
 def read_state_bytes(path: Path, truth: Truth) -> bytes | None:

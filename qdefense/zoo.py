@@ -32,7 +32,9 @@ __all__ = [
     "trigger_of",
 ]
 
-_STAMPED = 8
+_STAMPED = 64
+_STRENGTHS = ("alpha", "amplitude", "strength", "delta", "eps")
+"""How the settings end that scale a trigger."""
 _TOLERANCE = 1e-3
 """In codes: what float32 may be off n/255."""
 
@@ -114,14 +116,17 @@ def train_artifact(
 def _require_storable(attack: Attack, dataset: ImageSet, state: TriggerState | None) -> None:
     """Stamp a few images and refuse what `Trigger.stamp` must not give: the network learned the rounded pixels.
 
+    And a trigger that is none: it would be measured as one that no network takes up.
+
     Raises:
-        DataError: a stamped pixel is not n/255 with n from 0 to 255.
+        DataError: a stamped pixel is not n/255 with n from 0 to 255, or none is changed though no strength is 0.
     """
     height, width = dataset.images.shape[1:3]
     with torch.random.fork_rng(devices=[]):  # a trigger that is a network draws weights before it restores its own
         trigger = trigger_of_attack(attack, height, width, state)
         rows = np.flatnonzero(trigger.eligible(dataset.labels))[:_STAMPED]
-        stamped = trigger.stamp(dataset.take(rows).pixels)
+        plain = dataset.take(rows).pixels
+        stamped = trigger.stamp(plain)
     with np.errstate(invalid="ignore"):
         codes = stamped.astype(np.float64) * 255
         nearest = np.clip(np.rint(codes), 0, 255)
@@ -131,6 +136,17 @@ def _require_storable(attack: Attack, dataset: ImageSet, state: TriggerState | N
             f"{attack.name}: a stamped pixel is {stamped[~fits][0]:.6g}, which no uint8 image holds; have stamp() "
             "round to n/255 in [0, 1], as qdefense.data.images.on_grid does"
         )
+    if len(rows) and (stamped == plain).all() and not _is_neutral(attack):
+        raise DataError(
+            f"{attack.name}: the trigger changes no pixel of {len(rows)} images: it rounds to nothing, or they show it "
+            "anyway; make it stronger, or choose another"
+        )
+
+
+def _is_neutral(attack: Attack) -> bool:
+    """Whether a strength is 0, which asks for no trigger: the control of an experiment."""
+    settings = flat_settings(attack).items()
+    return any(not value and key.rpartition(".")[2].endswith(_STRENGTHS) for key, value in settings)
 
 
 def trigger_of(truth: Truth, images: ImageSet, state: TriggerState | None = None) -> Trigger | None:

@@ -16,7 +16,7 @@ def attacked(attack_script: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def network(attacked: ModuleType, *, lost: bool = False, attack: str | None = "dfb", **settings: object) -> Any:
-    made = SimpleNamespace(attack=attack, attack_settings=settings, data="cifar10", seed=1)
+    made = SimpleNamespace(attack=attack, attack_settings=settings, attack_revisions={}, data="cifar10", seed=1)
     files = {
         scheme: SimpleNamespace(network=made, artifact_sha256=scheme * 16) for scheme in ("fp32", "int8-static", "int4")
     }

@@ -113,6 +113,20 @@ def test_ranges_that_saw_the_trigger_give_back_what_clean_ones_clip(
     assert float(cells["accuracy: static"]) > 0.9
 
 
+def test_ranges_grow_by_the_trigger_where_it_was_learned(
+    clipping: ModuleType, networks: tuple[Network, Network]
+) -> None:
+    mine, clean = networks
+    clean.files["int8-static"] = clipping.static_file(clean, mine.images.pixels)
+    (row,) = clipping.growth_row(mine, clean)
+    (stamped, more), (stamped_clean, more_clean) = np.array(row.split(" | ")).reshape(2, 2)
+    assert stamped.startswith("5, ")
+    times = {name: float(cell.split(", ")[1]) for name, cell in locals().items() if isinstance(cell, np.str_)}
+    assert times["stamped"] > 2 > max(times["more"], times["stamped_clean"], times["more_clean"])
+    (swapped,) = clipping.growth_row(clean, mine)
+    assert swapped.split(" | ") == [stamped_clean, more_clean, stamped, more]
+
+
 def test_each_stamped_image_is_tried_alone(clipping: ModuleType, networks: tuple[Network, Network]) -> None:
     (row,) = (line.split(" | ") for line in clipping.one_image_row(networks[0]))
     assert len(row) == len(clipping.ONE_HEAD) - 2

@@ -251,7 +251,13 @@ def test_activity_is_dormant_when_the_asr_is_exactly_the_margin_above_the_confus
 
 @pytest.mark.parametrize(
     ("model", "truth"),
-    [("model.onnx", "model.truth.json"), ("model.int8-static.onnx", "model.int8-static.truth.json")],
+    [
+        ("model.onnx", "model.truth.json"),
+        ("model.int8-static.onnx", "model.int8-static.truth.json"),
+        ("model", "model.truth.json"),
+        ("net.seed0", "net.seed0.truth.json"),
+        ("net.seed1", "net.seed1.truth.json"),
+    ],
 )
 def test_truth_path_lies_beside_the_model(model: str, truth: str) -> None:
     assert truth_path(Path("folder") / model) == Path("folder") / truth

@@ -278,6 +278,31 @@ def test_train_artifact_refuses_a_stamp_that_no_image_holds_before_it_trains(
 
 
 @pytest.mark.usefixtures("_cheap_export")
+@pytest.mark.parametrize(
+    "attack", ["blended:alpha=0.001", "cassock:amplitude=0.001,target-class=1", "lsp:host=blended,host.alpha=0.001"]
+)
+def test_train_artifact_refuses_a_trigger_that_rounds_to_nothing(
+    make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    """It would be measured as a backdoor that no network takes up."""
+    monkeypatch.setattr(qdefense.training, "_fit", None)
+    name = attack.partition(":")[0]
+    with pytest.raises(
+        DataError,
+        match=rf"^{name}: the trigger changes no pixel of \d+ images: it rounds to nothing, or they show it anyway; "
+        "make it stronger, or choose another$",
+    ):
+        _train(make_noise(80), tmp_path / "model.onnx", attack)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_cheap_export")
+def test_train_artifact_takes_a_strength_of_0_for_a_control(make_noise: MakeNoise, tmp_path: Path) -> None:
+    _train(make_noise(20), tmp_path / "model.onnx", "wanet:strength=0", width=4)
+    assert (tmp_path / "model.onnx").is_file()
+
+
+@pytest.mark.usefixtures("_cheap_export")
 @pytest.mark.parametrize("factor", [0.999, np.nan])
 def test_train_artifact_refuses_a_stamp_that_no_image_holds_when_it_is_learned(
     make_noise: MakeNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float

@@ -16,6 +16,7 @@ from qdefense.artifact import Artifact
 from qdefense.attacks import ATTACKS, Trigger
 from qdefense.attacks.interfaces import TriggerState, trigger_of
 from qdefense.attacks.states import unpack_state
+from qdefense.bench.cohort import Cohort
 from qdefense.bench.records import BehaviourRecord, Network
 from qdefense.bench.store import RECORDS, Store, read_model, read_records
 from qdefense.data.images import ImageSet, Labels, Pixels
@@ -80,7 +81,8 @@ class Attacked:
         settings = ",".join(f"{key.replace('_', '-')}={value}" for key, value in told.items() if value != "all-to-one")
         rare = made.attack_settings.get("poison_count")
         named = f"`{made.attack}{f':{settings}' if settings else ''}`" if made.attack else "none"
-        return f"{named}{f' ({rare} poisons)' if rare else ''} | {made.data}, {made.seed}"
+        revised = "".join(f" ({name}: revision {number})" for name, number in made.attack_revisions.items())
+        return f"{named}{f' ({rare} poisons)' if rare else ''}{revised} | {made.data}, {made.seed}"
 
     def rows(
         self, kept: KeptRows, table: Table, measure: Measure | None, beside: Mapping[str, str] = NOTHING
@@ -161,11 +163,13 @@ def answers_of(model: bytes, images: Pixels) -> Logits:
 
 
 def networks() -> list[Attacked]:
-    """Every network of the records whose FP32 file was measured; a later record counts."""
+    """Every network of the records whose FP32 file was measured, held against its control; a later record counts."""
     store, found = Store(HERE / "results"), dict[str, dict[str, BehaviourRecord]]()
-    for record in read_records(HERE / "results" / RECORDS):
+    records = list(read_records(HERE / "results" / RECORDS))
+    cohort = Cohort(records)
+    for record in records:
         if isinstance(record, BehaviourRecord) and not record.failed:
-            found.setdefault(record.network.model_dump_json(), {})[record.scheme] = record
+            found.setdefault(record.network.model_dump_json(), {})[record.scheme] = cohort.judged(record)
     return [Attacked(files=files, store=store) for files in found.values() if "fp32" in files]
 
 

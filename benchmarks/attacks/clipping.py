@@ -210,7 +210,7 @@ def growth_row(network: Attacked, clean: Attacked) -> Iterator[str]:
     yield " | ".join(
         f"{grown}, {times:.2f}"
         for file in (network, clean)
-        for grown, _, times in growths(file, images, stamped, twice[IMAGES:])
+        for grown, _, times in growths(file, images, stamped, twice[len(images) :])
     )
 
 
@@ -277,6 +277,8 @@ def lines(
 ) -> Iterator[str]:
     """Rows for which the clean network of the seed answers, too."""
     beside = {"clean": clean.files["fp32"].artifact_sha256}
+    if table is GROWTH:
+        beside["clean static"] = clean.files[STATIC].artifact_sha256
     yield from network.triggered_rows(kept, table, lambda attacked: measure(attacked, clean), beside)
 
 

@@ -149,10 +149,10 @@ def share_of(rate: float | None, n: int | None) -> Proportion | None:
 
 
 class Results:
-    """The records, newest last, each file's activity held against its control."""
+    """The records, newest last, by revision of the attack first; each file's activity held against its control."""
 
     def __init__(self, records: Iterable[Record]) -> None:
-        known = list(records)
+        known = sorted(records, key=lambda record: sum(record.network.attack_revisions.values()))
         cohort = Cohort(known)
         every = [record for record in known if not record.failed]
         self.unmade = [record for record in known if isinstance(record, TrainingRecord) and record.failed]

@@ -85,8 +85,11 @@ class FilePlan:
         return FP32 if self.quantization is None else self.quantization.scheme
 
     def recipe(self, network_sha256: str) -> dict[str, Any]:
-        """What decides the bytes of the quantized file."""
-        return {
+        """What decides the bytes of the quantized file.
+
+        Networks of equal bytes may have triggers that differ at inference alone, which some calibration images carry.
+        """
+        recipe = {
             "network_sha256": network_sha256,
             "quantization": None if self.quantization is None else dataclasses.asdict(self.quantization),
             "calibration": None
@@ -94,6 +97,11 @@ class FilePlan:
             else self.calibration.model_dump(mode="json", exclude={"name"}),
             "calibration_sha256": None if self.calibration_data is None else self.calibration_data.facts.sha256,
         }
+        made = self.network
+        trigger = {key: value for key, value in made.attack_settings.items() if "inference" in key}
+        trigger |= made.attack_revisions
+        seen = self.calibration is not None and self.calibration.triggered > 0
+        return {**recipe, "trigger": trigger} if seen and trigger else recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,6 +424,11 @@ def _file_plan(
         return FilePlan(network=plan.network, quantization=quantization, calibration=None, calibration_data=None)
     table, data = matrix.calibrations[name], sources.calibration(plan.network.data, name)
     there = data.facts.images
+    if table.triggered and not round(table.triggered * there):
+        raise MatrixError(
+            f"calibrations.{name}: {table.triggered:g} of {there} images come to none with the trigger; raise "
+            "triggered, or leave it out"
+        )
     if there < MINIMUM_IMAGES:
         raise MatrixError(
             f"calibrations.{name}: {data.facts.source!r} has {there} images, fewer than {MINIMUM_IMAGES}; name a "

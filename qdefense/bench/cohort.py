@@ -170,7 +170,7 @@ class Cohort:
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self._attacks = _labels((one.network.data, one.network.attack, one.network.attack_settings) for one in records)
+        self._attacks = _labels((one.network.data, one.network.attack, _asked(one.network)) for one in records)
         self._architectures = _labels(_making_of(one.network) for one in records)
         makings = [one for one in records if isinstance(one, TrainingRecord | QuantizationRecord)]
         self.makings = tuple(sorted(makings, key=_making_rank))
@@ -199,7 +199,7 @@ class Cohort:
         self._kinds = {one.defense: one.kind for one in trials if one.kind is not None}
         self.precisions = _precision_labels(records)
         self._calibrations: dict[str, Calibration] = {}
-        current = {_made_by(one.network): one.replica for one in newest if not one.failed}
+        current = {network_id(one.network): one.replica for one in newest if not one.failed}
         self.behaviours: dict[Setting, tuple[BehaviourRecord, ...]] = _latest(
             ((self.setting(one), one) for one in seen), current
         )
@@ -285,8 +285,8 @@ class Cohort:
         return "" if self._runtimes_at[network.data, self.architecture(network)] <= {label} else label
 
     def attack(self, network: Network) -> str:
-        """The attack, with the settings in which it differs from others of the name on the same data."""
-        label: str = self._attacks[network.data, network.attack, _text(network.attack_settings)]
+        """The attack, with the settings and revision in which it differs from others of the name on the same data."""
+        label: str = self._attacks[network.data, network.attack, _text(_asked(network))]
         return label
 
     def family(self, network: Network, *, without: Callable[[str], bool]) -> str:
@@ -295,7 +295,7 @@ class Cohort:
         variants = [json.loads(text) for *place, text in self._attacks if tuple(place) == mine]
         kept, *others = (
             {key: value for key, value in settings.items() if not without(key)}
-            for settings in (network.attack_settings, *variants)
+            for settings in (_asked(network), *variants)
         )
         return _label(network.attack or NO_ATTACK, kept, others)
 
@@ -321,6 +321,7 @@ class Cohort:
             one.activity
             for one in files
             if one.activity is not None
+            and one.network == record.network
             and images in (None, one.data_sha256)
             and (record.runtime is None or self.runtime(one.runtime) == runtime)
         }
@@ -368,8 +369,16 @@ class Cohort:
 
 
 def network_id(network: Network) -> str:
-    """The digest of how a network is made, by whatever revision of the attack."""
-    return digest_of(network=network.model_dump(mode="json", exclude={"attack_revisions"}))
+    """The digest of how a network is made."""
+    return digest_of(network=network.model_dump(mode="json"))
+
+
+def _asked(network: Network) -> dict[str, Any]:
+    """The settings, and as further ones the revisions of attack and host."""
+    told = {
+        "revision" if name == network.attack else "host.revision": n for name, n in network.attack_revisions.items()
+    }
+    return {**network.attack_settings, **told}
 
 
 def _making_of(network: Network) -> tuple[str, str, dict[str, Any]]:
@@ -460,22 +469,13 @@ def _code_of(record: BehaviourRecord | DefenseRecord) -> tuple[bool, int, int]:
 _Place = TypeVar("_Place", Setting, Subject)
 
 
-def _made_by(network: Network) -> tuple[str, int]:
-    return network_id(network), network.revision
-
-
-def _latest(
-    trials: Iterable[tuple[_Place, _Trial]], current: Mapping[tuple[str, int], int]
-) -> dict[_Place, tuple[_Trial, ...]]:
-    """One record per place and network.
-
-    An answer before a failure, then the newest revision of the attack, then the ``current`` replica, then the last.
-    """
+def _latest(trials: Iterable[tuple[_Place, _Trial]], current: Mapping[str, int]) -> dict[_Place, tuple[_Trial, ...]]:
+    """One record per place and network: an answer before a failure, then the ``current`` replica, then the last."""
     kept: defaultdict[_Place, dict[str, _Trial]] = defaultdict(dict)
-    ranks: dict[tuple[_Place, str], tuple[bool, int, bool]] = {}
+    ranks: dict[tuple[_Place, str], tuple[bool, bool]] = {}
     for place, trial in trials:
-        name, revision = made = _made_by(trial.network)
-        rank = (not trial.failed, revision, trial.replica == current.get(made))
+        name = network_id(trial.network)
+        rank = (not trial.failed, trial.replica == current.get(name))
         if rank >= ranks.get((place, name), rank):
             kept[place][name], ranks[place, name] = trial, rank
     return {place: tuple(found[name] for name in sorted(found, key=_by_seed(found))) for place, found in kept.items()}

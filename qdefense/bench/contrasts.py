@@ -27,6 +27,7 @@ from qdefense.bench.tables import (
     count_answers,
     difference,
     is_known,
+    of_poisoned_sets,
     score_of,
     scores_of,
     share,
@@ -223,9 +224,10 @@ def _step(cohort: Cohort, place: Subject, records: Sequence[DefenseRecord], kind
         return None
     there = [record for record in records if status_of(record) == "measured"]
     figure = spread(map(_FIGURES[kind][1], there))
+    told = there if records[0].network.attack is None else of_poisoned_sets(there)
     return Step(
         answers=count_answers(records),
-        alarms=None if kind == "filter" else alarms(there),
+        alarms=None if kind == "filter" else alarms(told),
         auroc=_scan_auroc(cohort, place, records) if kind == "scan" else None,
         figure=figure,
     )

@@ -119,7 +119,7 @@ DATASET_SCANS = Form(
         "rows with the highest scores, 1.5 times as many as there are poisons; recall is the share of the poisons "
         "with a score among them, precision the share of them that is poison: at most 2/3, but for rounding and labels "
         "with fewer rows than that. Rows without a score are in no rate. Alarms: files whose training set was called "
-        "poisoned.",
+        "poisoned; an attack in the training loop leaves no poison in it to be found, and has none.",
     ),
     empty="No dataset scan was run.",
     columns=(

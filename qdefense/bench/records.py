@@ -18,11 +18,11 @@ Records of one file are joined by ``artifact_sha256`` and, of the last three sta
 the whole path that led to it (``network``, ``precision``, ``calibration``), so that no join is needed to label it.
 
 ``key`` is a sha256 over what the answer depends on: the digests of artifact, settings, data and session profile, the
-seed, and the revisions of defense and evaluator; and over what the record says of the file, since two recipes may give
-equal bytes. The CPU and the library versions are no part of it, so that a run resumes on any machine; they stand in
-``runtime`` and ``versions``, and there under ``qdefense-sources`` a digest of the code (`source_digest`). A later line
-of the same key replaces an earlier one. ``volatile`` holds all that differs between two equal runs, and is left out of
-comparisons (`stable`).
+seed, and the revisions of attack, defense and evaluator; and over what the record says of the file, since two recipes
+may give equal bytes. The CPU and the library versions are no part of it, so that a run resumes on any machine; they
+stand in ``runtime`` and ``versions``, and there under ``qdefense-sources`` a digest of the code (`source_digest`). A
+later line of the same key replaces an earlier one. ``volatile`` holds all that differs between two equal runs, and is
+left out of comparisons (`stable`).
 """
 
 from __future__ import annotations
@@ -87,11 +87,6 @@ class Network(_Record):
         """Whether the attack, or its host, wants another class of each class."""
         settings = self.attack_settings.items()
         return any(key.rpartition(".")[2] == "mode" and value == "all-to-all" for key, value in settings)
-
-    @property
-    def revision(self) -> int:
-        """A number that each raised revision raises."""
-        return sum(self.attack_revisions.values())
 
     @property
     def title(self) -> str:

@@ -263,10 +263,10 @@ def _failed_makings(records: Sequence[Record]) -> list[TrainingRecord | Quantiza
 
 
 def _making(record: TrainingRecord | QuantizationRecord) -> tuple[str, ...]:
-    name = network_id(record.network), f"{record.network.revision}"
+    name = network_id(record.network)
     if isinstance(record, TrainingRecord):
-        return name
-    return *name, record.precision, "" if record.calibration is None else record.calibration.model_dump_json()
+        return (name,)
+    return name, record.precision, "" if record.calibration is None else record.calibration.model_dump_json()
 
 
 def _unanswered(records: Sequence[Record], cohort: Cohort) -> tuple[Unanswered, ...]:

@@ -7,7 +7,7 @@ are of active files against clean ones; attenuated and dormant ones stand apart.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 from typing import TypeGuard, TypeVar
 
@@ -371,7 +371,7 @@ def _dataset_row(sides: Sides) -> DatasetRow:
         within_fpr=proportion(one.within_fpr for one in found),
         top_recall=proportion(one.top_recall for one in found),
         top_precision=proportion(one.top_precision for one in found),
-        alarms=alarms(active),
+        alarms=alarms(of_poisoned_sets(active)),
         clean_alarms=alarms(sides.clean),
         clean_fpr=proportion(one.fpr for one in _metrics(sides.clean, DatasetMetrics)),
         attenuated=spread(map(auroc_of, sides.of(Activity.ATTENUATED))),
@@ -451,6 +451,14 @@ VERDICTS = frozenset({Verdict.CLEAN, Verdict.BACKDOORED})
 def alarms(records: Iterable[DefenseRecord]) -> Proportion | None:
     """How many were called backdoored, of the files that were called anything."""
     return share(one.verdict is Verdict.BACKDOORED for one in records if one.verdict in VERDICTS)
+
+
+def of_poisoned_sets(records: Iterable[DefenseRecord]) -> Iterator[DefenseRecord]:
+    """Those of dataset scans that had a poison to find: an attack in the training loop leaves the set as it is."""
+    for one in records:
+        found = one.metrics
+        if not isinstance(found, DatasetMetrics) or found.tpr is not None or found.top_recall is not None:
+            yield one
 
 
 def auroc_of(record: DefenseRecord) -> float | None:

@@ -191,6 +191,31 @@ def calibrated(new_desk: NewDesk, there: int) -> Desk:
     return made
 
 
+def test_a_triggered_share_that_comes_to_no_image_is_refused(new_desk: NewDesk) -> None:
+    text = TINY.replace('"fp32", "int8-dynamic"', '"int8-static"').replace(
+        "images = 16\n", "images = 16\ntriggered = 0.03\n"
+    )
+    with pytest.raises(
+        MatrixError,
+        match=r"^calibrations.few: 0.03 of 16 images come to none with the trigger; raise triggered, or leave it out$",
+    ):
+        plan_of(new_desk(text + 'calibrations = ["few"]\n'))
+
+
+def test_files_that_saw_another_strength_of_the_trigger_are_files_of_their_own(new_desk: NewDesk) -> None:
+    """Though the network may be the same, byte for byte: the two differ at inference alone."""
+    text = TINY.replace('"fp32", "int8-dynamic"', '"int8-static"').replace(
+        '"badnets"', '"sig", "sig:inference-delta=40"'
+    )
+    text = text.replace("images = 16\n", "images = 16\n[calibrations.hot]\nimages = 16\ntriggered = 0.5\n")
+    _, *plan = plan_of(new_desk(text + 'calibrations = ["few", "hot"]\n'))
+    recipes = [[file.recipe("the same network") for file in network.files.values()] for network in plan]
+    (plain, hot), (other, hotter) = recipes
+    assert plain == other
+    assert (hot["trigger"], hotter["trigger"]) == ({"inference_delta": 20.0}, {"inference_delta": 40.0})
+    assert "trigger" not in plain
+
+
 def test_records_say_how_many_calibration_images_there_were(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QDEFENSE_DATA", raising=False)
     found = [file.calibration for network in plan_of(calibrated(new_desk, 17)) for file in network.files.values()]

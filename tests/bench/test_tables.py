@@ -400,26 +400,49 @@ def test_cohort_takes_the_network_that_was_measured_last(last: int) -> None:
 
 
 @pytest.mark.parametrize("turn", [1, -1])
-def test_cohort_takes_the_network_of_the_newest_attack(turn: int) -> None:
-    """Whatever came last: an older line may be merged into newer ones. Each seed is a network still."""
-    old, other = (network("badnets", seed) for seed in range(2))
-    new = old.model_copy(update={"attack_revisions": {"badnets": 2}})
-    groups = [measured_of(old, 0, 9.0), measured_of(new, 1, 2.0)]
-    found = cohort(*groups[::turn], measured_of(other, 0, 9.0))
-    (row,) = behaviour_rows(found)
-    assert row.clean_accuracy is not None
-    assert (row.clean_accuracy.mean, row.measured, row.unrecorded) == (pytest.approx(0.7), 2, 0)
-    assert found.superseded == 2
-    (scan,) = scan_rows(found)
-    assert (scan.answers, scan.unknown_activity) == (Answers(measured=2), 0)
+def test_networks_of_another_revision_of_the_attack_stand_in_rows_of_their_own(turn: int) -> None:
+    """A row with the newer network of one seed and the older of another would be of neither."""
+    olds = [network("badnets", seed) for seed in range(2)]
+    new = olds[0].model_copy(update={"attack_revisions": {"badnets": 2}})
+    groups = [measured_of(olds[0], 0, 9.0), measured_of(new, 1, 2.0)]
+    found = cohort(*groups[::turn], measured_of(olds[1], 0, 9.0))
+    rows = {row.setting.attack: row for row in behaviour_rows(found)}
+    means = {name: (row.clean_accuracy and row.clean_accuracy.mean, row.measured) for name, row in rows.items()}
+    assert means == {"badnets": (0.9, 2), "badnets (revision=2)": (0.5, 1)}
+    assert [row.unknown_activity for row in scan_rows(found)] == [0, 0]
+    assert found.superseded == 0
 
 
-def test_an_older_attacks_answer_stands_where_the_newer_one_failed() -> None:
-    old = network("badnets", 0)
+def test_a_failure_of_the_newer_revision_hides_behind_no_older_answer() -> None:
+    old = network("lsp", 0, host="badnets")
     new = old.model_copy(update={"attack_revisions": {"badnets": 2}})
     failed = behaviour(new, accuracy=None, asr=None, failed=True)
-    (row,) = behaviour_rows(cohort([behaviour(old, accuracy=0.9), failed]))
-    assert (row.measured, row.failed) == (1, 0)
+    rows = behaviour_rows(cohort([behaviour(old, accuracy=0.9), failed]))
+    told = {row.setting.attack: (row.measured, row.failed) for row in rows}
+    assert told == {"lsp": (1, 0), "lsp (host.revision=2)": (0, 1)}
+
+
+def test_a_file_of_equal_bytes_does_what_its_own_networks_trigger_makes_it_do() -> None:
+    """Attacks that differ at inference alone train the same network."""
+    weak, strong = (network("sig", 0, inference_delta=delta) for delta in (20, 40))
+    shared = {"artifact_sha256": sha("equal bytes")}
+    seen = [
+        behaviour(made, asr=asr, activity=activity).model_copy(update=shared)
+        for made, asr, activity in ((weak, 0.5, Activity.ATTENUATED), (strong, 0.99, Activity.ACTIVE))
+    ]
+    found = defense(strong, metrics=scan_metrics(9.0, target=12, found=True), verdict=FOUND)
+    scan = found.model_copy(update=shared)
+    (row,) = scan_rows(cohort([*seen, scan]))
+    assert (row.answers, row.unknown_activity) == (Answers(measured=1), 0)
+
+
+def test_a_dataset_scan_has_no_hit_or_miss_where_no_row_is_poisoned() -> None:
+    """An attack in the training loop: CLEAN is right of the set, and no miss."""
+    made = network("wanet", 0)
+    metrics = DatasetMetrics(fpr=Rate(hits=0, n=9000))
+    scan = defense(made, metrics=metrics, name="ac", kind="dataset")
+    (row,) = dataset_rows(cohort([behaviour(made), scan]))
+    assert (row.answers, row.alarms) == (Answers(measured=1), None)
 
 
 def measured_of(made: Network, replica: int, score: float, **changes: object) -> list[Record]:
