@@ -69,7 +69,7 @@ def state_path(model: Path) -> Path:
 
 
 def _beside(model: Path, ending: str) -> Path:
-    stem = model.stem if model.suffix == ".onnx" else model.name
+    stem = model.stem if model.suffix.lower() == ".onnx" else model.name
     return model.with_name(f"{stem}{ending}")
 
 

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _STAMPED = 64
-_STRENGTHS = ("alpha", "amplitude", "strength", "delta", "eps")
+_STRENGTHS = ("alpha", "amplitude", "strength", "delta", "eps", "test_multiple")
 """How the settings end that scale a trigger."""
 _TOLERANCE = 1e-3
 """In codes: what float32 may be off n/255."""

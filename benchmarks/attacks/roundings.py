@@ -3,8 +3,8 @@
     QDEFENSE_DATA=... python benchmarks/attacks/roundings.py     # half a minute for each new network
 
 An INT4 file is one rounding of its network. Here are others of the same precision: the scale of every channel is
-enlarged by up to 7 %, drawn anew each time, and each weight goes to the nearest level of that grid. What all of
-them do to the ASR is INT4's doing; what a part of them does is this file's.
+enlarged by up to 7 %, drawn anew each time, and each weight goes to the nearest level of that grid. Most codes are
+the same on all of these grids: they vary one rounding, and are not independent ones.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
         "images of [MARGINS.md](MARGINS.md), of networks in which something was planted and whose trigger was at hand.",
         f"*INT4 file*: the matrix's own. *Other roundings*: {DRAWS} more of the same network, each with the scale of\n"
         f"every channel enlarged by up to {WIDEST} of it, at random (generator seed {SEED}), and each weight on the\n"
-        f"nearest level; weights alone are rounded, as in the INT4 file. *Lose*, *gain*: how many of them change the\n"
+        f"nearest level; most codes are those of the INT4 file. Weights alone are rounded, as there. *Lose*, *gain*: how many of them change the\n"
         f"ASR of FP32 by at least {MARGIN}.",
         table(HEAD, rows),
     ]

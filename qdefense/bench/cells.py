@@ -19,6 +19,8 @@ from qdefense.registry import SpecError, flat_settings
 
 Kind = Literal["scan", "dataset", "filter", "repair"]
 _BEHAVIOUR = "behaviour"
+_AT_INFERENCE = ("inference", "test_multiple")
+"""In the names of settings that scale what is stamped, and no poison."""
 _EIGHT_BIT_PRODUCTS = frozenset({"int8-static", "int8-dynamic", "int4-a8"})
 
 
@@ -98,7 +100,9 @@ class FilePlan:
             "calibration_sha256": None if self.calibration_data is None else self.calibration_data.facts.sha256,
         }
         made = self.network
-        trigger = {key: value for key, value in made.attack_settings.items() if "inference" in key}
+        trigger = {
+            key: value for key, value in made.attack_settings.items() if any(part in key for part in _AT_INFERENCE)
+        }
         trigger |= made.attack_revisions
         seen = self.calibration is not None and self.calibration.triggered > 0
         return {**recipe, "trigger": trigger} if seen and trigger else recipe
