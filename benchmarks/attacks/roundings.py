@@ -72,8 +72,8 @@ def main() -> None:
         "images of [MARGINS.md](MARGINS.md), of networks in which something was planted and whose trigger was at hand.",
         f"*INT4 file*: the matrix's own. *Other roundings*: {DRAWS} more of the same network, each with the scale of\n"
         f"every channel enlarged by up to {WIDEST} of it, at random (generator seed {SEED}), and each weight on the\n"
-        f"nearest level; most codes are those of the INT4 file. Weights alone are rounded, as there. *Lose*, *gain*: how many of them change the\n"
-        f"ASR of FP32 by at least {MARGIN}.",
+        "nearest level; most codes are those of the INT4 file. Weights alone are rounded, as there. *Lose*, *gain*:\n"
+        f"how many of them change the ASR of FP32 by at least {MARGIN}.",
         table(HEAD, rows),
     ]
     (HERE / "ROUNDINGS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -214,6 +214,8 @@ def test_files_that_saw_another_strength_of_the_trigger_are_files_of_their_own(n
     assert plain == other
     assert (hot["trigger"], hotter["trigger"]) == ({"inference_delta": 20.0}, {"inference_delta": 40.0})
     assert "trigger" not in plain
+    _, dfb = plan_of(new_desk(text.replace('"sig", "sig:inference-delta=40"', '"dfb"') + 'calibrations = ["hot"]\n'))
+    assert next(file.recipe("") for file in dfb.files.values())["trigger"] == {"test_multiple": 6}
 
 
 def test_records_say_how_many_calibration_images_there_were(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
