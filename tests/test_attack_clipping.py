@@ -121,8 +121,8 @@ def test_ranges_grow_by_the_trigger_where_it_was_learned(
     (row,) = clipping.growth_row(mine, clean)
     (stamped, more), (stamped_clean, more_clean) = np.array(row.split(" | ")).reshape(2, 2)
     assert stamped.startswith("5, ")
-    times = {name: float(cell.split(", ")[1]) for name, cell in locals().items() if isinstance(cell, np.str_)}
-    assert times["stamped"] > 2 > max(times["more"], times["stamped_clean"], times["more_clean"])
+    by_trigger, *others = (float(cell.split(", ")[1]) for cell in (stamped, more, stamped_clean, more_clean))
+    assert by_trigger > 2 > max(others)
     (swapped,) = clipping.growth_row(clean, mine)
     assert swapped.split(" | ") == [stamped_clean, more_clean, stamped, more]
 
